@@ -1,0 +1,48 @@
+"""The one way from what a user has to a labelled dataset."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from llama_attn.stats.container import AttentionStats
+
+if TYPE_CHECKING:
+    import xarray
+
+    Source = AttentionStats | xarray.Dataset | str | os.PathLike[str]
+
+
+def as_dataset(source: Source) -> xarray.Dataset:
+    """An ``xarray.Dataset`` from an `AttentionStats`, a dataset, or the path of a saved file.
+
+    Raises:
+        ImportError: xarray is not installed.
+        TypeError: Something else was given, e.g. a model.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        source = AttentionStats.load(source)
+    if isinstance(source, AttentionStats):
+        return source.to_xarray()
+    import xarray
+
+    if not isinstance(source, xarray.Dataset):
+        raise TypeError(
+            f"source: expected AttentionStats, xarray.Dataset or the path of a saved file, got {type(source).__name__}"
+        )
+    return source
+
+
+def require(dataset: xarray.Dataset, *names: str) -> None:
+    """Check that ``dataset`` holds the statistics ``names``.
+
+    Raises:
+        ValueError: One is missing; the message says which configuration measures it.
+    """
+    missing = [name for name in names if name not in dataset]
+    if missing:
+        wanted = ", ".join(f'"{name}"' for name in missing)
+        raise ValueError(
+            f"source: {missing} not measured; run the model with "
+            f"output_attention_stats=AttentionStatsConfig(statistics=(…, {wanted})); there are {sorted(dataset.data_vars)}"
+        )

@@ -1,0 +1,25 @@
+"""FlashAttention-3: CUDA kernels of the package ``flash-attn-3``."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from transformers.integrations.flash_attention import flash_attention_forward as attend
+from transformers.utils import is_flash_attn_3_available
+
+__all__ = ["ACCEPTS_MASKS_OF", "attend", "mask", "unavailable"]
+
+mask = None
+ACCEPTS_MASKS_OF = ("flash_attention_2", "flash_attention_3")
+
+
+def unavailable() -> str | None:
+    """It needs its package, or the same kernels through ``kernels``, and a CUDA device."""
+    if is_flash_attn_3_available(kernels_fallback_ok=True):
+        return None
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return (
+            "the package flash-attn-3 is not installed: "
+            "pip install --no-build-isolation 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper' (needs CUDA)"
+        )
+    return "flash-attn-3 is installed, but it is too old or no CUDA device is visible"

@@ -1,0 +1,17 @@
+"""Our own backend: output and statistics in one walk, on the engine that suits the device."""
+
+from __future__ import annotations
+
+from llama_attn.engines import default_engine
+from llama_attn.engines._fused import attend_with
+from llama_attn.engines._fused import padding_mask as mask
+
+__all__ = ["ACCEPTS_MASKS_OF", "attend", "mask", "unavailable"]
+
+attend = attend_with(default_engine)
+ACCEPTS_MASKS_OF = ("streaming", "streaming_torch")
+
+
+def unavailable() -> str | None:
+    """One of its engines always runs."""
+    return None

@@ -1,0 +1,13 @@
+"""The streaming backend on the PyTorch engine, by name."""
+
+from __future__ import annotations
+
+from llama_attn.engines import torch as engine
+from llama_attn.engines._fused import attend_with
+from llama_attn.engines._fused import padding_mask as mask
+
+__all__ = ["ACCEPTS_MASKS_OF", "attend", "mask", "unavailable"]
+
+attend = attend_with(lambda: "torch")
+unavailable = engine.unavailable
+ACCEPTS_MASKS_OF = ("streaming", "streaming_torch")

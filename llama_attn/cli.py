@@ -1,0 +1,280 @@
+"""The ``llama-attn`` command."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from llama_attn import __version__, demo as demo_model
+from llama_attn.backends.registry import available_backends, get_backend
+from llama_attn.demo import Checkpoint
+from llama_attn.modeling_llama import LlamaForCausalLM
+from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.container import AttentionStats
+from llama_attn.stats.table import default_statistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SEED_LAYERS = range(10)
+
+Out = Annotated[Path, typer.Option(help="Folder for the pictures and stats.safetensors.")]
+Attn = Annotated[str, typer.Option(help="Attention backend, see `llama-attn backends`.")]
+Layers = Annotated[str, typer.Option(help="Layers to draw and measure: 0-9, 3,5,7 or all.")]
+Kind = Annotated[str, typer.Option(help="What the attention map shows: weights or logits.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Exact statistics of every attention head of a Llama."""
+    if version:
+        console.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def demo(out: Out = Path("llama_attn_demo")) -> None:
+    """See the attention sinks of a real small Llama, SmolLM2-135M-Instruct."""
+    _check_pictures()
+    try:
+        checkpoint = demo_model.demo_checkpoint()
+    except ImportError as error:
+        _fail(str(error))
+    chat = [{"role": "system", "content": demo_model.SYSTEM}, {"role": "user", "content": demo_model.USER}]
+    config = _stats_config(None, "weights", None)
+    try:
+        tokenizer, model = _load(checkpoint, "streaming", "float32", "cpu")
+    except OSError as error:
+        _fail(f"the demo model is not here ({_first_line(error)}): {demo_model.how_to_get_it()}")
+    inputs = _chat_inputs(tokenizer, chat)
+    _measure_and_show(model, tokenizer, inputs, config, out, list(SEED_LAYERS), "weights")
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="A local folder or an id on the Hugging Face hub.")],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    user: Annotated[str | None, typer.Option(help="User message.")] = None,
+    messages: Annotated[Path | None, typer.Option(help="JSON file with a list of {role, content}.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Plain text, no chat template.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File with plain text, no chat template.")] = None,
+    attn: Attn = "streaming",
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto spreads the model over what is there; else cpu, cuda, cuda:1 …")] = "auto",
+    layers: Layers = "0-9",
+    statistics: Annotated[str | None, typer.Option(help="Names with commas, or all; added to those of the pictures.")] = None,
+    kind: Kind = "weights",
+    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the folder.")] = None,
+    out: Out = Path("llama_attn_run"),
+) -> None:
+    """Measure and draw any Llama. Without a text, the chat of the demo."""
+    _check_pictures()
+    if kind not in ("weights", "logits"):
+        _fail(f"--kind: expected weights or logits, got {kind!r}")
+    if dtype not in DTYPES:
+        _fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    try:
+        get_backend(attn)
+        torch.device("cpu" if device == "auto" else device)
+    except (ValueError, ImportError, RuntimeError) as error:
+        _fail(_first_line(error))
+    text = _read_text(system, user, messages, prompt, file)
+    wanted_layers = _parse_layers(layers)
+    config = _stats_config(statistics, kind, wanted_layers)
+    checkpoint = Checkpoint(model, gguf_file)
+    try:
+        count = AutoConfig.from_pretrained(model, gguf_file=gguf_file).num_hidden_layers
+        if wanted_layers is not None and not any(layer < count for layer in wanted_layers):
+            _fail(f"--layers: {layers} names none of the model's layers 0 to {count - 1}")
+        if wanted_layers is not None:
+            wanted_layers = [layer for layer in wanted_layers if layer < count]
+            config = _stats_config(statistics, kind, wanted_layers)
+        tokenizer, loaded = _load(checkpoint, attn, dtype, device)
+    except (OSError, ValueError, ImportError) as error:
+        _fail(f"cannot load {model}: {_first_line(error)}")
+    inputs = tokenizer(text, return_tensors="pt") if isinstance(text, str) else _chat_inputs(tokenizer, text)
+    if inputs["input_ids"].shape[1] == 0:
+        _fail("the text has no tokens")
+    _measure_and_show(loaded, tokenizer, inputs, config, out, wanted_layers or list(range(count)), kind)
+
+
+@app.command()
+def backends() -> None:
+    """Which attention backends run here, and what the others lack."""
+    table = Table("backend", "runs here", "why not")
+    for name, reason in available_backends().items():
+        table.add_row(name, "no" if reason else "yes", reason or "")
+    console.print(table)
+
+
+def _check_pictures() -> None:
+    missing = [name for name in ("matplotlib", "xarray", "pandas") if importlib.util.find_spec(name) is None]
+    if missing:
+        _fail(f"pictures need {', '.join(missing)}: pip install 'llama_attn[viz]'")
+
+
+def _read_text(
+    system: str | None, user: str | None, messages: Path | None, prompt: str | None, file: Path | None
+) -> str | list[dict[str, str]]:
+    """The text to measure: plain, or a chat. Nothing is loaded yet."""
+    chat_given = system is not None or user is not None
+    if sum([chat_given, messages is not None, prompt is not None, file is not None]) > 1:
+        _fail("give one of --system/--user, --messages, --prompt or --file")
+    path = messages or file
+    content = prompt
+    if path is not None:
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            _fail(f"cannot read {path}: {_first_line(error)}")
+    if messages is not None:
+        return _parse_messages(messages, content or "")
+    if content is not None:
+        if not content.strip():
+            _fail(f"the text is empty: {path or '--prompt'}")
+        return content
+    if user is not None and not user.strip():
+        _fail("the text is empty: --user")
+    system = demo_model.SYSTEM if not chat_given else system
+    turns = [("system", system), ("user", demo_model.USER if user is None else user)]
+    return [{"role": role, "content": content} for role, content in turns if content is not None]
+
+
+def _parse_messages(path: Path, content: str) -> list[dict[str, str]]:
+    try:
+        chat = json.loads(content)
+    except ValueError as error:
+        _fail(f"{path} is not JSON: {_first_line(error)}")
+    valid = isinstance(chat, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in chat
+    )
+    if not valid or not chat:
+        _fail(f'{path}: expected a list like [{{"role": "user", "content": "…"}}]')
+    return chat  # type: ignore[no-any-return]
+
+
+def _parse_layers(layers: str) -> list[int] | None:
+    """``0-9``, ``3,5,7`` or a mixture; None for all."""
+    if layers == "all":
+        return None
+    chosen: list[int] = []
+    for part in layers.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(first) > int(last or first):
+            _fail(f"--layers: expected something like 0-9, 3,5,7 or all, got {layers!r}")
+        chosen.extend(range(int(first), int(last or first) + 1))
+    return list(dict.fromkeys(chosen))
+
+
+def _stats_config(statistics: str | None, kind: str, layers: list[int] | None) -> AttentionStatsConfig:
+    """What the pictures and the table need, and what was asked for besides."""
+    needed = [*default_statistics(), f"{kind}_map"]
+    asked: tuple[str, ...] | str
+    if statistics == "all":
+        asked = "all"
+    else:
+        asked = tuple(dict.fromkeys(needed + [name.strip() for name in (statistics or "").split(",") if name.strip()]))
+    try:
+        return AttentionStatsConfig(statistics=asked, norms=True, layers=None if layers is None else tuple(layers))
+    except ValueError as error:
+        _fail(f"--statistics: {error}")
+
+
+def _load(
+    checkpoint: Checkpoint, attn: str, dtype: str, device: str
+) -> tuple[PreTrainedTokenizerBase, LlamaForCausalLM]:
+    transformers_logging.set_verbosity_error()
+    placed: dict[str, Any] = {}
+    if device == "auto" and importlib.util.find_spec("accelerate") is not None:
+        placed["device_map"] = "auto"
+    # transformers draws the progress bar of loading itself.
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file)
+    model = LlamaForCausalLM.from_pretrained(
+        checkpoint.name,
+        gguf_file=checkpoint.gguf_file,
+        dtype=DTYPES[dtype],
+        attn_implementation=attn,
+        **placed,
+    ).eval()
+    if not placed:
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        model = model.to(best if device == "auto" else device)
+    return tokenizer, model
+
+
+def _chat_inputs(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> Any:
+    if not tokenizer.chat_template:
+        _fail("the tokenizer has no chat template; give plain text with --prompt or --file")
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def _measure_and_show(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Any,
+    config: AttentionStatsConfig,
+    out: Path,
+    layers: list[int],
+    kind: str,
+) -> None:
+    from llama_attn.viz import save_seed_figures
+
+    length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+    if length > context:
+        warnings.warn(f"the text has {length} tokens, more than the model's context of {context}", stacklevel=2)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(f"--out: cannot make the folder {out}: {_first_line(error)}")
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        outputs = model(**inputs, use_cache=False, logits_to_keep=1, output_attention_stats=config)
+    stats = outputs.attention_stats.with_tokens(tokenizer, inputs["input_ids"])
+    stats.save(out / "stats.safetensors")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("drawing", total=3 * len(layers))
+        save_seed_figures(stats, out, layers, kind=kind, on_saved=lambda path: progress.advance(task))  # type: ignore[arg-type]
+    console.print(_table(stats))
+    console.print(f"{3 * len(layers)} pictures and stats.safetensors are in {out}", highlight=False)
+
+
+def _table(stats: AttentionStats) -> Table:
+    from llama_attn.analysis import summarize_layers
+    from llama_attn.viz.style import readable
+
+    tokens = stats.tokens[0] if stats.tokens is not None else []
+    table = Table("layer", "sink mass", "strongest sink", "receives", "largest activation", box=SIMPLE_HEAD)
+    for layer, line in summarize_layers(stats).iterrows():
+        sink, peak = int(line.sink_position), int(line.activation_position)
+        table.add_row(
+            str(layer),
+            f"{line.sink_mass:.0%}",
+            f"{sink} {readable(tokens[sink])}",
+            f"{line.received:.0%}",
+            f"{line.activation:,.0f} ({line.activation_over_median:,.0f} × median) at {peak} {readable(tokens[peak])}",
+        )
+    return table
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"llama-attn: {message}", style="red", highlight=False, markup=False)
+    raise typer.Exit(2)

@@ -1,0 +1,40 @@
+"""Engines do the work behind the ``streaming`` backend and measure beside every other one.
+
+An engine is a module of this package with
+
+- ``walk(query, key, value | None, visibility, scaling, wanted) -> Walk``,
+- ``backward(grad_output, query, key, value, output, logsumexp, visibility, scaling)``,
+- ``unavailable() -> str | None``: why it does not run here, and
+- ``knows(statistic) -> bool``: whether its walk can take that statistic.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def engine_names() -> tuple[str, ...]:
+    """Every engine, whether it runs here or not."""
+    return tuple(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def default_engine() -> str:
+    """The engine that works when none is named."""
+    return "torch"
+
+
+def get_engine(name: str) -> ModuleType:
+    """The engine called ``name``.
+
+    Raises:
+        ValueError: There is no such engine.
+        ImportError: It does not run here.
+    """
+    if name not in engine_names():
+        raise ValueError(f"engine: unknown {name!r}; there are {list(engine_names())}")
+    engine = importlib.import_module(f"{__name__}.{name}")
+    if reason := engine.unavailable():
+        raise ImportError(f"the engine {name!r} does not run here: {reason}")
+    return engine

@@ -1,0 +1,96 @@
+"""Differentiable attention on an engine: the output and the statistics come from the same blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llama_attn.engines import get_engine
+from llama_attn.stats.block import Wanted
+from llama_attn.stats.recorder import Recorder
+from llama_attn.stats.visibility import Visibility
+
+
+class FusedAttention(torch.autograd.Function):
+    """Keeps query, key, value, output and logsumexp, so that training memory grows with T and not with T²."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        engine: ModuleType,
+        visibility: Visibility,
+        scaling: float,
+        wanted: Wanted | None,
+        raw: dict[str, Tensor],
+    ) -> Tensor:
+        """Walk once; ``raw`` is filled with the statistics."""
+        with torch.autocast(query.device.type, enabled=False):
+            walk = engine.walk(query, key, value, visibility, scaling, wanted)
+        raw.update(walk.raw)
+        ctx.save_for_backward(query, key, value, walk.output, walk.logsumexp)
+        ctx.engine, ctx.visibility, ctx.scaling = engine, visibility, scaling
+        return walk.output  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Walk again, computing the weights of each block anew."""
+        query = ctx.saved_tensors[0]
+        with torch.autocast(query.device.type, enabled=False):
+            gradients = ctx.engine.backward(grads[0], *ctx.saved_tensors, ctx.visibility, ctx.scaling)
+        return (*gradients, None, None, None, None, None)
+
+
+def attend_with(engine_name: Callable[[], str]) -> Callable[..., tuple[Tensor, None]]:
+    """An attention function for transformers that runs on the engine which ``engine_name`` names when called."""
+
+    def attend(
+        module: torch.nn.Module,
+        query: Float[Tensor, "batch head query channel"],
+        key: Float[Tensor, "batch kv_head key channel"],
+        value: Float[Tensor, "batch kv_head key channel"],
+        attention_mask: Tensor | None = None,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        visibility: Visibility | None = None,
+        recorder: Recorder | None = None,
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, "batch query head channel"], None]:
+        """Attention in blocks; measures from the same blocks what ``recorder`` wants.
+
+        Raises:
+            ValueError: The model is not llama_attn's, or attention dropout is on.
+        """
+        if visibility is None:
+            raise ValueError(
+                "the streaming backends take padding from llama_attn's LlamaModel, which called them without it; "
+                f"use llama_attn.LlamaForCausalLM, not {type(module).__name__} of another model"
+            )
+        if dropout:
+            raise ValueError(f"attention dropout is not supported by streaming backends, got {dropout}; set it to 0")
+        visibility = visibility.to(query.device)
+        key, value = key[:, :, : visibility.num_keys], value[:, :, : visibility.num_keys]
+        layer = getattr(module, "layer_idx", 0)
+        name = engine_name()
+        wanted = recorder.fused(layer) if recorder is not None and recorder.engine == name else None
+        raw: dict[str, Tensor] = {}
+        output = FusedAttention.apply(query, key, value, get_engine(name), visibility, scaling, wanted, raw)
+        if recorder is not None:
+            recorder.record(layer, raw)
+        return output, None
+
+    return attend
+
+
+def padding_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask that streaming backends need: the (batch, key) vector of real tokens, nothing of queries × keys."""
+    return attention_mask

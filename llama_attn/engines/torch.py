@@ -1,0 +1,215 @@
+"""The engine in plain PyTorch: runs on every device, and is where new statistics are born.
+
+A block of query rows, the heads of one KV group stacked so that one matrix product serves the group, meets all the
+keys it may see. The softmax is taken in float32, each wanted statistic takes what it needs, and the block is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from llama_attn.stats.block import Block, Wanted
+from llama_attn.stats.table import Statistic
+from llama_attn.stats.visibility import Visibility
+
+# Bytes of scores held at once. Small enough that the passes over a block find it in the cache of a CPU, large enough
+# that the products stay efficient; measured in benchmarks/.
+BLOCK_BYTES = 4 * 2**20
+
+
+class Walk(NamedTuple):
+    """What one walk over a layer gives.
+
+    Args:
+        output: Attention output, (batch, query, head, channel); ``None`` without values.
+        logsumexp: ln Σ_j exp s_ij of every row, padding included, (batch, head, query).
+        raw: Running sums and rows of each statistic, before padding is marked.
+    """
+
+    output: Float[Tensor, "batch query head channel"] | None
+    logsumexp: Float[Tensor, "batch head query"]
+    raw: dict[str, Tensor]
+
+
+class _Scores(NamedTuple):
+    rows: range
+    scores: Float[Tensor, "batch head row key"]
+    queries: Float[Tensor, "groups rows channel"]
+
+
+def unavailable() -> str | None:
+    """PyTorch is always there."""
+    return None
+
+
+def knows(statistic: Statistic) -> bool:
+    """Every statistic has a streaming form for this engine."""
+    return True
+
+
+def walk(
+    query: Float[Tensor, "batch head query channel"],
+    key: Float[Tensor, "batch kv_head key channel"],
+    value: Float[Tensor, "batch kv_head key value_channel"] | None,
+    visibility: Visibility,
+    scaling: float,
+    wanted: Wanted | None = None,
+    block_rows: int | None = None,
+) -> Walk:
+    """Attention output and statistics of one layer, one block of query rows at a time.
+
+    Args:
+        query: Queries after RoPE.
+        key: Keys after RoPE and cache.
+        value: Values, to get the output too (fused); ``None`` to measure only (observed).
+        visibility: Who may see whom.
+        scaling: What scores are multiplied with.
+        wanted: What to measure; ``None`` for the output alone.
+        block_rows: Query rows per block; ``None`` for what fits `BLOCK_BYTES`. The result does not depend on it
+            beyond rounding.
+
+    Returns:
+        The output in the dtype of ``value``, the logsumexp and the raw statistics in float32 or wider.
+    """
+    batch, heads, num_queries, _ = query.shape
+    logsumexp = query.new_empty(batch, heads, num_queries, dtype=_compute_dtype(query))
+    output = None
+    if value is not None:
+        output = value.new_empty(batch, num_queries, heads, value.shape[-1])
+        value = value.to(logsumexp.dtype).flatten(0, 1)
+    raw: dict[str, Tensor] = {}
+    block_rows = block_rows or _block_rows(query, visibility)
+    # Without statistics nobody needs the centred scores again.
+    scratch = _scratch(query, visibility, block_rows) if wanted else None
+    for rows, scores, _ in _blocks(query, key, visibility, scaling, block_rows):
+        row_max = scores.amax(-1)
+        scores.sub_(row_max[..., None])
+        exponentials = scores if scratch is None else scratch[: scores.numel()].view_as(scores)
+        torch.exp(scores, out=exponentials)
+        row_sum = exponentials.sum(-1)
+        sees = row_max > _hidden_score(scores.dtype) / 2
+        inverse = torch.where(sees, row_sum.reciprocal(), 0)
+        span = slice(rows.start, rows.stop)
+        torch.add(row_max, row_sum.log(), out=logsumexp[:, :, span])
+        if value is not None and output is not None:
+            mixed = torch.bmm(exponentials.view(value.shape[0], -1, scores.shape[-1]), value[:, : scores.shape[-1]])
+            mixed = mixed.view(batch, heads, len(rows), -1) * inverse[..., None]
+            output[:, span] = rearrange(mixed, "b h q d -> b q h d")
+        if wanted:
+            real = visibility.real_queries[:, None, span]
+            block = Block(
+                scores, exponentials, row_max, row_sum, torch.where(real, inverse, 0), rows, visibility, wanted
+            )
+            _take(block, raw, num_queries)
+    return Walk(output, logsumexp, raw)
+
+
+def backward(
+    grad_output: Float[Tensor, "batch query head value_channel"],
+    query: Float[Tensor, "batch head query channel"],
+    key: Float[Tensor, "batch kv_head key channel"],
+    value: Float[Tensor, "batch kv_head key value_channel"],
+    output: Float[Tensor, "batch query head value_channel"],
+    logsumexp: Float[Tensor, "batch head query"],
+    visibility: Visibility,
+    scaling: float,
+    block_rows: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; the weights of each block are computed again from the logsumexp.
+
+    Source: Dao et al., arXiv 2205.14135, algorithm 4.
+    """
+    dtype = logsumexp.dtype
+    grad_query = torch.empty_like(query, dtype=dtype)
+    grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
+    grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    stacked_key, stacked_value = key.to(dtype).flatten(0, 1), value.to(dtype).flatten(0, 1)
+    # Σ_j A_ij (dO_i · v_j) = dO_i · O_i
+    shift = rearrange((grad_output.to(dtype) * output.to(dtype)).sum(-1), "b q h -> b h q")
+    block_rows = block_rows or _block_rows(query, visibility)
+    for rows, scores, queries in _blocks(query, key, visibility, scaling, block_rows):
+        span, num_keys = slice(rows.start, rows.stop), scores.shape[-1]
+        sees = logsumexp[:, :, span] > _hidden_score(dtype) / 2
+        weights = scores.sub_(logsumexp[:, :, span, None]).exp_().mul_(sees[..., None])
+        grad_rows = rearrange(grad_output[:, span].to(dtype), "b q h d -> b h q d")
+        stacked_weights = weights.view(len(stacked_key), -1, num_keys)
+        stacked_grad = grad_rows.reshape(len(stacked_key), -1, value.shape[-1])
+        grad_value.flatten(0, 1)[:, :num_keys].baddbmm_(stacked_weights.mT, stacked_grad)
+        grad_weights = torch.bmm(stacked_grad, stacked_value[:, :num_keys].mT).view_as(weights)
+        grad_scores = grad_weights.sub_(shift[:, :, span, None]).mul_(weights).view_as(stacked_weights)
+        # ``queries`` already carry the scaling.
+        grad_key.flatten(0, 1)[:, :num_keys].baddbmm_(grad_scores.mT, queries)
+        grad_query[:, :, span] = torch.bmm(grad_scores, stacked_key[:, :num_keys]).view(*query.shape[:2], len(rows), -1)
+    return (grad_query * scaling).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _blocks(
+    query: Tensor, key: Tensor, visibility: Visibility, scaling: float, block_rows: int
+) -> Iterator[_Scores]:
+    """The scaled scores of one block of rows after another, hidden keys at `_hidden_score`.
+
+    The scores of a block are overwritten by the next.
+    """
+    dtype = _compute_dtype(query)
+    batch, heads, num_queries, channels = query.shape
+    kv_heads = key.shape[1]
+    stacked_key = key.to(dtype).flatten(0, 1).mT
+    scratch = _scratch(query, visibility, block_rows)
+    for start in range(0, num_queries, block_rows):
+        rows = range(start, min(start + block_rows, num_queries))
+        num_keys = visibility.num_keys_of(rows)
+        queries = query[:, :, rows.start : rows.stop].to(dtype) * scaling
+        queries = queries.reshape(batch * kv_heads, -1, channels)
+        scores = scratch[: batch * heads * len(rows) * num_keys].view(batch, heads, len(rows), num_keys)
+        torch.bmm(queries, stacked_key[..., :num_keys], out=scores.view(batch * kv_heads, -1, num_keys))
+        if (bias := visibility.bias(rows)) is not None:
+            scores += bias
+        for hidden, first in visibility.hidden(rows):
+            scores[..., first:].masked_fill_(hidden, _hidden_score(dtype))
+        yield _Scores(rows, scores, queries)
+
+
+def _take(block: Block, raw: dict[str, Tensor], num_queries: int) -> None:
+    """Let each wanted statistic take what it needs from the block."""
+    for statistic in block.wanted.statistics:
+        taken = statistic.stream(block)
+        if statistic.per_query:
+            if statistic.name not in raw:
+                raw[statistic.name] = taken.new_empty(*taken.shape[:2], num_queries, *taken.shape[3:])
+            raw[statistic.name][:, :, block.rows.start : block.rows.stop] = taken
+        elif statistic.dims[-1] == "key":
+            if statistic.name not in raw:
+                raw[statistic.name] = taken.new_zeros(*taken.shape[:2], block.visibility.num_keys)
+            raw[statistic.name][..., : taken.shape[-1]] += taken
+        elif statistic.name in raw:
+            raw[statistic.name] += taken
+        else:
+            raw[statistic.name] = taken
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _hidden_score(dtype: torch.dtype) -> float:
+    # Finite, so that a zero weight times a hidden score is zero, and far enough from the largest float that
+    # subtracting a row maximum cannot overflow.
+    return torch.finfo(dtype).min / 4
+
+
+def _scratch(query: Tensor, visibility: Visibility, block_rows: int) -> Tensor:
+    """Memory for one block that the next uses again, since fresh pages cost more than the arithmetic."""
+    batch, heads, num_queries, _ = query.shape
+    size = batch * heads * min(block_rows, num_queries) * visibility.num_keys
+    return query.new_empty(size, dtype=_compute_dtype(query))
+
+
+def _block_rows(query: Tensor, visibility: Visibility) -> int:
+    row_bytes = query.shape[0] * query.shape[1] * visibility.num_keys * _compute_dtype(query).itemsize
+    return max(16, min(256, BLOCK_BYTES // max(1, row_bytes)))

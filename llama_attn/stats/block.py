@@ -1,0 +1,131 @@
+"""A block of query rows against all the keys they may see: what the streaming form of a statistic is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.table import Statistic
+from llama_attn.stats.visibility import Visibility
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What an engine is asked to measure in one forward, the same for every layer.
+
+    Args:
+        statistics: Entries of the table that are measured on attention weights.
+        config: Their parameters.
+        segments: Segment of every key, −1 for none, (batch, key).
+        num_segments: How many segments there are.
+    """
+
+    statistics: Sequence[Statistic]
+    config: AttentionStatsConfig
+    segments: Int[Tensor, "batch key"] | None = None
+    num_segments: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Scores and weights of some query rows, all heads, for the keys 0 … ``num_keys`` − 1 that they could see.
+
+    Args:
+        centred: Scaled scores less their row maximum [logit], (batch, head, row, key). Hidden keys hold a huge
+            negative number, never −inf, so that products with their zero weight stay zero.
+        exponentials: exp of the above, zero for hidden keys, (batch, head, row, key).
+        row_max: Largest score of each row [logit], (batch, head, row).
+        row_sum: Sum of the exponentials of each row, (batch, head, row).
+        scale: 1 / row_sum, and 0 for rows that are padding or see nothing, (batch, head, row).
+        rows: Which of the measured queries these are.
+        visibility: Who may see whom.
+        wanted: What is measured, and its parameters.
+    """
+
+    centred: Float[Tensor, "batch head row key"]
+    exponentials: Float[Tensor, "batch head row key"]
+    row_max: Float[Tensor, "batch head row"]
+    row_sum: Float[Tensor, "batch head row"]
+    scale: Float[Tensor, "batch head row"]
+    rows: range
+    visibility: Visibility
+    wanted: Wanted
+
+    @property
+    def config(self) -> AttentionStatsConfig:
+        """Parameters of the statistics."""
+        return self.wanted.config
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys in this block, counted from the first key of the row."""
+        return self.exponentials.shape[-1]
+
+    @cached_property
+    def weights(self) -> Float[Tensor, "batch head row key"]:
+        """Attention weights [probability]; zero for hidden keys and in padding rows."""
+        return self.exponentials * self.scale[..., None]
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "batch head row key"]:
+        """Scaled scores [logit]; meaningless where a key is hidden."""
+        return self.centred + self.row_max[..., None]
+
+    @cached_property
+    def visible(self) -> Bool[Tensor, "_ _ row key"]:
+        """Whether a real query sees a key; broadcasts over batch and heads."""
+        return self.visibility.visible(self.rows) & self.real_rows[:, None, :, None]
+
+    @property
+    def real_rows(self) -> Bool[Tensor, "batch row"]:
+        """Whether each row is a real query."""
+        return self.visibility.real_queries[:, self.rows.start : self.rows.stop]
+
+    @property
+    def query_positions(self) -> Int[Tensor, " row"]:
+        """Absolute position of each row [token]."""
+        return self.visibility.query_positions[self.rows.start : self.rows.stop]
+
+    @cached_property
+    def distance(self) -> Int[Tensor, "row key"]:
+        """How far each key lies behind each query [token]; |i − j| where a query may see later keys."""
+        keys = torch.arange(self.num_keys, device=self.exponentials.device)
+        signed = self.query_positions[:, None] - keys
+        return signed if self.visibility.causal else signed.abs()
+
+    @cached_property
+    def topk(self) -> tuple[Float[Tensor, "batch head row rank"], Int[Tensor, "batch head row rank"]]:
+        """The ``top_k`` largest centred scores and their keys, ties to the lower index; missing ones are −inf."""
+        k = min(self.config.top_k, self.num_keys)
+        values, keys = self.centred.topk(k)
+        # torch.topk breaks ties as it likes. Ties inside the k are put in order; where a tie reaches beyond the
+        # k, the block is sorted instead.
+        last = values[..., -1:]
+        if bool(((self.centred == last).sum(-1) > (values == last).sum(-1)).any()):
+            values, keys = self.centred.sort(dim=-1, descending=True, stable=True)
+            values, keys = values[..., :k], keys[..., :k]
+        else:
+            keys, order = keys.sort(dim=-1)
+            values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+            keys = keys.gather(-1, order)
+        seen = values > torch.finfo(values.dtype).min / 16
+        values = values.masked_fill(~seen, -torch.inf)
+        missing = self.config.top_k - k
+        return torch.nn.functional.pad(values, (0, missing), value=-torch.inf), torch.nn.functional.pad(keys, (0, missing))
+
+    def mean(self, columns: Float[Tensor, "*batch key"]) -> Float[Tensor, "batch head row"]:
+        """Σ_j A_ij c_j for a number per key, (key) or (batch, key)."""
+        if columns.ndim == 2:
+            columns = columns[:, None, :, None]
+            return torch.matmul(self.exponentials, columns).squeeze(-1) * self.scale
+        return torch.mv(self.exponentials.flatten(0, 2), columns).view_as(self.scale) * self.scale
+
+    def received(self) -> Float[Tensor, "batch head key"]:
+        """Σ_i A_ij over the rows of this block."""
+        return torch.matmul(self.scale[..., None, :], self.exponentials).squeeze(-2)

@@ -1,0 +1,131 @@
+"""What to measure: the configuration that a user passes as ``output_attention_stats``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from llama_attn.stats.table import default_statistics, statistics_table
+
+Segments = torch.Tensor | Sequence[Sequence[str | None]]
+
+
+@dataclass(frozen=True)
+class AttentionStatsConfig:
+    """Which statistics of which heads to measure.
+
+    Args:
+        statistics: Names from the table of statistics, or ``"all"`` for everything the call allows.
+        layers: Layer indices to measure; ``None`` for all.
+        heads: Query-head indices to measure; ``None`` for all. KV heads are never filtered.
+        sink_tokens: Number of real keys at the start of a sequence that count as the sink [tokens].
+        window: Distances 0 ≤ i − j < window count as local [tokens].
+        top_k: Number of most attended keys kept per query.
+        map_size: Largest number of bins along each axis of a map.
+        norms: Add every norm of hidden states, keys and values to the selection.
+        segments: Integer tensor (batch, key), −1 for "none", or one list of labels per sample; adds
+            ``segment_mass``.
+        query_stride: Measure queries 0, s, 2s … of the row only.
+        offload: ``"cpu"`` moves every layer's numbers to the CPU as soon as they exist.
+        engine: Name of the engine that measures; ``None`` leaves the choice to the written rule.
+
+    Raises:
+        ValueError: An unknown statistic, or a number that is not a positive integer.
+    """
+
+    statistics: tuple[str, ...] | str = field(default_factory=default_statistics)
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    sink_tokens: int = 1
+    window: int = 64
+    top_k: int = 8
+    map_size: int = 64
+    norms: bool = False
+    segments: Segments | None = field(default=None, compare=False, repr=False)
+    query_stride: int = 1
+    offload: str | None = None
+    engine: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.statistics != "all":
+            names = (self.statistics,) if isinstance(self.statistics, str) else tuple(self.statistics)
+            known = statistics_table()
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise ValueError(f'statistics: unknown {unknown}; there are {sorted(known)}, or "all"')
+            if not names and not self.norms:
+                raise ValueError("statistics: expected at least one name (or norms=True), got none")
+            object.__setattr__(self, "statistics", tuple(dict.fromkeys(names)))
+        for name in ("layers", "heads"):
+            object.__setattr__(self, name, _indices(name, getattr(self, name)))
+        for name in ("sink_tokens", "window", "top_k", "map_size", "query_stride"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {number!r}")
+        if not isinstance(self.norms, bool):
+            raise ValueError(f"norms: expected True or False, got {self.norms!r}")
+        if self.offload not in (None, "cpu"):
+            raise ValueError(f'offload: expected None or "cpu", got {self.offload!r}')
+        if self.engine is not None and not isinstance(self.engine, str):
+            raise ValueError(f"engine: expected None or the name of an engine, got {self.engine!r}")
+
+    @classmethod
+    def from_argument(cls, value: bool | AttentionStatsConfig | None) -> AttentionStatsConfig | None:
+        """Read an ``output_attention_stats`` argument: None and False are off, True is the default set.
+
+        Raises:
+            ValueError: Anything else that is not a configuration.
+        """
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        raise ValueError(f"output_attention_stats: expected None, a bool or an AttentionStatsConfig, got {value!r}")
+
+    def selected(self, axis: str, available: int) -> tuple[int, ...]:
+        """The indices chosen on ``axis`` ("layers" or "heads") of a model that has ``available`` of them.
+
+        Raises:
+            ValueError: An index the model does not have.
+        """
+        chosen: tuple[int, ...] | None = getattr(self, axis)
+        if chosen is None:
+            return tuple(range(available))
+        unknown = [index for index in chosen if index >= available]
+        if unknown:
+            raise ValueError(f"{axis}: unknown {unknown}; the model has {axis} 0 to {available - 1}")
+        return chosen
+
+    def bin_width(self, num_keys: int) -> int:
+        """Tokens per bin of a map: the smallest power of two that needs no more than ``map_size`` bins."""
+        width = 1
+        while -(-num_keys // width) > self.map_size:
+            width *= 2
+        return width
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the segments, as plain JSON types."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "segments"}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> AttentionStatsConfig:
+        """The inverse of `to_json`."""
+        return cls(**data)
+
+
+def _indices(name: str, value: Sequence[int] | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        indices = tuple(value)
+    except TypeError:
+        indices = ()
+    valid = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in indices)
+    if not indices or not valid or len(set(indices)) != len(indices):
+        raise ValueError(f"{name}: expected None or distinct indices from 0 up, got {value!r}")
+    return indices

@@ -1,0 +1,334 @@
+"""The statistics of one run, labelled: what ``outputs.attention_stats`` is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama_attn.files import complete_file
+from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.table import DIMENSIONS, Statistic
+
+if TYPE_CHECKING:
+    import xarray
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = "llama_attn.AttentionStats"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a tensor of numbers is.
+
+    Args:
+        dims: Names of its axes.
+        unit: Unit of its numbers.
+        meaning: One line in words.
+        source: Where the definition comes from.
+    """
+
+    dims: tuple[str, ...]
+    unit: str
+    meaning: str
+    source: str
+
+    @classmethod
+    def of(cls, statistic: Statistic) -> Label:
+        """The label of an entry of the table."""
+        return cls(statistic.dims, statistic.unit, statistic.meaning, statistic.source)
+
+
+VISIBILITY_LABELS = {
+    "visible_keys": Label(("batch", "query"), "keys", "real keys that each query sees", "llama_attn"),
+    "visible_queries": Label(("batch", "key"), "queries", "measured queries that see each key", "llama_attn"),
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttentionStats:
+    """Statistics of every measured head, with what is needed to read them.
+
+    ``stats["entropy"]`` is the tensor; `to_xarray` gives the same with named axes, coordinates and units.
+    Positions that are padding are NaN, or −1 in integer statistics.
+
+    Args:
+        values: The tensors by name, ``visible_keys`` and ``visible_queries`` among them.
+        labels: Dims, unit, meaning and source of each.
+        config: What was asked for.
+        layers: Indices of the measured layers, in the order of the layer axis.
+        heads: Indices of the measured query heads, in the order of the head axis.
+        num_layers: Layers of the model; the last entry of the ``hidden_layer`` axis is the output of the last.
+        queries: Absolute positions of the measured queries [token].
+        tokens: Token strings of every row of the key axis; set by `with_tokens`.
+        segments: Names of the segments.
+        backend: Attention backend that computed the output.
+        engine: Engine that measured.
+        model: Name or path of the model.
+        replayed: Whether the numbers come from an extra forward over what `generate` returned.
+    """
+
+    values: dict[str, Tensor]
+    labels: dict[str, Label]
+    config: AttentionStatsConfig
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    num_layers: int
+    queries: range
+    tokens: list[list[str]] | None = None
+    segments: tuple[str, ...] | None = None
+    backend: str = ""
+    engine: str = ""
+    model: str = ""
+    replayed: bool = field(default=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the statistics, in the order of the table."""
+        return tuple(name for name in self.values if name not in VISIBILITY_LABELS)
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """Coordinates of the ``hidden_layer`` axis: inputs of the measured layers, then the last layer's output."""
+        return (*self.layers, self.num_layers)
+
+    @property
+    def visible_keys(self) -> Tensor:
+        """Real keys that each measured query sees, (batch, query), int32."""
+        return self.values["visible_keys"]
+
+    @property
+    def visible_queries(self) -> Tensor:
+        """Measured real queries that see each key, (batch, key), int32."""
+        return self.values["visible_queries"]
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.visible_queries.shape[0]
+
+    @property
+    def num_keys(self) -> int:
+        """Length of the key axis."""
+        return self.visible_queries.shape[1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self.values[name]
+        except KeyError:
+            raise KeyError(f"no statistic {name!r}; there are {list(self.values)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.values.values())
+        lines = [
+            f"AttentionStats: {len(self.layers)} layers × {len(self.heads)} heads, batch {self.batch}, "
+            f"{len(self.queries)} queries, {self.num_keys} keys, {size / 2**20:.1f} MiB",
+            f"  measured by {self.engine!r} on backend {self.backend!r}"
+            + (f" of {self.model}" if self.model else "")
+            + ("" if self.tokens is None else ", with tokens"),
+        ]
+        width = max((len(name) for name in self.values), default=0)
+        for name, tensor in self.values.items():
+            label = self.labels[name]
+            axes = ", ".join(f"{dim}: {size}" for dim, size in zip(label.dims, tensor.shape, strict=True))
+            lines.append(f"  {name:<{width}}  ({axes})  [{label.unit}]")
+        return "\n".join(lines)
+
+    def with_tokens(self, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor | Sequence[Any]) -> AttentionStats:
+        """A copy that knows its token strings, which pictures use as labels.
+
+        Args:
+            tokenizer: Turns ids into strings.
+            input_ids: Ids of the key axis, (batch, key) or (key). After ``generate`` the returned sequences
+                may be given: the one token at the end that was never fed is dropped.
+
+        Raises:
+            ValueError: Another shape.
+        """
+        ids = torch.as_tensor(input_ids)
+        ids = ids[None] if ids.ndim == 1 else ids
+        if ids.ndim == 2 and ids.shape[1] == self.num_keys + 1:
+            ids = ids[:, :-1]
+        if ids.shape != (self.batch, self.num_keys):
+            raise ValueError(f"input_ids: expected shape {(self.batch, self.num_keys)}, got {tuple(ids.shape)}")
+        return replace(self, tokens=[tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()])
+
+    def select(
+        self,
+        layers: Sequence[int] | int | None = None,
+        heads: Sequence[int] | int | None = None,
+        batch: Sequence[int] | int | None = None,
+    ) -> AttentionStats:
+        """Some layers, heads and rows, by the indices that ``layers`` and ``heads`` name.
+
+        Every axis stays, with length 1 for a single index. KV heads are not filtered.
+
+        Raises:
+            ValueError: An index that was not measured.
+        """
+        chosen_layers, at_layer = _positions("layers", layers, self.layers)
+        chosen_heads, at_head = _positions("heads", heads, self.heads)
+        chosen_rows, at_row = _positions("batch", batch, tuple(range(self.batch)))
+        index = {"layer": at_layer, "hidden_layer": [*at_layer, len(self.layers)], "head": at_head, "batch": at_row}
+        values = {}
+        for name, tensor in self.values.items():
+            for axis, dim in enumerate(self.labels[name].dims):
+                if dim in index and len(index[dim]) != tensor.shape[axis]:
+                    tensor = tensor.index_select(axis, torch.tensor(index[dim], device=tensor.device))
+            values[name] = tensor
+        tokens = None if self.tokens is None else [self.tokens[row] for row in chosen_rows]
+        return replace(self, values=values, layers=chosen_layers, heads=chosen_heads, tokens=tokens)
+
+    def coordinates(self) -> dict[str, Sequence[int] | Sequence[str]]:
+        """The values of every axis: indices, positions in tokens, left edges of bins, names of segments."""
+        width = self.config.bin_width(self.num_keys)
+        edges = range(0, self.num_keys, width)
+        coordinates: dict[str, Sequence[int] | Sequence[str]] = {
+            "layer": self.layers,
+            "hidden_layer": self.hidden_layers,
+            "batch": range(self.batch),
+            "head": self.heads,
+            "query": self.queries,
+            "key": range(self.num_keys),
+            "query_bin": edges,
+            "key_bin": edges,
+            "distance_bin": [2**b - 1 for b in range(self.num_keys.bit_length())],
+            "rank": range(self.config.top_k),
+        }
+        if self.segments is not None:
+            coordinates["segment"] = self.segments
+        return coordinates
+
+    def to_xarray(self) -> xarray.Dataset:
+        """The same numbers as an ``xarray.Dataset`` with named axes, coordinates, units and sources.
+
+        Raises:
+            ImportError: xarray is not installed.
+        """
+        try:
+            import xarray
+        except ImportError as error:
+            raise ImportError("to_xarray needs xarray: pip install 'llama_attn[analysis]'") from error
+        variables = {}
+        for name, tensor in self.values.items():
+            label = self.labels[name]
+            attrs = {"units": label.unit, "long_name": label.meaning or name, "source": label.source}
+            variables[name] = (label.dims, tensor.detach().cpu().numpy(), attrs)
+        known = self.coordinates()
+        sizes = {dim: size for name in self.values for dim, size in zip(self.labels[name].dims, self[name].shape, strict=True)}
+        coords: dict[str, Any] = {dim: list(known.get(dim, range(size))) for dim, size in sizes.items()}
+        if self.tokens is not None:
+            coords["key_token"] = (("batch", "key"), self.tokens)
+            coords["query_token"] = (("batch", "query"), [[row[i] for i in self.queries] for row in self.tokens])
+        attrs = {"backend": self.backend, "engine": self.engine, "model": self.model, "num_layers": self.num_layers}
+        attrs |= {"replayed": int(self.replayed), "config": json.dumps(self.config.to_json())}
+        return xarray.Dataset(variables, coords, attrs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file whose header holds everything that is not a tensor.
+
+        The file appears under its name only once it is complete.
+
+        Raises:
+            FileNotFoundError: The folder does not exist.
+        """
+        header = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "values"}
+        header["version"] = FORMAT_VERSION
+        header["config"] = self.config.to_json()
+        header["labels"] = {name: asdict(label) for name, label in self.labels.items()}
+        header["queries"] = [self.queries.start, self.queries.stop, self.queries.step]
+        # Copies, since safetensors refuses tensors that share memory.
+        tensors = {name: torch.clone(t.detach().cpu(), memory_format=torch.contiguous_format) for name, t in self.values.items()}
+        with complete_file(path) as unfinished:
+            save_file(tensors, unfinished, metadata={FORMAT: json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AttentionStats:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is truncated, damaged, or was not written by `save`.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"path: there is no file {str(path)!r}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if FORMAT not in metadata:
+                    raise ValueError(f"path: {str(path)!r} was not written by AttentionStats.save")
+                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"path: {str(path)!r} is not a complete safetensors file ({error})") from error
+        try:
+            return cls._from_header(json.loads(metadata[FORMAT]), values)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"path: the header of {str(path)!r} is damaged ({error})") from error
+
+    @classmethod
+    def _from_header(cls, header: dict[str, Any], values: dict[str, Tensor]) -> AttentionStats:
+        if header.pop("version") != FORMAT_VERSION:
+            raise ValueError(f"expected format version {FORMAT_VERSION}; a newer llama_attn wrote it")
+        header["config"] = AttentionStatsConfig.from_json(header["config"])
+        labels = header["labels"] = {
+            name: Label(tuple(label["dims"]), label["unit"], label["meaning"], label["source"])
+            for name, label in header["labels"].items()
+        }
+        header["queries"] = range(*header["queries"])
+        for name in ("layers", "heads", "segments"):
+            header[name] = None if header[name] is None else tuple(header[name])
+        stats = cls(values={name: values[name] for name in labels}, **header)
+        lengths = {dim: len(coordinate) for dim, coordinate in stats.coordinates().items()}
+        for name, tensor in stats.values.items():
+            dims = labels[name].dims
+            unknown = [dim for dim in dims if dim not in DIMENSIONS]
+            expected = tuple(lengths.get(dim, size) for dim, size in zip(dims, tensor.shape, strict=True))
+            if unknown or tuple(tensor.shape) != expected:
+                raise ValueError(f"{name}: expected {dims} of {expected}, got {tuple(tensor.shape)}")
+        if stats.tokens is not None and [len(row) for row in stats.tokens] != [stats.num_keys] * stats.batch:
+            raise ValueError("tokens: as many as keys expected in every row")
+        return stats
+
+
+def _positions(
+    axis: str, chosen: Sequence[int] | int | None, available: tuple[int, ...]
+) -> tuple[tuple[int, ...], list[int]]:
+    """The chosen indices and where they stand on their axis."""
+    if chosen is None:
+        return available, list(range(len(available)))
+    indices = (chosen,) if isinstance(chosen, int) else tuple(chosen)
+    unknown = [index for index in indices if index not in available]
+    if unknown or not indices:
+        raise ValueError(f"{axis}: expected some of {list(available)}, got {list(indices)}")
+    return indices, [available.index(index) for index in indices]
+
+
+def _flatten(stats: AttentionStats) -> tuple[list[Tensor], tuple[tuple[str, ...], AttentionStats]]:
+    return list(stats.values.values()), (tuple(stats.values), replace(stats, values={}))
+
+
+def _unflatten(leaves: Any, context: tuple[tuple[str, ...], AttentionStats]) -> AttentionStats:
+    names, stats = context
+    return replace(stats, values=dict(zip(names, leaves, strict=True)))
+
+
+torch.utils._pytree.register_pytree_node(AttentionStats, _flatten, _unflatten)  # type: ignore[attr-defined]

@@ -1,0 +1,41 @@
+"""Statistics of one key: how much attention it receives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llama_attn.stats.block import Block
+from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.reference import Reference
+from llama_attn.stats.table import Statistic
+from llama_attn.stats.visibility import Visibility
+
+KEY_DIMS = ("layer", "batch", "head", "key")
+
+
+def _per_visible_query(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
+    return total / visibility.visible_queries_per_head
+
+
+def _received_textbook(reference: Reference) -> Tensor:
+    seen_by = (reference.visible & reference.real_queries[:, None, :, None]).sum(-2)
+    return _received_total_textbook(reference) / seen_by
+
+
+def _received_total_textbook(reference: Reference) -> Tensor:
+    return torch.where(reference.real_queries[:, None, :, None], reference.weights, 0).sum(-2)
+
+
+STATISTICS = (
+    Statistic(
+        "received", KEY_DIMS, "probability", "Gu et al., arXiv 2410.10781 (importance of a key, α)",
+        stream=Block.received, textbook=_received_textbook, finish=_per_visible_query, default=True,
+        meaning="mean attention weight a key receives from the queries that see it",
+    ),
+    Statistic(
+        "received_total", KEY_DIMS, "attention", "Zhang et al., arXiv 2306.14048 (H2O, accumulated attention)",
+        stream=Block.received, textbook=_received_total_textbook,
+        meaning="attention weight a key receives from all queries",
+    ),
+)  # fmt: skip

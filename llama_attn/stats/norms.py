@@ -1,0 +1,118 @@
+"""Norms of the residual stream, of keys and of values: statistics of tensors rather than of weights."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llama_attn.stats.reference import Reference
+from llama_attn.stats.table import Statistic
+
+HIDDEN_DIMS = ("hidden_layer", "batch", "query")
+SUN = "Sun et al., arXiv 2402.17762 (massive activations)"
+
+
+def _l2(states: Float[Tensor, "*batch channel"]) -> Float[Tensor, "*batch"]:
+    return torch.linalg.vector_norm(states, dim=-1)
+
+
+def _mean_norm(states: Float[Tensor, "batch kv_head key channel"]) -> Float[Tensor, "batch key"]:
+    return _l2(states.mean(1))
+
+
+def _median(states: Float[Tensor, "batch query channel"]) -> Float[Tensor, "batch query"]:
+    # The mean of the two middle values when their number is even, which torch.median is not.
+    magnitudes, channels = states.abs(), states.shape[-1]
+    upper = magnitudes.kthvalue(channels // 2 + 1, dim=-1).values
+    if channels % 2:
+        return upper
+    return (magnitudes.kthvalue(channels // 2, dim=-1).values + upper) / 2
+
+
+def _max_channel(states: Float[Tensor, "batch query channel"]) -> Int[Tensor, "batch query"]:
+    return states.abs().argmax(-1).int()
+
+
+def _value_output_norm(
+    value: Float[Tensor, "batch kv_head key channel"], output_weight: Float[Tensor, "head hidden channel"]
+) -> Float[Tensor, "batch head key"]:
+    # ‖W v‖ = ‖R v‖ with W = QR: a channel × channel product per key in place of one with the whole hidden size.
+    triangles = torch.linalg.qr(output_weight, mode="r").R
+    groups = triangles.shape[0] // value.shape[1]
+    triangles = triangles.unflatten(0, (value.shape[1], groups))
+    norms = [_l2(torch.matmul(value, triangles[:, group].mT)) for group in range(groups)]
+    return torch.stack(norms, dim=2).flatten(1, 2)
+
+
+def _hidden(reference: Reference) -> Tensor:
+    if reference.hidden is None:
+        raise ValueError("hidden: the reference has no hidden states")
+    return reference.hidden.double()
+
+
+def _value(reference: Reference) -> Tensor:
+    if reference.value is None:
+        raise ValueError("value: the reference has no values")
+    return reference.value.double()
+
+
+def _value_output_textbook(reference: Reference) -> Tensor:
+    if reference.output_weight is None:
+        raise ValueError("output_weight: the reference has no output projection")
+    heads, kv_heads = reference.query.shape[1], reference.key.shape[1]
+    value = _value(reference).repeat_interleave(heads // kv_heads, dim=1)
+    weight = reference.output_weight.double().unflatten(1, (heads, -1))
+    return torch.einsum("bhkd,mhd->bhkm", value, weight).norm(dim=-1)
+
+
+STATISTICS = (
+    Statistic(
+        "hidden_norm", HIDDEN_DIMS, "activation", SUN, observes="hidden", stream=_l2,
+        textbook=lambda reference: _hidden(reference).square().sum(-1).sqrt(),
+        meaning="L2 norm of the residual stream",
+    ),
+    Statistic(
+        "hidden_max", HIDDEN_DIMS, "activation", SUN, observes="hidden",
+        stream=lambda states: states.abs().amax(-1),
+        textbook=lambda reference: _hidden(reference).abs().amax(-1),
+        meaning="largest magnitude in the residual stream",
+    ),
+    Statistic(
+        "hidden_max_channel", HIDDEN_DIMS, "channel", SUN, observes="hidden", stream=_max_channel,
+        textbook=lambda reference: _hidden(reference).abs().argmax(-1), dtype=torch.int32,
+        meaning="channel of the largest magnitude",
+    ),
+    Statistic(
+        "hidden_median", HIDDEN_DIMS, "activation", SUN, observes="hidden", stream=_median,
+        textbook=lambda reference: _hidden(reference).abs().quantile(0.5, dim=-1),
+        meaning="median magnitude in the residual stream",
+    ),
+    Statistic(
+        "key_norm", ("layer", "batch", "kv_head", "key"), "activation", "Devoto et al., arXiv 2406.11430",
+        observes="key", stream=_l2, textbook=lambda reference: reference.key.double().square().sum(-1).sqrt(),
+        meaning="L2 norm of each key after RoPE",
+    ),
+    Statistic(
+        "value_norm", ("layer", "batch", "kv_head", "key"), "activation", "Guo et al., arXiv 2406.12335",
+        observes="value", stream=_l2, textbook=lambda reference: _value(reference).square().sum(-1).sqrt(),
+        meaning="L2 norm of each value",
+    ),
+    Statistic(
+        "key_mean_norm", ("layer", "batch", "key"), "activation", "norm of the mean over KV heads",
+        observes="key", stream=_mean_norm,
+        textbook=lambda reference: reference.key.double().mean(1).square().sum(-1).sqrt(),
+        meaning="L2 norm of the keys averaged over heads",
+    ),
+    Statistic(
+        "value_mean_norm", ("layer", "batch", "key"), "activation", "norm of the mean over KV heads",
+        observes="value", stream=_mean_norm,
+        textbook=lambda reference: _value(reference).mean(1).square().sum(-1).sqrt(),
+        meaning="L2 norm of the values averaged over heads",
+    ),
+    Statistic(
+        "value_output_norm", ("layer", "batch", "head", "key"), "activation", "Kobayashi et al., arXiv 2004.10102",
+        observes="value_output", stream=_value_output_norm, textbook=_value_output_textbook,
+        meaning="L2 norm of each value after its head's output projection",
+    ),
+)  # fmt: skip

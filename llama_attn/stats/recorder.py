@@ -1,0 +1,240 @@
+"""Collects what the layers of one forward measure, and turns it into `AttentionStats`.
+
+A plain object that travels through the keyword arguments of the forward: anything that looked like a dict or a
+dataclass would be copied on the way by accelerate or FSDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_attn.stats.block import Wanted
+from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.container import VISIBILITY_LABELS, AttentionStats, Label
+from llama_attn.stats.segments import read_segments
+from llama_attn.stats.table import Statistic, statistics_table
+from llama_attn.stats.visibility import Visibility
+
+
+class Recorder:
+    """What one forward measures.
+
+    Args:
+        config: What to measure.
+        engine: Name of the engine that measures beside the backend.
+        walk: Its walk.
+        num_layers: Layers of the model.
+        num_heads: Query heads of each layer.
+        backend: Name of the attention backend.
+        model: Name or path of the model.
+
+    Raises:
+        ValueError: A layer or head that the model does not have.
+    """
+
+    def __init__(
+        self,
+        config: AttentionStatsConfig,
+        *,
+        engine: str,
+        walk: Callable[..., Any],
+        num_layers: int,
+        num_heads: int,
+        backend: str,
+        model: str = "",
+    ) -> None:
+        self.config = config
+        self.layers = config.selected("layers", num_layers)
+        self.heads = config.selected("heads", num_heads)
+        self.engine, self._walk = engine, walk
+        self._all_heads = self.heads == tuple(range(num_heads))
+        self.num_layers, self._backend, self._model = num_layers, backend, model
+        self._statistics = wanted_statistics(config)
+        self._recorded: dict[tuple[str, int], Tensor] = {}
+        self._visibility: Visibility | None = None
+        self._wanted: Wanted | None = None
+        self._segment_names: tuple[str, ...] | None = None
+        self._closed = False
+
+    def start(self, visibility: Visibility) -> None:
+        """Say who sees whom, before the first layer runs.
+
+        Raises:
+            ValueError: Segments of the wrong shape.
+        """
+        segments, self._segment_names = read_segments(
+            self.config.segments, (visibility.batch, visibility.num_keys), visibility.device
+        )
+        self._visibility = visibility.strided(self.config.query_stride)
+        on_blocks = [statistic for statistic in self._statistics if not statistic.is_norm]
+        self._wanted = Wanted(on_blocks, self.config, segments, len(self._segment_names or ()))
+
+    def visibility_on(self, device: torch.device) -> Visibility:
+        """Who sees whom, for the measured queries, on ``device``."""
+        if self._visibility is None:
+            raise RuntimeError("the recorder was not started; statistics need llama_attn's LlamaModel")
+        # Kept, so that layers on the same device share the vectors it computes.
+        self._visibility = self._visibility.to(device)
+        return self._visibility
+
+    def wants(self, layer: int) -> bool:
+        """Whether ``layer`` is measured; never again once the forward is over (checkpointing runs layers twice)."""
+        return not self._closed and layer in self.layers
+
+    def fused(self, layer: int) -> Wanted | None:
+        """What a backend may measure from its own blocks; ``None`` if it should measure nothing.
+
+        A subset of heads or queries is cheaper to measure beside the backend.
+        """
+        whole = self._all_heads and self.config.query_stride == 1
+        return self._wanted if whole and self.wants(layer) and self._wanted and self._wanted.statistics else None
+
+    def record(self, layer: int, raw: Mapping[str, Tensor]) -> None:
+        """Keep what was measured in ``layer``."""
+        for name, tensor in raw.items():
+            self._recorded[name, layer] = tensor.detach().to(self.config.offload or tensor.device)
+
+    @torch.no_grad()
+    def record_hidden(self, layer: int, states: Tensor) -> None:
+        """Measure the residual stream that enters ``layer``; the number of layers stands for the last one's output."""
+        if self._closed or (layer != self.num_layers and layer not in self.layers):
+            return
+        states = _wide(self._strided(states, 1))
+        self.record(layer, {s.name: s.stream(states) for s in self._statistics if s.observes == "hidden"})
+
+    @torch.no_grad()
+    def observe(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        output_weight: Callable[[], Tensor],
+    ) -> None:
+        """Measure ``layer`` beside its backend: statistics that the backend has not recorded itself, and norms.
+
+        Args:
+            layer: Index of the layer.
+            query: Queries after RoPE, (batch, head, query, channel).
+            key: Keys after RoPE and cache, (batch, kv_head, key, channel).
+            value: Values after the cache.
+            scaling: What scores are multiplied with.
+            output_weight: Gives the weight of ``o_proj`` by head, (head, hidden, channel).
+        """
+        if not self.wants(layer) or self._wanted is None:
+            return
+        visibility = self.visibility_on(query.device)
+        key, value = key[:, :, : visibility.num_keys], value[:, :, : visibility.num_keys]
+        # Under autocast a float32 product would be computed in half precision.
+        with torch.autocast(query.device.type, enabled=False):
+            missing = [s for s in self._wanted.statistics if (s.name, layer) not in self._recorded]
+            if missing and visibility.num_queries:
+                wanted = Wanted(missing, self.config, self._wanted.segments, self._wanted.num_segments)
+                group = query.shape[1] // key.shape[1]
+                query = self._strided(query, 2)
+                seen = key
+                if not self._all_heads:
+                    visibility = visibility.of_heads(self.heads)
+                    query = query[:, list(self.heads)]
+                    seen = key[:, [head // group for head in self.heads]]
+                self.record(layer, self._walk(query, seen, None, visibility, scaling, wanted).raw)
+            for statistic in self._statistics:
+                if statistic.observes == "key":
+                    self.record(layer, {statistic.name: statistic.stream(_wide(key))})
+                elif statistic.observes == "value":
+                    self.record(layer, {statistic.name: statistic.stream(_wide(value))})
+                elif statistic.observes == "value_output":
+                    norms = statistic.stream(_wide(value), _wide(output_weight()))
+                    self.record(layer, {statistic.name: norms[:, list(self.heads)]})
+
+    def _strided(self, tensor: Tensor, axis: int) -> Tensor:
+        """The measured queries of ``tensor``, whose ``axis`` holds the tokens of this call."""
+        if self.config.query_stride == 1 or self._visibility is None:
+            return tensor
+        # The last query of this call is the last key.
+        start = self._visibility.num_keys - tensor.shape[axis]
+        at = torch.tensor([query - start for query in self._visibility.queries], device=tensor.device)
+        return tensor.index_select(axis, at.long())
+
+    def finish(self, device: torch.device) -> AttentionStats:
+        """Close the recorder and label what it holds.
+
+        Args:
+            device: Where the numbers end, unless they are offloaded.
+
+        Raises:
+            RuntimeError: A layer did not report, so the numbers would be incomplete.
+        """
+        self._closed = True
+        device = torch.device(self.config.offload or device)
+        visibility = self.visibility_on(device).of_heads(self.heads)
+        values = {}
+        for statistic in self._statistics:
+            hidden = statistic.dims[0] == "hidden_layer"
+            layers = (*self.layers, self.num_layers) if hidden else self.layers
+            missing = [layer for layer in layers if (statistic.name, layer) not in self._recorded]
+            if missing:
+                raise RuntimeError(f"{statistic.name}: layers {missing} did not report")
+            tensor = torch.stack([self._recorded.pop((statistic.name, layer)).to(device) for layer in layers])
+            if statistic.finish is not None:
+                tensor = statistic.finish(tensor, visibility, self.config)
+            values[statistic.name] = mark_padding(statistic, tensor, visibility)
+        values["visible_keys"] = visibility.visible_keys
+        values["visible_queries"] = visibility.visible_queries
+        return AttentionStats(
+            values=values,
+            labels={s.name: Label.of(s) for s in self._statistics} | VISIBILITY_LABELS,
+            config=self.config,
+            layers=self.layers,
+            heads=self.heads,
+            num_layers=self.num_layers,
+            queries=visibility.queries,
+            segments=self._segment_names,
+            backend=self._backend,
+            engine=self.engine,
+            model=self._model,
+        )
+
+
+def wanted_statistics(config: AttentionStatsConfig) -> tuple[Statistic, ...]:
+    """The entries of the table that ``config`` asks for, in the order of the table.
+
+    Raises:
+        ValueError: ``segment_mass`` is named, but there are no segments.
+    """
+    chosen = []
+    for name, statistic in statistics_table().items():
+        possible = statistic.needs != "segments" or config.segments is not None
+        if statistic.is_norm:
+            wanted = config.norms or (config.statistics != "all" and name in config.statistics)
+        elif statistic.needs == "segments" and config.segments is not None:
+            wanted = True
+        else:
+            wanted = name in config.statistics or (config.statistics == "all" and possible)
+        if wanted and not possible:
+            raise ValueError(f"statistics: {name!r} needs `segments` in the AttentionStatsConfig")
+        if wanted:
+            chosen.append(statistic)
+    return tuple(chosen)
+
+
+def mark_padding(statistic: Statistic, tensor: Tensor, visibility: Visibility) -> Tensor:
+    """Put NaN, or −1 in integer statistics, where there is no real token."""
+    dims = statistic.dims
+    if "query" in dims:
+        real = visibility.real_queries
+    elif "key" in dims:
+        real = visibility.real_keys if statistic.is_norm else visibility.visible_queries > 0
+    else:
+        return tensor
+    shape = [size if dim in ("batch", "query", "key") else 1 for dim, size in zip(dims, tensor.shape, strict=True)]
+    return tensor.masked_fill_(~real.view(shape), -1 if statistic.dtype is not None else torch.nan)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

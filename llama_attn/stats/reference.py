@@ -1,0 +1,88 @@
+"""Attention written out in float64: what the textbook forms of the statistics are computed from.
+
+It holds (queries × keys) matrices, so it is for tests and for small examples, never for the forward of a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llama_attn.stats.config import AttentionStatsConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Everything that a definition in the literature refers to, materialised.
+
+    Args:
+        query: Queries after RoPE, (batch, head, query, channel).
+        key: Keys after RoPE and cache, (batch, kv_head, key, channel).
+        value: Values, (batch, kv_head, key, channel).
+        scaling: What scores are multiplied with, 1 / √channel in a Llama.
+        visible: Whether each query may see each key, (batch, 1 or head, query, key).
+        real_queries: Whether each query is a real token that sees something, (batch, query).
+        rank: Real keys of the same sequence before each key; no less than ``sink_tokens`` for keys that are
+            padding, (batch, key).
+        query_positions: Position of every query in its row [token], (query).
+        config: Parameters of the statistics.
+        bidirectional: Whether distances count to both sides.
+        bias: What a user's additive mask adds to the scores, broadcastable to (batch, head, query, key).
+        segments: Segment of every key, −1 for none, (batch, key).
+        hidden: Residual stream that enters the layer, (batch, query, hidden).
+        output_weight: Weight of ``o_proj``, (hidden, head · channel).
+    """
+
+    query: Float[Tensor, "batch head query channel"]
+    key: Float[Tensor, "batch kv_head key channel"]
+    value: Float[Tensor, "batch kv_head key channel"] | None
+    scaling: float
+    visible: Bool[Tensor, "batch _ query key"]
+    real_queries: Bool[Tensor, "batch query"]
+    rank: Int[Tensor, "batch key"]
+    query_positions: Int[Tensor, " query"]
+    config: AttentionStatsConfig
+    bidirectional: bool = False
+    bias: Tensor | None = None
+    segments: Int[Tensor, "batch key"] | None = None
+    hidden: Float[Tensor, "batch query hidden"] | None = None
+    output_weight: Float[Tensor, "hidden channels"] | None = None
+
+    @property
+    def num_keys(self) -> int:
+        """Length of the key axis."""
+        return self.key.shape[2]
+
+    @cached_property
+    def scores(self) -> Float[Tensor, "batch head query key"]:
+        """Scaled scores in float64, −inf where a query may not see a key."""
+        groups = self.query.shape[1] // self.key.shape[1]
+        key = repeat(self.key.double(), "b h k d -> b (h g) k d", g=groups)
+        scores = torch.einsum("bhqd,bhkd->bhqk", self.query.double(), key) * self.scaling
+        if self.bias is not None:
+            scores = scores + self.bias.double()
+        return scores.masked_fill(~self.visible, -torch.inf)
+
+    @cached_property
+    def weights(self) -> Float[Tensor, "batch head query key"]:
+        """Attention weights in float64; a query that sees nothing has none."""
+        return self.scores.softmax(-1).nan_to_num(0.0)
+
+    @cached_property
+    def output(self) -> Float[Tensor, "batch head query channel"]:
+        """What attention returns before ``o_proj``, in float64."""
+        if self.value is None:
+            raise ValueError("value: the reference has no values")
+        value = repeat(self.value.double(), "b h k d -> b (h g) k d", g=self.query.shape[1] // self.key.shape[1])
+        return self.weights @ value
+
+    @cached_property
+    def distance(self) -> Int[Tensor, "query key"]:
+        """How far each key lies behind each query [token]."""
+        signed = self.query_positions[:, None] - torch.arange(self.num_keys)
+        return signed.abs() if self.bidirectional else signed

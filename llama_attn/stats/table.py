@@ -1,0 +1,116 @@
+"""The table of statistics: what each one is called, means, and is computed from.
+
+One entry is all that a new statistic needs; the engines, the labels, the tests and the docs read the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from llama_attn.stats.config import AttentionStatsConfig
+    from llama_attn.stats.reference import Reference
+    from llama_attn.stats.visibility import Visibility
+
+Observed = Literal["block", "hidden", "key", "value", "value_output"]
+
+# Dimensions that a statistic may have besides layer and batch, in the order in which they appear.
+DIMENSIONS = (
+    "layer", "hidden_layer", "batch", "head", "kv_head", "query", "key",
+    "query_bin", "key_bin", "distance_bin", "rank", "segment",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One statistic of attention.
+
+    Args:
+        name: The key in ``AttentionStats``.
+        dims: Names of the axes, the layer axis first.
+        unit: Unit of the numbers.
+        source: Where the definition comes from.
+        stream: The streaming form. For a statistic of attention it takes a ``Block`` of query rows. With a
+            ``query`` axis it returns the block's rows (batch, head, rows, …); without one it returns what the
+            block adds to a running sum whose shape is (batch, head, …), keys counted from 0.
+            For a norm it takes the observed tensor itself.
+        textbook: The definition on materialised float64 weights, which the tests compare with.
+        meaning: One line for labels and docs.
+        default: Whether it belongs to the default set.
+        finish: Turns the finished running sum (…, batch, head, …) into the statistic, e.g. divides it.
+        dtype: Integer type of positions and channels, where −1 is "none"; ``None`` for floats, where it is NaN.
+        observes: What the streaming form is given. Everything but ``"block"`` is a norm (``norms=True``).
+        needs: ``"segments"`` if it cannot be measured without them.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    unit: str
+    source: str
+    stream: Callable[..., torch.Tensor]
+    textbook: Callable[[Reference], torch.Tensor]
+    meaning: str = ""
+    default: bool = False
+    finish: Callable[[torch.Tensor, Visibility, AttentionStatsConfig], torch.Tensor] | None = None
+    dtype: torch.dtype | None = None
+    observes: Observed = "block"
+    needs: Literal["segments"] | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [dim for dim in self.dims if dim not in DIMENSIONS]
+        if unknown or self.dims[:2] not in (("layer", "batch"), ("hidden_layer", "batch")):
+            raise ValueError(
+                f"dims: expected ('layer', 'batch', …) from {list(DIMENSIONS)}, got {self.dims!r} for {self.name!r}"
+            )
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is measured on a tensor of the model rather than on attention weights."""
+        return self.observes != "block"
+
+    @property
+    def per_query(self) -> bool:
+        """Whether a block of query rows holds its final rows, so that nothing is summed over blocks."""
+        return "query" in self.dims
+
+
+_ADDED: dict[str, Statistic] = {}
+
+
+def register_statistic(statistic: Statistic) -> Statistic:
+    """Add ``statistic`` to the table, after which its name can be asked for like any other.
+
+    Raises:
+        TypeError: ``statistic`` is not a `Statistic`.
+        ValueError: The name belongs to a built-in statistic.
+    """
+    if not isinstance(statistic, Statistic):
+        raise TypeError(f"statistic: expected a Statistic, got {statistic!r}")
+    if statistic.name in _built_in():
+        raise ValueError(f"statistic: {statistic.name!r} is built in; choose another name than {list(_built_in())}")
+    _ADDED[statistic.name] = statistic
+    return statistic
+
+
+def statistics_table() -> Mapping[str, Statistic]:
+    """Every statistic by name: the built-in ones in a fixed order, then those that were registered."""
+    return MappingProxyType(_built_in() | _ADDED)
+
+
+def default_statistics() -> tuple[str, ...]:
+    """The names measured when nothing else is asked for."""
+    return tuple(name for name, statistic in _built_in().items() if statistic.default)
+
+
+@functools.cache
+def _built_in() -> dict[str, Statistic]:
+    # Imported late, since these modules need the class above.
+    modules = (importlib.import_module(f"llama_attn.stats.{name}") for name in ("rows", "keys", "maps", "norms"))
+    return {statistic.name: statistic for module in modules for statistic in module.STATISTICS}

@@ -1,0 +1,64 @@
+"""The three figures per layer that this library began with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from llama_attn.analysis import as_dataset, require
+from llama_attn.files import complete_file
+from llama_attn.viz.attention import KINDS, plot_attention_map
+from llama_attn.viz.norms import plot_hidden_norms, plot_kv_norms
+
+if TYPE_CHECKING:
+    from llama_attn.analysis.dataset import Source
+
+
+def save_seed_figures(
+    stats: Source,
+    directory: str | os.PathLike[str],
+    layers: Iterable[int] = range(10),
+    *,
+    batch: int = 0,
+    kind: Literal["weights", "logits"] = "weights",
+    on_saved: Callable[[Path], None] | None = None,
+) -> list[Path]:
+    """Write ``layer_{i}_attention.png``, ``hidden_states_{i}_norm.png`` and ``kv_{i}_norm.png`` for some layers.
+
+    Args:
+        stats: Statistics with the map of ``kind`` and ``norms=True``.
+        directory: Where to; made if it does not exist.
+        layers: Which layers; those that were not measured are skipped.
+        batch: Row of the batch.
+        kind: What the attention map shows.
+        on_saved: Called with every finished file, e.g. to move a progress bar.
+
+    Returns:
+        The files, in the order of writing.
+
+    Raises:
+        ValueError: A statistic is missing; nothing has been written then.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {list(KINDS)}, got {kind!r}")
+    dataset = as_dataset(stats)
+    require(dataset, KINDS[kind], "hidden_norm", "key_norm", "value_norm", "key_mean_norm", "value_mean_norm")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    measured = set(dataset.layer.values.tolist())
+    written = []
+    for layer in (layer for layer in layers if layer in measured):
+        figures = {
+            f"layer_{layer}_attention.png": plot_attention_map(dataset, layer=layer, batch=batch, kind=kind),
+            f"hidden_states_{layer}_norm.png": plot_hidden_norms(dataset, layer=layer, batch=batch),
+            f"kv_{layer}_norm.png": plot_kv_norms(dataset, layer=layer, batch=batch),
+        }
+        for name, figure in figures.items():
+            with complete_file(directory / name) as unfinished:
+                figure.savefig(unfinished, format="png", dpi=100)
+            written.append(directory / name)
+            if on_saved is not None:
+                on_saved(directory / name)
+    return written
