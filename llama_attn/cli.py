@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 SEED_LAYERS = range(10)
 
 Out = Annotated[Path, typer.Option(help="Folder for the pictures and stats.safetensors.")]
@@ -75,9 +81,13 @@ def run(
     file: Annotated[Path | None, typer.Option(help="File with plain text, no chat template.")] = None,
     attn: Attn = "streaming",
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto spreads the model over what is there; else cpu, cuda, cuda:1 …")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto spreads the model over what is there; else cpu, cuda, cuda:1 …")
+    ] = "auto",
     layers: Layers = "0-9",
-    statistics: Annotated[str | None, typer.Option(help="Names with commas, or all; added to those of the pictures.")] = None,
+    statistics: Annotated[
+        str | None, typer.Option(help="Names with commas, or all; added to those of the pictures.")
+    ] = None,
     kind: Kind = "weights",
     gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the folder.")] = None,
     out: Out = Path("llama_attn_run"),
@@ -161,11 +171,12 @@ def _parse_messages(path: Path, content: str) -> list[dict[str, str]]:
     except ValueError as error:
         _fail(f"{path} is not JSON: {_first_line(error)}")
     valid = isinstance(chat, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in chat
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in chat
     )
     if not valid or not chat:
         _fail(f'{path}: expected a list like [{{"role": "user", "content": "…"}}]')
-    return chat  # type: ignore[no-any-return]
+    return chat
 
 
 def _parse_layers(layers: str) -> list[int] | None:
@@ -174,10 +185,11 @@ def _parse_layers(layers: str) -> list[int] | None:
         return None
     chosen: list[int] = []
     for part in layers.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or int(first) > int(last or first):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal() or int(first) > int(last):
             _fail(f"--layers: expected something like 0-9, 3,5,7 or all, got {layers!r}")
-        chosen.extend(range(int(first), int(last or first) + 1))
+        chosen.extend(range(int(first), int(last) + 1))
     return list(dict.fromkeys(chosen))
 
 
@@ -241,7 +253,9 @@ def _measure_and_show(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         _fail(f"--out: cannot make the folder {out}: {_first_line(error)}")
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")}
+    inputs = {
+        name: tensor.to(model.device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")
+    }
     with torch.no_grad():
         outputs = model(**inputs, use_cache=False, logits_to_keep=1, output_attention_stats=config)
     stats = outputs.attention_stats.with_tokens(tokenizer, inputs["input_ids"])
@@ -258,15 +272,16 @@ def _table(stats: AttentionStats) -> Table:
     from llama_attn.viz.style import readable
 
     tokens = stats.tokens[0] if stats.tokens is not None else []
-    table = Table("layer", "sink mass", "strongest sink", "receives", "largest activation", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("layer", "sink mass", "strongest sink, receives", "largest activation, × median"):
+        table.add_column(heading, no_wrap=True)
     for layer, line in summarize_layers(stats).iterrows():
         sink, peak = int(line.sink_position), int(line.activation_position)
         table.add_row(
             str(layer),
             f"{line.sink_mass:.0%}",
-            f"{sink} {readable(tokens[sink])}",
-            f"{line.received:.0%}",
-            f"{line.activation:,.0f} ({line.activation_over_median:,.0f} × median) at {peak} {readable(tokens[peak])}",
+            f"{sink} {readable(tokens[sink])}, {line.received:.0%}",
+            f"{line.activation:,.0f}, {line.activation_over_median:,.0f} ×, {peak} {readable(tokens[peak])}",
         )
     return table
 

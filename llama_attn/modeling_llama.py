@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from llama_attn.backends.registry import Backend, all_backends, attention_function, get_backend
+from llama_attn.backends.registry import Backend, all_backends, attention_function, check_request, get_backend
 from llama_attn.engines import default_engine, get_engine
 from llama_attn.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
 from llama_attn.stats.config import AttentionStatsConfig
@@ -72,7 +72,7 @@ class LlamaAttention(upstream.LlamaAttention):
         """
         measuring = recorder is not None and recorder.wants(self.layer_idx)
         if not measuring and self.pinned_backend is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         if position_embeddings is None:
             raise ValueError("position_embeddings: expected (cos, sin) from LlamaRotaryEmbedding, got None")
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -164,13 +164,10 @@ class _ChecksBackend:
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False
     ) -> str:
-        if attn_implementation in all_backends():
-            get_backend(attn_implementation)
-        elif attn_implementation is not None and not any(mark in attn_implementation for mark in "/|"):
-            if attn_implementation != "flash_attention_4":
-                get_backend(attn_implementation)
+        if attn_implementation is not None:
+            check_request(attn_implementation)
         adjust = super()._check_and_adjust_attn_implementation  # type: ignore[misc]
-        return adjust(attn_implementation, is_init_check, allow_all_kernels)  # type: ignore[no-any-return]
+        return adjust(attn_implementation, is_init_check, allow_all_kernels)
 
 
 class LlamaModel(_ChecksBackend, upstream.LlamaModel):
@@ -207,6 +204,7 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
             use_cache: Whether to return a cache.
             output_attention_stats: True or a configuration adds ``attention_stats`` to the output.
             recorder: Where to put them instead, for models that contain this one.
+            **kwargs: Passed on to upstream.
 
         Raises:
             ValueError: A request that this call cannot serve.
@@ -224,7 +222,7 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
             recorder = own = new_recorder(config, self.config)
         streaming = _is_streaming(self.config._attn_implementation)
         if recorder is None and not streaming:
-            return super().forward(**inputs, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(**inputs, **kwargs)
         if streaming and kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise ValueError(
                 "output_attentions=True: streaming backends never hold the weights; use "
@@ -237,9 +235,13 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
             recorder.start(visibility)
             kwargs["recorder"] = recorder
         return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True)) if own else None
-        outputs = super().forward(**inputs, **kwargs) if own is None else super().forward(**inputs, **kwargs, return_dict=True)
+        outputs = (
+            super().forward(**inputs, **kwargs)
+            if own is None
+            else super().forward(**inputs, **kwargs, return_dict=True)
+        )
         if own is None:
-            return outputs  # type: ignore[no-any-return]
+            return outputs
         stats = own.finish(outputs.last_hidden_state.device)
         outputs = BaseModelOutputWithAttentionStats(**outputs, attention_stats=stats)
         return outputs if return_dict else outputs.to_tuple()
@@ -326,6 +328,7 @@ class LlamaForCausalLM(_ChecksBackend, upstream.LlamaForCausalLM, GenerationMixi
             use_cache: Whether to return a cache.
             logits_to_keep: Compute logits for the last so many tokens only; 0 for all.
             output_attention_stats: True or an `AttentionStatsConfig` adds ``attention_stats`` to the output.
+            **kwargs: Passed on to upstream.
 
         Raises:
             ValueError: A request that this call cannot serve.
@@ -346,11 +349,23 @@ class LlamaForCausalLM(_ChecksBackend, upstream.LlamaForCausalLM, GenerationMixi
         }
         config = AttentionStatsConfig.from_argument(output_attention_stats)
         if config is None:
-            return super().forward(**inputs, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(**inputs, **kwargs)
         recorder = new_recorder(config, self.config)
         outputs = super().forward(**inputs, **kwargs, recorder=recorder, return_dict=True)
         stats = recorder.finish(outputs.logits.device)
         return CausalLMOutputWithAttentionStats(**outputs, attention_stats=stats)
+
+    def generate(self, *args: Any, output_attention_stats: StatsArgument = None, **kwargs: Any) -> Any:
+        """Upstream's generate.
+
+        Raises:
+            NotImplementedError: ``output_attention_stats`` is on.
+        """
+        if AttentionStatsConfig.from_argument(output_attention_stats) is not None:
+            raise NotImplementedError(
+                "generate does not take output_attention_stats yet; call the model on the generated sequences instead"
+            )
+        return super().generate(*args, **kwargs)
 
 
 def new_recorder(stats_config: AttentionStatsConfig, config: LlamaConfig) -> Recorder:

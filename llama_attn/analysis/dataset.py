@@ -44,5 +44,5 @@ def require(dataset: xarray.Dataset, *names: str) -> None:
         wanted = ", ".join(f'"{name}"' for name in missing)
         raise ValueError(
             f"source: {missing} not measured; run the model with "
-            f"output_attention_stats=AttentionStatsConfig(statistics=(…, {wanted})); there are {sorted(dataset.data_vars)}"
+            f"output_attention_stats=AttentionStatsConfig(statistics=(…, {wanted})); there are {sorted(map(str, dataset.data_vars))}"
         )

@@ -18,8 +18,5 @@ def unavailable() -> str | None:
     if is_flash_attn_2_available(kernels_fallback_ok=True):
         return None
     if importlib.util.find_spec("flash_attn") is None:
-        return (
-            "the package flash-attn is not installed: "
-            "pip install flash-attn --no-build-isolation (needs CUDA)"
-        )
+        return "the package flash-attn is not installed: pip install flash-attn --no-build-isolation (needs CUDA)"
     return "flash-attn is installed, but it is too old or no CUDA device is visible"

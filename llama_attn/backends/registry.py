@@ -131,9 +131,22 @@ def get_backend(name: str) -> Backend:
     return known[name]
 
 
+def check_request(name: str) -> None:
+    """Refuse an ``attn_implementation`` that does not run here, unless it is transformers' own affair.
+
+    Its own affair are kernels of the hub, paged attention, and names of its table that are not in ours.
+
+    Raises:
+        ValueError: Nobody knows it.
+        ImportError: It does not run on this machine.
+    """
+    if name in all_backends() or not (name in ALL_ATTENTION_FUNCTIONS or "/" in name or "|" in name):
+        get_backend(name)
+
+
 def attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function behind any ``attn_implementation``, those of the hub included, as transformers would choose it."""
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, all_backends()["eager"].attend)  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, all_backends()["eager"].attend)
 
 
 def fill_tables() -> None:

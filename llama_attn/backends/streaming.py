@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from llama_attn.engines import default_engine
-from llama_attn.engines._fused import attend_with
-from llama_attn.engines._fused import padding_mask as mask
+from llama_attn.engines._fused import attend_with, padding_mask as mask
 
 __all__ = ["ACCEPTS_MASKS_OF", "attend", "mask", "unavailable"]
 

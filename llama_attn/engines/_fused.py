@@ -37,7 +37,7 @@ class FusedAttention(torch.autograd.Function):
         raw.update(walk.raw)
         ctx.save_for_backward(query, key, value, walk.output, walk.logsumexp)
         ctx.engine, ctx.visibility, ctx.scaling = engine, visibility, scaling
-        return walk.output  # type: ignore[no-any-return]
+        return walk.output
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from llama_attn.stats.block import Block, Wanted
+from llama_attn.stats.block import HIDDEN_SCORE, Block, Wanted
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
 
@@ -93,7 +93,7 @@ def walk(
         exponentials = scores if scratch is None else scratch[: scores.numel()].view_as(scores)
         torch.exp(scores, out=exponentials)
         row_sum = exponentials.sum(-1)
-        sees = row_max > _hidden_score(scores.dtype) / 2
+        sees = row_max > HIDDEN_SCORE / 2
         inverse = torch.where(sees, row_sum.reciprocal(), 0)
         span = slice(rows.start, rows.stop)
         torch.add(row_max, row_sum.log(), out=logsumexp[:, :, span])
@@ -135,7 +135,7 @@ def backward(
     block_rows = block_rows or _block_rows(query, visibility)
     for rows, scores, queries in _blocks(query, key, visibility, scaling, block_rows):
         span, num_keys = slice(rows.start, rows.stop), scores.shape[-1]
-        sees = logsumexp[:, :, span] > _hidden_score(dtype) / 2
+        sees = logsumexp[:, :, span] > HIDDEN_SCORE / 2
         weights = scores.sub_(logsumexp[:, :, span, None]).exp_().mul_(sees[..., None])
         grad_rows = rearrange(grad_output[:, span].to(dtype), "b q h d -> b h q d")
         stacked_weights = weights.view(len(stacked_key), -1, num_keys)
@@ -149,10 +149,8 @@ def backward(
     return (grad_query * scaling).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def _blocks(
-    query: Tensor, key: Tensor, visibility: Visibility, scaling: float, block_rows: int
-) -> Iterator[_Scores]:
-    """The scaled scores of one block of rows after another, hidden keys at `_hidden_score`.
+def _blocks(query: Tensor, key: Tensor, visibility: Visibility, scaling: float, block_rows: int) -> Iterator[_Scores]:
+    """The scaled scores of one block of rows after another, hidden keys at `HIDDEN_SCORE`.
 
     The scores of a block are overwritten by the next.
     """
@@ -171,7 +169,7 @@ def _blocks(
         if (bias := visibility.bias(rows)) is not None:
             scores += bias
         for hidden, first in visibility.hidden(rows):
-            scores[..., first:].masked_fill_(hidden, _hidden_score(dtype))
+            scores[..., first:].masked_fill_(hidden, HIDDEN_SCORE)
         yield _Scores(rows, scores, queries)
 
 
@@ -195,12 +193,6 @@ def _take(block: Block, raw: dict[str, Tensor], num_queries: int) -> None:
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _hidden_score(dtype: torch.dtype) -> float:
-    # Finite, so that a zero weight times a hidden score is zero, and far enough from the largest float that
-    # subtracting a row maximum cannot overflow.
-    return torch.finfo(dtype).min / 4
 
 
 def _scratch(query: Tensor, visibility: Visibility, block_rows: int) -> Tensor:

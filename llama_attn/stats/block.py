@@ -14,6 +14,10 @@ from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
 
+# The score of a key that may not be seen. Finite, so that its zero weight times a score, or its square, is zero and
+# not NaN; so low that no real score comes near it.
+HIDDEN_SCORE = -1e15
+
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
@@ -37,8 +41,8 @@ class Block:
     """Scores and weights of some query rows, all heads, for the keys 0 … ``num_keys`` − 1 that they could see.
 
     Args:
-        centred: Scaled scores less their row maximum [logit], (batch, head, row, key). Hidden keys hold a huge
-            negative number, never −inf, so that products with their zero weight stay zero.
+        centred: Scaled scores less their row maximum [logit], about `HIDDEN_SCORE` for hidden keys,
+            (batch, head, row, key).
         exponentials: exp of the above, zero for hidden keys, (batch, head, row, key).
         row_max: Largest score of each row [logit], (batch, head, row).
         row_sum: Sum of the exponentials of each row, (batch, head, row).
@@ -114,10 +118,12 @@ class Block:
             keys, order = keys.sort(dim=-1)
             values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
             keys = keys.gather(-1, order)
-        seen = values > torch.finfo(values.dtype).min / 16
+        seen = values > HIDDEN_SCORE / 2
         values = values.masked_fill(~seen, -torch.inf)
         missing = self.config.top_k - k
-        return torch.nn.functional.pad(values, (0, missing), value=-torch.inf), torch.nn.functional.pad(keys, (0, missing))
+        return torch.nn.functional.pad(values, (0, missing), value=-torch.inf), torch.nn.functional.pad(
+            keys, (0, missing)
+        )
 
     def mean(self, columns: Float[Tensor, "*batch key"]) -> Float[Tensor, "batch head row"]:
         """Σ_j A_ij c_j for a number per key, (key) or (batch, key)."""

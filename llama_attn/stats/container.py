@@ -233,14 +233,24 @@ class AttentionStats:
             attrs = {"units": label.unit, "long_name": label.meaning or name, "source": label.source}
             variables[name] = (label.dims, tensor.detach().cpu().numpy(), attrs)
         known = self.coordinates()
-        sizes = {dim: size for name in self.values for dim, size in zip(self.labels[name].dims, self[name].shape, strict=True)}
+        sizes = {
+            dim: size
+            for name in self.values
+            for dim, size in zip(self.labels[name].dims, self[name].shape, strict=True)
+        }
         coords: dict[str, Any] = {dim: list(known.get(dim, range(size))) for dim, size in sizes.items()}
         if self.tokens is not None:
             coords["key_token"] = (("batch", "key"), self.tokens)
             coords["query_token"] = (("batch", "query"), [[row[i] for i in self.queries] for row in self.tokens])
-        attrs = {"backend": self.backend, "engine": self.engine, "model": self.model, "num_layers": self.num_layers}
-        attrs |= {"replayed": int(self.replayed), "config": json.dumps(self.config.to_json())}
-        return xarray.Dataset(variables, coords, attrs)
+        about = {
+            "backend": self.backend,
+            "engine": self.engine,
+            "model": self.model,
+            "num_layers": self.num_layers,
+            "replayed": int(self.replayed),
+            "config": json.dumps(self.config.to_json()),
+        }
+        return xarray.Dataset(variables, coords, about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file whose header holds everything that is not a tensor.
@@ -256,7 +266,10 @@ class AttentionStats:
         header["labels"] = {name: asdict(label) for name, label in self.labels.items()}
         header["queries"] = [self.queries.start, self.queries.stop, self.queries.step]
         # Copies, since safetensors refuses tensors that share memory.
-        tensors = {name: torch.clone(t.detach().cpu(), memory_format=torch.contiguous_format) for name, t in self.values.items()}
+        tensors = {
+            name: torch.clone(t.detach().cpu(), memory_format=torch.contiguous_format)
+            for name, t in self.values.items()
+        }
         with complete_file(path) as unfinished:
             save_file(tensors, unfinished, metadata={FORMAT: json.dumps(header)})
 
@@ -296,6 +309,10 @@ class AttentionStats:
         header["queries"] = range(*header["queries"])
         for name in ("layers", "heads", "segments"):
             header[name] = None if header[name] is None else tuple(header[name])
+        if not all(isinstance(index, int) for index in (*header["layers"], *header["heads"])):
+            raise ValueError("layers and heads: expected integers")
+        if not VISIBILITY_LABELS.keys() <= labels.keys():
+            raise ValueError(f"expected {list(VISIBILITY_LABELS)} among the tensors")
         stats = cls(values={name: values[name] for name in labels}, **header)
         lengths = {dim: len(coordinate) for dim, coordinate in stats.coordinates().items()}
         for name, tensor in stats.values.items():
@@ -331,4 +348,4 @@ def _unflatten(leaves: Any, context: tuple[tuple[str, ...], AttentionStats]) -> 
     return replace(stats, values=dict(zip(names, leaves, strict=True)))
 
 
-torch.utils._pytree.register_pytree_node(AttentionStats, _flatten, _unflatten)  # type: ignore[attr-defined]
+torch.utils._pytree.register_pytree_node(AttentionStats, _flatten, _unflatten)

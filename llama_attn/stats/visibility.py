@@ -102,8 +102,8 @@ class Visibility:
         """The same, with its vectors on ``device``."""
         if device == self.device:
             return self
-        moved = {name: _to(getattr(self, name), device) for name in ("real", "sequence", "mask")}
-        return replace(self, device=device, **moved)
+        real, sequence, mask = (_to(vector, device) for vector in (self.real, self.sequence, self.mask))
+        return replace(self, device=device, real=real, sequence=sequence, mask=mask)
 
     def strided(self, stride: int) -> Visibility:
         """The same, for the queries at multiples of ``stride`` only."""

@@ -1,0 +1,245 @@
+"""Checks for attention backends, also for those written elsewhere.
+
+>>> from llama_attn import register_backend
+>>> from llama_attn.testing import assert_matches_reference
+>>> register_backend("mine", my_attention)
+>>> assert_matches_reference("mine")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.masking_utils import create_causal_mask
+
+from llama_attn.backends.registry import attention_function, get_backend
+from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.reference import Reference
+from llama_attn.stats.visibility import Visibility
+
+Padding = Literal["none", "left", "right"]
+
+# Odd sizes, groups of 1, 2, 3 and 4 heads, padding on both sides, and a cache that is already filled.
+SITUATIONS: tuple[dict[str, Any], ...] = (
+    {"queries": 1},
+    {"queries": 7, "heads": 4, "kv_heads": 4},
+    {"queries": 63, "heads": 4, "kv_heads": 2},
+    {"queries": 130, "heads": 9, "kv_heads": 3, "batch": 1},
+    {"queries": 33, "heads": 4, "kv_heads": 1, "padding": "left"},
+    {"queries": 33, "padding": "right"},
+    {"queries": 1, "cached": 20},
+    {"queries": 5, "cached": 12, "padding": "left"},
+    {"queries": 17, "head_dim": 24},
+)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """Tensors as they reach an attention function, and what they mean.
+
+    Args:
+        query: (batch, head, query, channel).
+        key: (batch, kv_head, key, channel).
+        value: (batch, kv_head, key, channel).
+        attention_mask: (batch, key), 1 for real tokens; None without padding.
+        cached: How many of the keys come from a cache.
+        scaling: What scores are multiplied with.
+    """
+
+    query: Float[Tensor, "batch head query channel"]
+    key: Float[Tensor, "batch kv_head key channel"]
+    value: Float[Tensor, "batch kv_head key channel"]
+    attention_mask: Int[Tensor, "batch key"] | None
+    cached: int
+    scaling: float
+
+    @property
+    def real_keys(self) -> Bool[Tensor, "batch key"]:
+        """Whether each key is a real token."""
+        if self.attention_mask is None:
+            return torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool)
+        return self.attention_mask.bool().cpu()
+
+    @property
+    def visibility(self) -> Visibility:
+        """The same in the form that llama_attn's engines take."""
+        return Visibility.of_inputs(
+            batch=self.query.shape[0],
+            num_queries=self.query.shape[2],
+            offset=self.cached,
+            device=self.query.device,
+            attention_mask=self.attention_mask,
+        )
+
+    def reference(self, config: AttentionStatsConfig | None = None) -> Reference:
+        """Attention over these inputs written out in float64 on the CPU."""
+        real = self.real_keys
+        positions = torch.arange(self.cached, self.key.shape[2])
+        causal = torch.arange(self.key.shape[2]) <= positions[:, None]
+        config = config or AttentionStatsConfig()
+        rank = torch.where(real, real.long().cumsum(-1) - 1, config.sink_tokens)
+        return Reference(
+            query=self.query.double().cpu(),
+            key=self.key.double().cpu(),
+            value=self.value.double().cpu(),
+            scaling=self.scaling,
+            visible=(causal & real[:, None])[:, None],
+            real_queries=real[:, self.cached :],
+            rank=rank,
+            query_positions=positions,
+            config=config,
+        )
+
+
+def make_inputs(
+    *,
+    batch: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    queries: int = 7,
+    cached: int = 0,
+    head_dim: int = 16,
+    padding: Padding = "none",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> AttentionInputs:
+    """Random attention inputs whose scores are spread as widely as those of a trained model.
+
+    Args:
+        batch: Rows. With padding, the first row has it and the others do not.
+        heads: Query heads.
+        kv_heads: Key and value heads; must divide ``heads``.
+        queries: Tokens of this call.
+        cached: Tokens before them.
+        head_dim: Channels per head.
+        padding: On which side the first row is padded, by a third of its length.
+        dtype: Of query, key and value.
+        device: Where.
+        seed: Of the random numbers.
+
+    Raises:
+        ValueError: ``kv_heads`` does not divide ``heads``, or ``padding`` is unknown.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"kv_heads: expected a divisor of heads={heads}, got {kv_heads}")
+    if padding not in ("none", "left", "right"):
+        raise ValueError(f'padding: expected "none", "left" or "right", got {padding!r}')
+    generator = torch.Generator().manual_seed(seed)
+    keys = cached + queries
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+    mask = None
+    if padding != "none":
+        mask = torch.ones(batch, keys, dtype=torch.long)
+        mask[0, slice(0, keys // 3) if padding == "left" else slice(keys - keys // 3, keys)] = 0
+    return AttentionInputs(
+        query=2 * draw(batch, heads, queries, head_dim),
+        key=draw(batch, kv_heads, keys, head_dim),
+        value=draw(batch, kv_heads, keys, head_dim),
+        attention_mask=None if mask is None else mask.to(device),
+        cached=cached,
+        scaling=head_dim**-0.5,
+    )
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest |a − b| / (1 + |b|), the measure of the error budget.
+
+    Raises:
+        AssertionError: The shapes differ, or one is NaN where the other is not.
+    """
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    if actual.shape != expected.shape:
+        raise AssertionError(f"expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
+    if not torch.equal(actual.isnan(), expected.isnan()):
+        at = (actual.isnan() != expected.isnan()).nonzero()[0].tolist()
+        raise AssertionError(f"NaN on one side only, first at {at}: expected {expected[*at]}, got {actual[*at]}")
+    errors = ((actual - expected).abs() / (1 + expected.abs())).nan_to_num(0.0)
+    return float(errors.max()) if errors.numel() else 0.0
+
+
+def assert_matches_reference(
+    backend: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", bound: float | None = None
+) -> None:
+    """Check the output of a registered backend against float64, masks included, in all of `SITUATIONS`.
+
+    Only real queries are compared: what a backend returns for padding is its own affair.
+
+    Args:
+        backend: Its name.
+        dtype: Of query, key and value.
+        device: Where to run it.
+        bound: Largest allowed |a − b| / (1 + |b|); by default twice the error that transformers' eager attention
+            makes on the same inputs, plus four roundings.
+
+    Raises:
+        AssertionError: It is wrong; the message says in which situation and by how much.
+        ValueError: There is no such backend.
+        ImportError: It does not run here.
+    """
+    get_backend(backend)
+    for situation in SITUATIONS:
+        inputs = make_inputs(**situation, dtype=dtype, device=device)
+        real = inputs.real_keys[:, inputs.cached :]
+        expected = inputs.reference().output.transpose(1, 2)
+        output = _run(backend, inputs)
+        if output.shape != expected.shape:
+            raise AssertionError(
+                f"{backend!r} in {situation}: expected output (batch, query, head, channel) = {tuple(expected.shape)}, "
+                f"got {tuple(output.shape)}"
+            )
+        allowed = bound
+        if allowed is None:
+            eager = relative_error(_run("eager", inputs)[real], expected[real])
+            allowed = 2 * eager + 4 * torch.finfo(dtype).eps
+        error = relative_error(output[real], expected[real])
+        if not error <= allowed:
+            raise AssertionError(f"{backend!r} in {situation}: error {error:.2e} is above {allowed:.2e}")
+
+
+@torch.no_grad()
+def _run(backend: str, inputs: AttentionInputs) -> Tensor:
+    """The output of ``backend``, called as a Llama layer calls it."""
+    heads, kv_heads = inputs.query.shape[1], inputs.key.shape[1]
+    head_dim = inputs.query.shape[-1]
+    module: Any = nn.Module()
+    module.config = LlamaConfig(
+        hidden_size=heads * head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim
+    )
+    module.config._attn_implementation_internal = backend
+    module.layer_idx, module.is_causal, module.num_key_value_groups = 0, True, heads // kv_heads
+    mask = create_causal_mask(
+        config=module.config,
+        inputs_embeds=inputs.query[:, 0],
+        attention_mask=inputs.attention_mask,
+        past_key_values=_FilledCache(inputs.cached),
+        layer_idx=0,
+    )
+    extra = {"visibility": inputs.visibility} if get_backend(backend).is_streaming else {}
+    output, _ = attention_function(backend)(
+        module.eval(), inputs.query, inputs.key, inputs.value, mask, scaling=inputs.scaling, dropout=0.0, **extra
+    )
+    return output.cpu()
+
+
+class _FilledCache:
+    """As much of a cache as mask functions ask for."""
+
+    is_compileable = False
+
+    def __init__(self, cached: int) -> None:
+        self._cached = cached
+
+    def get_query_offset(self, layer: int) -> int:
+        return self._cached
+
+    def get_mask_sizes(self, num_queries: int, layer: int) -> tuple[int, int]:
+        return self._cached + num_queries, 0

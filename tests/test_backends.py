@@ -1,0 +1,158 @@
+"""The registry of backends, and what it puts into transformers' tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llama_attn import available_backends, register_backend
+from llama_attn.backends.registry import get_backend
+from llama_attn.testing import assert_matches_reference, make_inputs, relative_error
+
+BUILT_IN = {
+    "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "streaming", "streaming_torch",
+}  # fmt: skip
+
+
+def test_available_backends():
+    backends = available_backends()
+    assert set(backends) >= BUILT_IN
+    assert [backends[name] for name in ("eager", "sdpa", "streaming", "streaming_torch")] == [None] * 4
+    if not torch.cuda.is_available():
+        assert "pip install flash-attn --no-build-isolation" in backends["flash_attention_2"]
+
+
+def test_both_tables_are_filled():
+    for name in ("streaming", "streaming_torch"):
+        assert name in ALL_ATTENTION_FUNCTIONS.valid_keys()
+        assert name in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "streaming", "streaming_torch"])
+def test_outputs_match_float64(backend, dtype):
+    assert_matches_reference(backend, dtype=dtype)
+
+
+def ignores_padding(module, query, key, value, attention_mask, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+def forgets_scaling(module, query, key, value, attention_mask, scaling, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=1.0, **kwargs)
+
+
+def wrong_layout(module, query, key, value, attention_mask, **kwargs):
+    output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output.transpose(1, 2), weights
+
+
+@pytest.mark.parametrize(
+    ("attend", "message"),
+    [
+        (ignores_padding, "'left'.*error .* is above"),
+        (forgets_scaling, "error .* is above"),
+        (wrong_layout, "expected output"),
+    ],
+)
+@pytest.mark.usefixtures("restored_registry")
+def test_the_check_can_fail(attend, message):
+    register_backend("broken", attend)
+    with pytest.raises(AssertionError, match=message):
+        assert_matches_reference("broken")
+
+
+def test_relative_error_sees_nan_and_shapes():
+    value = torch.tensor([1.0, torch.nan])
+    assert relative_error(value, value) == 0
+    with pytest.raises(AssertionError, match="NaN on one side only, first at"):
+        relative_error(torch.tensor([1.0, 2.0]), value)
+    with pytest.raises(AssertionError, match="expected shape"):
+        relative_error(value[:1], value)
+    assert relative_error(torch.tensor([3.0]), torch.tensor([1.0])) == 1.0
+
+
+def test_make_inputs():
+    inputs = make_inputs(batch=3, heads=6, kv_heads=2, queries=5, cached=4, head_dim=8, padding="left", seed=1)
+    assert inputs.query.shape == (3, 6, 5, 8)
+    assert inputs.key.shape == inputs.value.shape == (3, 2, 9, 8)
+    assert inputs.attention_mask.sum().item() == 24
+    assert not inputs.attention_mask[0, :3].any()
+    assert torch.equal(inputs.query, make_inputs(batch=3, heads=6, queries=5, cached=4, head_dim=8, seed=1).query)
+    with pytest.raises(ValueError, match="kv_heads"):
+        make_inputs(heads=4, kv_heads=3)
+    with pytest.raises(ValueError, match="padding"):
+        make_inputs(padding="both")
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_a_backend_written_elsewhere(ids, left_padding):
+    """Registered with its function alone, it gets a mask, works in a model, and is observed."""
+    seen = []
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        seen.append((None if attention_mask is None else attention_mask.dtype, sorted(kwargs)))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    register_backend("elsewhere", attend)
+    assert available_backends()["elsewhere"] is None
+    assert_matches_reference("elsewhere")
+    seen.clear()
+    model = tiny_model("sdpa")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=left_padding, output_attention_stats=True)
+        model.set_attn_implementation("elsewhere")
+        actual = model(ids, attention_mask=left_padding, output_attention_stats=True)
+    assert torch.equal(actual.logits, expected.logits)
+    assert torch.equal(
+        actual.attention_stats["received"].nan_to_num(), expected.attention_stats["received"].nan_to_num()
+    )
+    assert actual.attention_stats.backend == "elsewhere"
+    assert seen[0][0] == torch.bool, "without a mask function padding would be ignored in silence"
+    assert not {"recorder", "visibility"} & set(seen[0][1]), "a foreign backend is only given what transformers gives"
+    register_backend("elsewhere", sdpa_attention_forward)  # defining it again is how notebooks work
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_a_backend_with_its_own_mask(ids, left_padding):
+    def mask(attention_mask=None, **kwargs):
+        return attention_mask
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        assert attention_mask.shape == (2, 37)
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+    register_backend("own_mask", attend, mask)
+    model = tiny_model("own_mask")
+    with torch.no_grad():
+        assert model(ids, attention_mask=left_padding).logits.shape == (2, 37, 97)
+
+
+@pytest.mark.parametrize(
+    ("name", "attend", "mask", "error", "message"),
+    [
+        ("sdpa", sdpa_attention_forward, None, ValueError, "already a backend"),
+        ("streaming", sdpa_attention_forward, None, ValueError, "already a backend"),
+        ("my_flash", sdpa_attention_forward, None, ValueError, "without any of"),
+        ("me/mine", sdpa_attention_forward, None, ValueError, "without any of"),
+        ("paged|mine", sdpa_attention_forward, None, ValueError, "without any of"),
+        ("", sdpa_attention_forward, None, ValueError, "name: expected"),
+        (None, sdpa_attention_forward, None, ValueError, "name: expected"),
+        ("mine", "sdpa", None, TypeError, "attend: expected a function"),
+        ("mine", sdpa_attention_forward, "causal", TypeError, "mask: expected a function"),
+    ],
+)
+@pytest.mark.usefixtures("restored_registry")
+def test_bad_registrations(name, attend, mask, error, message):
+    with pytest.raises(error, match=message):
+        register_backend(name, attend, mask)
+    assert set(available_backends()) == BUILT_IN
+
+
+def test_get_backend_lists_what_exists():
+    with pytest.raises(ValueError, match=r"unknown 'nonsense'; there are \['eager'"):
+        get_backend("nonsense")

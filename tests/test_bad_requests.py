@@ -1,0 +1,136 @@
+"""Bad input gets a clear error before any work is done."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from llama_attn import AttentionStatsConfig, LlamaForCausalLM
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"statistics": ("entropy", "entropie")}, r"unknown \['entropie'\]; there are \['distance_histogram'.*'entropy'"),
+        ({"statistics": "nonsense"}, "unknown"),
+        ({"statistics": ()}, "at least one"),
+        ({"layers": (0, -1)}, "layers: expected"),
+        ({"layers": ()}, "layers: expected"),
+        ({"layers": (1, 1)}, "distinct"),
+        ({"heads": ("a",)}, "heads: expected"),
+        ({"heads": 3}, "heads: expected"),
+        *[({name: value}, f"{name}: expected a positive integer, got")
+          for name in ("sink_tokens", "window", "top_k", "map_size", "query_stride") for value in (0, -1, 1.5, True, "3", None)],
+        ({"offload": "disk"}, "offload: expected None or"),
+        ({"norms": 1}, "norms: expected"),
+        ({"engine": 3}, "engine: expected"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_configurations(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionStatsConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AttentionStatsConfig(layers=(1, 3)), r"layers: unknown \[3\]; the model has layers 0 to 2"),
+        (AttentionStatsConfig(heads=(6,)), r"heads: unknown \[6\]; the model has heads 0 to 5"),
+        (AttentionStatsConfig(engine="cuda"), r"engine: unknown 'cuda'; there are \['torch'"),
+        (
+            AttentionStatsConfig(segments=torch.zeros(2, 36, dtype=torch.long)),
+            r"expected shape \(2, 37\), got \(2, 36\)",
+        ),
+        (AttentionStatsConfig(segments=torch.zeros(2, 37)), "segments: expected integers"),
+        (AttentionStatsConfig(segments=torch.full((2, 37), -2)), "−1 or more"),
+        (AttentionStatsConfig(segments=torch.full((2, 37), -1)), "at least one segment"),
+        (AttentionStatsConfig(segments=[["a"] * 37, ["b"] * 36]), r"expected shape \(2, 37\), got 2 rows of lengths"),
+        (AttentionStatsConfig(segments=[[None] * 37] * 2), "at least one label"),
+        (AttentionStatsConfig(statistics=("segment_mass",)), "'segment_mass' needs `segments`"),
+        ("yes", "output_attention_stats: expected None, a bool or an AttentionStatsConfig, got 'yes'"),
+        (1, "output_attention_stats: expected"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["sdpa", "streaming"])
+def test_calls(backend, config, message, ids):
+    model = tiny_model(backend)
+    ran = []
+    model.model.layers[0].register_forward_hook(lambda *_: ran.append(True))
+    with pytest.raises(ValueError, match=message):
+        model(ids, output_attention_stats=config)
+    assert not ran, "refused only after a layer had run"
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"attn_implementation: unknown 'sdpb'; there are \['eager'.*'streaming'"):
+        tiny_model("sdpb")
+    model = tiny_model("sdpa")
+    with pytest.raises(ValueError, match="unknown 'sdpb'"):
+        model.set_attn_implementation("sdpb")
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+def test_a_backend_that_does_not_run_here(name, tmp_path):
+    model = tiny_model("sdpa")
+    with pytest.raises(ImportError, match=r"flash-attn.* is not installed: pip install"):
+        model.set_attn_implementation(name)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ImportError, match=r"flash-attn.* is not installed: pip install"):
+        LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+
+
+def test_weights_under_streaming(ids):
+    model = tiny_model("streaming")
+    with pytest.raises(ValueError, match=r'"eager".*"weights_map"'):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="eager"):
+        model.config.output_attentions = True
+
+
+def test_streaming_in_a_model_that_is_not_ours(ids):
+    from transformers.models.llama import modeling_llama as upstream
+
+    model = upstream.LlamaForCausalLM._from_config(tiny_model().config, attn_implementation="streaming")
+    with pytest.raises(ValueError, match=r"use llama_attn\.LlamaForCausalLM"):
+        model(ids)
+
+
+@pytest.mark.parametrize("backend", ["streaming"])
+@pytest.mark.parametrize("shape", [(2, 36), (2, 38), (1, 37), (2, 1, 37, 36), (3, 1, 37, 37)])
+def test_masks_of_the_wrong_shape(backend, shape, ids):
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        tiny_model(backend)(ids, attention_mask=torch.ones(shape, dtype=torch.long if len(shape) == 2 else torch.bool))
+
+
+def test_attention_dropout_in_training(ids):
+    model = tiny_model("streaming", attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match="attention dropout is not supported"):
+        model(ids)
+    assert model.eval()(ids).logits.isfinite().all()
+
+
+def test_nothing_to_read(ids):
+    model = tiny_model("streaming")
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(output_attention_stats=True)
+
+
+def test_non_finite_inputs_are_seen_in_the_numbers(ids):
+    """NaN in one row's embeddings may not vanish, and may not reach another row."""
+    model = tiny_model("streaming")
+    embeddings = model.get_input_embeddings()(ids).detach().clone()
+    embeddings[1, 5] = torch.nan
+    with torch.no_grad():
+        stats = model(inputs_embeds=embeddings, output_attention_stats=True).attention_stats
+    assert stats["entropy"][:, 1, :, 5:].isnan().all()
+    assert not stats["entropy"][0, 1, :, :5].isnan().any()
+    assert not stats["entropy"][:, 0].isnan().any()
+
+
+def test_generate_does_not_lose_statistics_in_silence(ids):
+    with pytest.raises(NotImplementedError, match="output_attention_stats"):
+        tiny_model().generate(ids, output_attention_stats=True, max_new_tokens=2)

@@ -1,0 +1,133 @@
+"""The house: who imports whom, how large files are, and what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llama_attn
+
+PACKAGE = Path(llama_attn.__file__).parent
+OPTIONAL = {"matplotlib", "plotly", "xarray", "pandas", "triton"}
+
+# Who may know transformers; `backends/*` are the upstream wrappers and the registry.
+KNOW_TRANSFORMERS = {
+    "modeling_llama.py", "outputs.py", "generation.py", "training.py", "registration.py", "demo.py", "cli.py",
+    "testing.py",
+}  # fmt: skip
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Modules that the code imports when it runs; those for the type checker alone do not count."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms(path: Path) -> tuple[str, set[str]]:
+    relative = path.relative_to(PACKAGE)
+    return str(relative), imported(ast.parse(path.read_text()))
+
+
+def violations(relative: str, names: set[str]) -> list[str]:
+    """Which imports of a file point the wrong way."""
+    room = relative.split("/")[0]
+    bad = []
+    for name in names:
+        root, *rest = name.split(".")
+        ours = rest[0] if root == "llama_attn" and rest else ""
+        other_backend = relative.startswith("backends/") and ours == "backends" and "registry" not in relative
+        other_engine = (
+            relative.startswith("engines/") and ours == "engines" and len(rest) > 1 and "_fused" not in relative
+        )
+        if (
+            (root == "transformers" and relative not in KNOW_TRANSFORMERS and room not in ("backends", "corpus"))
+            or (root == "triton" and relative != "engines/triton.py")
+            or (root in ("matplotlib", "plotly") and room != "viz")
+            or (root in ("torch", "transformers") and room in ("viz", "analysis"))
+            or (room == "viz" and ours and ours not in ("viz", "analysis", "files"))
+            or (room == "analysis" and ours and name not in ALLOWED_TO_ANALYSIS and ours != "analysis")
+            or (room == "engines" and ours and ours not in ("stats", "engines"))
+            or (room == "stats" and ours and ours not in ("stats", "files"))
+            or other_backend
+            or other_engine
+        ):
+            bad.append(f"{relative} imports {name}")
+    return bad
+
+
+ALLOWED_TO_ANALYSIS = {"llama_attn.stats.container", "llama_attn.stats.container.AttentionStats"}
+
+
+def test_imports_point_one_way():
+    assert [line for path in modules() for line in violations(*rooms(path))] == []
+
+
+@pytest.mark.parametrize(
+    ("relative", "code"),
+    [
+        ("viz/attention.py", "import torch"),
+        ("viz/attention.py", "from llama_attn.modeling_llama import LlamaModel"),
+        ("analysis/summary.py", "from llama_attn.viz.style import readable"),
+        ("engines/torch.py", "def f():\n    from transformers import LlamaConfig"),
+        ("engines/torch.py", "from llama_attn.engines.native import walk"),
+        ("stats/rows.py", "from llama_attn.engines import get_engine"),
+        ("backends/sdpa.py", "from llama_attn.backends import eager"),
+        ("stats/container.py", "import transformers"),
+        ("cli.py", "import matplotlib.pyplot"),
+    ],
+)
+def test_the_check_of_imports_can_fail(relative, code):
+    assert violations(relative, imported(ast.parse(code)))
+
+
+def test_no_file_is_long_and_none_asserts_or_prints():
+    for path in modules():
+        source = path.read_text()
+        assert len(source.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(source)):
+            assert not isinstance(node, ast.Assert), f"{path} asserts"
+            assert getattr(getattr(node, "func", None), "id", "") != "print", f"{path} prints"
+    assert not list(PACKAGE.rglob("utils.py"))
+
+
+def modules_after(code: str) -> set[str]:
+    script = f"import sys, json\n{code}\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_importing_brings_no_optional_package():
+    assert not OPTIONAL & modules_after("import llama_attn")
+    assert not OPTIONAL & modules_after("import llama_attn.cli")
+    assert "matplotlib" in modules_after("import llama_attn, matplotlib"), "the check can fail"
+
+
+def test_public_names():
+    for name in llama_attn.__all__:
+        assert getattr(llama_attn, name) is not None
+    assert (PACKAGE / "py.typed").is_file()
+    assert llama_attn.__version__ in (PACKAGE.parent / "CHANGELOG.md").read_text()
+
+
+def test_the_page_of_statistics_is_up_to_date():
+    docs = PACKAGE.parent / "docs"
+    page = runpy.run_path(str(docs / "make_tables.py"))["statistics_page"]()
+    assert (docs / "statistics.md").read_text() == page, "run python docs/make_tables.py"

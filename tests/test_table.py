@@ -1,0 +1,102 @@
+"""The table of statistics is complete, and a user's entry works like a built-in one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+from oracle import capture, errors, expected, stock_of
+
+from llama_attn import AttentionStatsConfig, Statistic, register_statistic
+from llama_attn.stats.table import DIMENSIONS, default_statistics, statistics_table
+
+DEFAULT = {
+    "entropy", "logsumexp", "max_logit", "max_weight", "sink_mass", "local_mass", "mean_distance", "received",
+}  # fmt: skip
+NORMS = {
+    "hidden_norm", "hidden_max", "hidden_max_channel", "hidden_median", "key_norm", "value_norm", "key_mean_norm",
+    "value_mean_norm", "value_output_norm",
+}  # fmt: skip
+
+
+def test_the_table():
+    table = statistics_table()
+    assert set(default_statistics()) == DEFAULT
+    assert {name for name, statistic in table.items() if statistic.is_norm} == NORMS
+    others = {
+        "effective_keys", "received_total", "weights_map", "logits_map", "distance_histogram", "topk_weight",
+        "topk_position", "segment_mass",
+    }  # fmt: skip
+    assert set(table) == DEFAULT | NORMS | others
+    for name, statistic in table.items():
+        assert name == statistic.name
+        assert statistic.unit
+        assert statistic.source
+        assert statistic.meaning
+        assert set(statistic.dims) <= set(DIMENSIONS)
+
+
+def test_what_a_configuration_measures(ids):
+    model = tiny_model()
+
+    def names(**settings):
+        with torch.no_grad():
+            stats = model(ids, output_attention_stats=AttentionStatsConfig(**settings)).attention_stats
+        return set(stats.names)
+
+    segments = torch.zeros_like(ids)
+    assert names() == DEFAULT
+    assert names(statistics=["entropy"]) == names(statistics="entropy") == {"entropy"}
+    assert names(statistics=("entropy", "key_norm")) == {"entropy", "key_norm"}
+    assert names(norms=True) == DEFAULT | NORMS
+    assert names(statistics=(), norms=True) == NORMS
+    assert names(statistics="all") == set(statistics_table()) - NORMS - {"segment_mass"}
+    assert names(statistics="all", segments=segments, norms=True) == set(statistics_table())
+    assert names(segments=segments) == DEFAULT | {"segment_mass"}
+
+
+def varentropy(block):
+    mean = (block.weights * block.logits).sum(-1, keepdim=True)
+    return (block.weights * (block.logits - mean).square()).sum(-1)
+
+
+def varentropy_textbook(reference):
+    scores = torch.where(reference.visible, reference.scores, 0)
+    mean = (reference.weights * scores).sum(-1, keepdim=True)
+    return (reference.weights * (scores - mean).square()).sum(-1)
+
+
+@pytest.mark.usefixtures("restored_registry")
+@pytest.mark.parametrize("backend", ["sdpa", "streaming"])
+def test_a_statistic_written_elsewhere(backend, ids, left_padding, tmp_path):
+    dims = ("layer", "batch", "head", "query")
+    register_statistic(
+        Statistic("varentropy", dims, "nat²", "entropix", stream=varentropy, textbook=varentropy_textbook)
+    )
+    register_statistic(
+        Statistic("total", dims[:3], "attention", "here", stream=lambda block: block.weights.sum((-1, -2)),
+                  textbook=lambda r: torch.where(r.real_queries[:, None, :, None], r.weights, 0).sum((-1, -2)))
+    )  # fmt: skip
+    model = tiny_model(backend, torch.float64)
+    config = AttentionStatsConfig(statistics=("varentropy", "total", "entropy"))
+    inputs = {"input_ids": ids, "attention_mask": left_padding}
+    with torch.no_grad():
+        stats = model(**inputs, output_attention_stats=config).attention_stats
+    wanted = expected(*capture(stock_of(model), **inputs), config, stats.names, real=left_padding.bool())
+    assert max(errors(stats, wanted).values()) < 1e-10
+    assert stats["varentropy"].nanmean() > 0
+    assert stats["total"][0, :, 0].tolist() == pytest.approx([28, 37])
+    assert stats.to_xarray()["varentropy"].attrs["units"] == "nat²"
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_bad_registrations():
+    entropy = statistics_table()["entropy"]
+    with pytest.raises(ValueError, match="'entropy' is built in"):
+        register_statistic(entropy)
+    with pytest.raises(TypeError, match="expected a Statistic"):
+        register_statistic("entropy")
+    with pytest.raises(ValueError, match="dims: expected"):
+        Statistic("x", ("head", "batch"), "", "", stream=entropy.stream, textbook=entropy.textbook)
+    with pytest.raises(ValueError, match="dims: expected"):
+        Statistic("x", ("layer", "batch", "banana"), "", "", stream=entropy.stream, textbook=entropy.textbook)
