@@ -14,7 +14,7 @@ test: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,rounds --benchmark-group-by=group,param:length

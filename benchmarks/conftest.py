@@ -27,6 +27,8 @@ def text():
     """Token ids of a text that is as long as a benchmark asks for: (length) -> (1, length)."""
     checkpoint = demo_checkpoint()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file)
-    sentences = "".join(f"In chapter {n} the pirates sail on and find island number {n * 7 % 31}. " for n in range(2000))
+    sentences = "".join(
+        f"In chapter {n} the pirates sail on and find island number {n * 7 % 31}. " for n in range(2000)
+    )
     ids = torch.tensor([tokenizer(sentences)["input_ids"]])
     return lambda length: ids[:, :length]

@@ -82,7 +82,7 @@ def walk(
     output = None
     if value is not None:
         output = value.new_empty(batch, num_queries, heads, value.shape[-1])
-        value = value.to(logsumexp.dtype).flatten(0, 1)
+        value = value.to(logsumexp.dtype).contiguous().flatten(0, 1)
     raw: dict[str, Tensor] = {}
     block_rows = block_rows or _block_rows(query, visibility)
     # Without statistics nobody needs the centred scores again.
@@ -157,7 +157,7 @@ def _blocks(query: Tensor, key: Tensor, visibility: Visibility, scaling: float, 
     dtype = _compute_dtype(query)
     batch, heads, num_queries, channels = query.shape
     kv_heads = key.shape[1]
-    stacked_key = key.to(dtype).flatten(0, 1).mT
+    stacked_key = key.to(dtype).contiguous().flatten(0, 1).mT
     scratch = _scratch(query, visibility, block_rows)
     for start in range(0, num_queries, block_rows):
         rows = range(start, min(start + block_rows, num_queries))
