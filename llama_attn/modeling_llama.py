@@ -14,7 +14,6 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import find_first_full_attention_index, find_packed_sequence_indices
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -29,9 +28,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 
 from llama_attn.backends.registry import Backend, all_backends, attention_function, check_request, get_backend
 from llama_attn.engines import default_engine, get_engine
+from llama_attn.generation import GeneratesAttentionStats
 from llama_attn.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.recorder import Recorder
+from llama_attn.stats.recorder import Recorder, Step
 from llama_attn.stats.visibility import Visibility
 
 __all__ = [
@@ -232,7 +232,7 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
         if streaming:
             kwargs["visibility"] = visibility
         if recorder is not None:
-            recorder.start(visibility)
+            recorder.start(visibility, input_ids)
             kwargs["recorder"] = recorder
         return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True)) if own else None
         outputs = (
@@ -291,7 +291,7 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
         )
 
 
-class LlamaForCausalLM(_ChecksBackend, upstream.LlamaForCausalLM, GenerationMixin):
+class LlamaForCausalLM(_ChecksBackend, GeneratesAttentionStats, upstream.LlamaForCausalLM):
     """transformers' ``LlamaForCausalLM`` with ``output_attention_stats``."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -350,25 +350,16 @@ class LlamaForCausalLM(_ChecksBackend, upstream.LlamaForCausalLM, GenerationMixi
         config = AttentionStatsConfig.from_argument(output_attention_stats)
         if config is None:
             return super().forward(**inputs, **kwargs)
-        recorder = new_recorder(config, self.config)
+        recorder = self._new_recorder(config)
         outputs = super().forward(**inputs, **kwargs, recorder=recorder, return_dict=True)
         stats = recorder.finish(outputs.logits.device)
         return CausalLMOutputWithAttentionStats(**outputs, attention_stats=stats)
 
-    def generate(self, *args: Any, output_attention_stats: StatsArgument = None, **kwargs: Any) -> Any:
-        """Upstream's generate.
-
-        Raises:
-            NotImplementedError: ``output_attention_stats`` is on.
-        """
-        if AttentionStatsConfig.from_argument(output_attention_stats) is not None:
-            raise NotImplementedError(
-                "generate does not take output_attention_stats yet; call the model on the generated sequences instead"
-            )
-        return super().generate(*args, **kwargs)
+    def _new_recorder(self, config: AttentionStatsConfig, step: Step | None = None) -> Recorder:
+        return new_recorder(config, self.config, step)
 
 
-def new_recorder(stats_config: AttentionStatsConfig, config: LlamaConfig) -> Recorder:
+def new_recorder(stats_config: AttentionStatsConfig, config: LlamaConfig, step: Step | None = None) -> Recorder:
     """A recorder for one forward of a model with ``config``."""
     engine = stats_config.engine or default_engine()
     return Recorder(
@@ -379,6 +370,7 @@ def new_recorder(stats_config: AttentionStatsConfig, config: LlamaConfig) -> Rec
         num_heads=config.num_attention_heads,
         backend=config._attn_implementation or "sdpa",
         model=config._name_or_path,
+        step=step,
     )
 
 

@@ -97,7 +97,9 @@ def visible_by_hand(real, num_queries, sequences=None, causal=True, mask=None):
     return visible, real_queries, rank, real
 
 
-def expected(layers, last_hidden, config: AttentionStatsConfig, names, *, real, segments=None, **visibility):
+def expected(
+    layers, last_hidden, config: AttentionStatsConfig, names, *, real, segments=None, tokens=None, **visibility
+):
     """Every statistic by its textbook form, (layer, …), with NaN or −1 where there is no real token."""
     table = statistics_table()
     num_queries = layers[0].query.shape[2]
@@ -121,6 +123,7 @@ def expected(layers, last_hidden, config: AttentionStatsConfig, names, *, real, 
             config=config,
             bidirectional=visibility.get("mask") is not None or not visibility.get("causal", True),
             segments=segments,
+            tokens=tokens,
             hidden=hidden[:, rows],
             output_weight=layer.output_weight,
         ), group

@@ -129,8 +129,3 @@ def test_non_finite_inputs_are_seen_in_the_numbers(ids):
     assert stats["entropy"][:, 1, :, 5:].isnan().all()
     assert not stats["entropy"][0, 1, :, :5].isnan().any()
     assert not stats["entropy"][:, 0].isnan().any()
-
-
-def test_generate_does_not_lose_statistics_in_silence(ids):
-    with pytest.raises(NotImplementedError, match="output_attention_stats"):
-        tiny_model().generate(ids, output_attention_stats=True, max_new_tokens=2)

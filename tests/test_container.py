@@ -52,7 +52,7 @@ def test_access(stats):
     assert "entropy" in stats
     assert "entropie" not in stats
     assert list(stats) == list(stats.names)
-    assert len(stats) == len(stats.names) == 25
+    assert len(stats) == len(stats.names) == 28
     with pytest.raises(KeyError, match=r"no statistic 'entropie'; there are \['entropy'"):
         stats["entropie"]
 

@@ -20,7 +20,16 @@ def check(model, config, *, bound, real, segments=None, visibility=None, **input
     with torch.no_grad():
         stats = model(**inputs, output_attention_stats=config).attention_stats
     layers, last = capture(stock_of(model), **inputs)
-    wanted = expected(layers, last, config, stats.names, real=real, segments=segments, **(visibility or {}))
+    wanted = expected(
+        layers,
+        last,
+        config,
+        stats.names,
+        real=real,
+        segments=segments,
+        tokens=inputs["input_ids"],
+        **(visibility or {}),
+    )
     found = errors(stats, wanted)
     assert set(found) == set(stats.names)
     assert max(found.values()) <= bound, {name: error for name, error in found.items() if error > bound}
@@ -47,7 +56,7 @@ def test_every_statistic_of_a_padded_batch(backend, dtype, ids, left_padding):
         model, everything(segments, map_size=10, top_k=40, window=5, sink_tokens=3),
         bound=BOUND[dtype], real=left_padding.bool(), segments=segments, input_ids=ids, attention_mask=left_padding,
     )  # fmt: skip
-    assert len(stats.names) == 25
+    assert len(stats.names) == 28
     assert stats["entropy"].dtype == dtype
 
 

@@ -81,7 +81,11 @@ def attend_with(engine_name: Callable[[], str]) -> Callable[..., tuple[Tensor, N
         key, value = key[:, :, : visibility.num_keys], value[:, :, : visibility.num_keys]
         layer = getattr(module, "layer_idx", 0)
         name = engine_name()
-        wanted = recorder.fused(layer) if recorder is not None and recorder.engine == name else None
+        wanted = None
+        if recorder is not None and recorder.engine == name:
+            wanted = recorder.fused(layer, query.device)
+            # The same, knowing besides which rows of the batch are measured.
+            visibility = recorder.visibility_on(query.device) if wanted else visibility
         raw: dict[str, Tensor] = {}
         output = FusedAttention.apply(query, key, value, get_engine(name), visibility, scaling, wanted, raw)
         if recorder is not None:

@@ -28,12 +28,14 @@ class Wanted:
         config: Their parameters.
         segments: Segment of every key, −1 for none, (batch, key).
         num_segments: How many segments there are.
+        tokens: Token id of every key, (batch, key).
     """
 
     statistics: Sequence[Statistic]
     config: AttentionStatsConfig
     segments: Int[Tensor, "batch key"] | None = None
     num_segments: int = 0
+    tokens: Int[Tensor, "batch key"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +126,22 @@ class Block:
         return torch.nn.functional.pad(values, (0, missing), value=-torch.inf), torch.nn.functional.pad(
             keys, (0, missing)
         )
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, "batch key"]:
+        """Token id of every key of this block."""
+        if self.wanted.tokens is None:
+            raise ValueError("the statistic needs token ids, which this forward does not have")
+        return self.wanted.tokens[:, : self.num_keys]
+
+    @cached_property
+    def row_tokens(self) -> Int[Tensor, "batch row"]:
+        """Token id of every row of this block."""
+        return self.tokens[:, self.query_positions]
+
+    def mass(self, pairs: Bool[Tensor, "_ row key"]) -> Float[Tensor, "batch head row"]:
+        """Σ_j A_ij over the marked pairs, the same for every head."""
+        return (self.exponentials * pairs[:, None]).sum(-1) * self.scale
 
     def mean(self, columns: Float[Tensor, "*batch key"]) -> Float[Tensor, "batch head row"]:
         """Σ_j A_ij c_j for a number per key, (key) or (batch, key)."""

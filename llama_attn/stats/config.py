@@ -10,7 +10,7 @@ import torch
 
 from llama_attn.stats.table import default_statistics, statistics_table
 
-Segments = torch.Tensor | Sequence[Sequence[str | None]]
+Segments = torch.Tensor | Sequence[Sequence[str | None]] | tuple[torch.Tensor, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class AttentionStatsConfig:
         top_k: Number of most attended keys kept per query.
         map_size: Largest number of bins along each axis of a map.
         norms: Add every norm of hidden states, keys and values to the selection.
-        segments: Integer tensor (batch, key), −1 for "none", or one list of labels per sample; adds
-            ``segment_mass``.
+        segments: Integer tensor (batch, key), −1 for "none", or one list of labels per sample, or what
+            `chat_segments` returns; adds ``segment_mass``.
         query_stride: Measure queries 0, s, 2s … of the row only.
         offload: ``"cpu"`` moves every layer's numbers to the CPU as soon as they exist.
         engine: Name of the engine that measures; ``None`` leaves the choice to the written rule.

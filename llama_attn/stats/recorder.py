@@ -6,7 +6,8 @@ dataclass would be copied on the way by accelerate or FSDP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,26 @@ from torch import Tensor
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import VISIBILITY_LABELS, AttentionStats, Label
-from llama_attn.stats.segments import read_segments
+from llama_attn.stats.segments import add_generated, read_segments
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The place of one forward in a run of several.
+
+    Args:
+        first: Queries and keys before this position have been measured [token].
+        rows: Rows of the batch that are still being generated; None for all.
+        prompt: Length of the prompt, whose segments are known [token].
+        tokens: Token ids of the whole row so far, (batch, key); None if they are not known.
+    """
+
+    first: int
+    rows: Tensor | None
+    prompt: int
+    tokens: Tensor | None
 
 
 class Recorder:
@@ -31,6 +49,7 @@ class Recorder:
         num_heads: Query heads of each layer.
         backend: Name of the attention backend.
         model: Name or path of the model.
+        step: Its place in a run of several forwards; None if it stands alone.
 
     Raises:
         ValueError: A layer or head that the model does not have.
@@ -46,6 +65,7 @@ class Recorder:
         num_heads: int,
         backend: str,
         model: str = "",
+        step: Step | None = None,
     ) -> None:
         self.config = config
         self.layers = config.selected("layers", num_layers)
@@ -53,45 +73,87 @@ class Recorder:
         self.engine, self._walk = engine, walk
         self._all_heads = self.heads == tuple(range(num_heads))
         self.num_layers, self._backend, self._model = num_layers, backend, model
-        self._statistics = wanted_statistics(config)
+        self._step = step
+        self._statistics: tuple[Statistic, ...] = ()
         self._recorded: dict[tuple[str, int], Tensor] = {}
         self._visibility: Visibility | None = None
         self._wanted: Wanted | None = None
         self._segment_names: tuple[str, ...] | None = None
+        self._whole = True
         self._closed = False
 
-    def start(self, visibility: Visibility) -> None:
+    def start(self, visibility: Visibility, tokens: Tensor | None = None) -> None:
         """Say who sees whom, before the first layer runs.
 
-        Raises:
-            ValueError: Segments of the wrong shape.
-        """
-        segments, self._segment_names = read_segments(
-            self.config.segments, (visibility.batch, visibility.num_keys), visibility.device
-        )
-        self._visibility = visibility.strided(self.config.query_stride)
-        on_blocks = [statistic for statistic in self._statistics if not statistic.is_norm]
-        self._wanted = Wanted(on_blocks, self.config, segments, len(self._segment_names or ()))
+        Args:
+            visibility: Who sees whom in this forward.
+            tokens: Token ids of this forward, (batch, query); None if it got embeddings.
 
-    def visibility_on(self, device: torch.device) -> Visibility:
-        """Who sees whom, for the measured queries, on ``device``."""
+        Raises:
+            ValueError: Segments of the wrong shape, or a statistic that this forward cannot give.
+        """
+        step, shape = self._step, (visibility.batch, visibility.num_keys)
+        if step is None:
+            segments, names = read_segments(self.config.segments, shape, visibility.device)
+        else:
+            tokens = None if step.tokens is None else step.tokens[:, : visibility.num_keys]
+            segments, names = read_segments(self.config.segments, (shape[0], step.prompt), visibility.device)
+            segments, names = add_generated(segments, names, visibility.num_keys)
+        # Ids of keys that come from a cache are not known.
+        if tokens is not None and tuple(tokens.shape) != shape:
+            tokens = None
+        self._segment_names = names
+        self._statistics = wanted_statistics(self.config, has_tokens=tokens is not None)
+        self._visibility = visibility.measured(
+            stride=self.config.query_stride, first=step.first if step else 0, rows=step.rows if step else None
+        )
+        on_blocks = [statistic for statistic in self._statistics if not statistic.is_norm]
+        self._wanted = Wanted(on_blocks, self.config, segments, len(names or ()), tokens)
+        self._whole = len(self._visibility.queries) == len(visibility.queries)
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What is measured, known once the recorder was started."""
+        return self._statistics
+
+    @property
+    def recorded(self) -> dict[tuple[str, int], Tensor]:
+        """Raw numbers by statistic and layer."""
+        return self._recorded
+
+    @property
+    def visibility(self) -> Visibility:
+        """Who sees whom, for the measured queries."""
         if self._visibility is None:
             raise RuntimeError("the recorder was not started; statistics need llama_attn's LlamaModel")
-        # Kept, so that layers on the same device share the vectors it computes.
-        self._visibility = self._visibility.to(device)
         return self._visibility
+
+    def visibility_on(self, device: torch.device) -> Visibility:
+        """The same, on ``device``."""
+        # Kept, so that layers on the same device share the vectors it computes.
+        self._visibility = self.visibility.to(device)
+        return self._visibility
+
+    def _wanted_on(self, device: torch.device, missing: Sequence[Statistic]) -> Wanted:
+        wanted = self._wanted
+        if wanted is None:
+            raise RuntimeError("the recorder was not started; statistics need llama_attn's LlamaModel")
+        segments, tokens = (None if t is None else t.to(device) for t in (wanted.segments, wanted.tokens))
+        return Wanted(missing, self.config, segments, wanted.num_segments, tokens)
 
     def wants(self, layer: int) -> bool:
         """Whether ``layer`` is measured; never again once the forward is over (checkpointing runs layers twice)."""
         return not self._closed and layer in self.layers
 
-    def fused(self, layer: int) -> Wanted | None:
+    def fused(self, layer: int, device: torch.device) -> Wanted | None:
         """What a backend may measure from its own blocks; ``None`` if it should measure nothing.
 
         A subset of heads or queries is cheaper to measure beside the backend.
         """
-        whole = self._all_heads and self.config.query_stride == 1
-        return self._wanted if whole and self.wants(layer) and self._wanted and self._wanted.statistics else None
+        if not (self._all_heads and self._whole and self.wants(layer)):
+            return None
+        on_blocks = [statistic for statistic in self._statistics if not statistic.is_norm]
+        return self._wanted_on(device, on_blocks) if on_blocks else None
 
     def record(self, layer: int, raw: Mapping[str, Tensor]) -> None:
         """Keep what was measured in ``layer``."""
@@ -126,15 +188,15 @@ class Recorder:
             scaling: What scores are multiplied with.
             output_weight: Gives the weight of ``o_proj`` by head, (head, hidden, channel).
         """
-        if not self.wants(layer) or self._wanted is None:
+        if not self.wants(layer):
             return
         visibility = self.visibility_on(query.device)
         key, value = key[:, :, : visibility.num_keys], value[:, :, : visibility.num_keys]
         # Under autocast a float32 product would be computed in half precision.
         with torch.autocast(query.device.type, enabled=False):
-            missing = [s for s in self._wanted.statistics if (s.name, layer) not in self._recorded]
+            missing = [s for s in self._statistics if not s.is_norm and (s.name, layer) not in self._recorded]
             if missing and visibility.num_queries:
-                wanted = Wanted(missing, self.config, self._wanted.segments, self._wanted.num_segments)
+                wanted = self._wanted_on(query.device, missing)
                 group = query.shape[1] // key.shape[1]
                 query = self._strided(query, 2)
                 seen = key
@@ -143,6 +205,8 @@ class Recorder:
                     query = query[:, list(self.heads)]
                     seen = key[:, [head // group for head in self.heads]]
                 self.record(layer, self._walk(query, seen, None, visibility, scaling, wanted).raw)
+            if self._step is not None:
+                key, value = key[:, :, self._step.first :], value[:, :, self._step.first :]
             for statistic in self._statistics:
                 if statistic.observes == "key":
                     self.record(layer, {statistic.name: statistic.stream(_wide(key))})
@@ -154,12 +218,16 @@ class Recorder:
 
     def _strided(self, tensor: Tensor, axis: int) -> Tensor:
         """The measured queries of ``tensor``, whose ``axis`` holds the tokens of this call."""
-        if self.config.query_stride == 1 or self._visibility is None:
+        if self._whole:
             return tensor
         # The last query of this call is the last key.
-        start = self._visibility.num_keys - tensor.shape[axis]
-        at = torch.tensor([query - start for query in self._visibility.queries], device=tensor.device)
-        return tensor.index_select(axis, at.long())
+        visibility = self.visibility
+        start = visibility.num_keys - tensor.shape[axis]
+        return tensor.index_select(axis, visibility.query_positions.to(tensor.device) - start)
+
+    def close(self) -> None:
+        """Measure nothing more: under gradient checkpointing the layers run again in the backward."""
+        self._closed = True
 
     def finish(self, device: torch.device) -> AttentionStats:
         """Close the recorder and label what it holds.
@@ -170,7 +238,7 @@ class Recorder:
         Raises:
             RuntimeError: A layer did not report, so the numbers would be incomplete.
         """
-        self._closed = True
+        self.close()
         device = torch.device(self.config.offload or device)
         visibility = self.visibility_on(device).of_heads(self.heads)
         values = {}
@@ -201,23 +269,32 @@ class Recorder:
         )
 
 
-def wanted_statistics(config: AttentionStatsConfig) -> tuple[Statistic, ...]:
+def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool) -> tuple[Statistic, ...]:
     """The entries of the table that ``config`` asks for, in the order of the table.
 
+    Args:
+        config: What was asked for.
+        has_tokens: Whether the token ids of all keys are known.
+
     Raises:
-        ValueError: ``segment_mass`` is named, but there are no segments.
+        ValueError: A statistic is named that needs segments or token ids which are not there.
     """
+    have = {"segments": config.segments is not None, "tokens": has_tokens, None: True}
+    ways = {
+        "segments": "`segments` in the AttentionStatsConfig",
+        "tokens": "the ids of all tokens: input_ids, not inputs_embeds, and none of them from a cache",
+    }
     chosen = []
     for name, statistic in statistics_table().items():
-        possible = statistic.needs != "segments" or config.segments is not None
+        possible = have[statistic.needs]
         if statistic.is_norm:
             wanted = config.norms or (config.statistics != "all" and name in config.statistics)
         elif statistic.needs == "segments" and config.segments is not None:
             wanted = True
         else:
             wanted = name in config.statistics or (config.statistics == "all" and possible)
-        if wanted and not possible:
-            raise ValueError(f"statistics: {name!r} needs `segments` in the AttentionStatsConfig")
+        if wanted and not possible and statistic.needs:
+            raise ValueError(f"statistics: {name!r} needs {ways[statistic.needs]}")
         if wanted:
             chosen.append(statistic)
     return tuple(chosen)

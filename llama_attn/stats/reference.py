@@ -34,6 +34,7 @@ class Reference:
         bidirectional: Whether distances count to both sides.
         bias: What a user's additive mask adds to the scores, broadcastable to (batch, head, query, key).
         segments: Segment of every key, −1 for none, (batch, key).
+        tokens: Token id of every key, (batch, key).
         hidden: Residual stream that enters the layer, (batch, query, hidden).
         output_weight: Weight of ``o_proj``, (hidden, head · channel).
     """
@@ -50,6 +51,7 @@ class Reference:
     bidirectional: bool = False
     bias: Tensor | None = None
     segments: Int[Tensor, "batch key"] | None = None
+    tokens: Int[Tensor, "batch key"] | None = None
     hidden: Float[Tensor, "batch query hidden"] | None = None
     output_weight: Float[Tensor, "hidden channels"] | None = None
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from llama_attn.stats.config import Segments
+
+GENERATED = "generated"
 
 
 def read_segments(
@@ -14,7 +18,8 @@ def read_segments(
     """Segments as integers, and their names.
 
     Args:
-        segments: Integer tensor (batch, key) with −1 for "none", or one list of labels per row with None for it.
+        segments: Integer tensor (batch, key) with −1 for "none", or one list of labels per row with None for it,
+            or what `chat_segments` returns.
         shape: The (batch, key) that they must have.
         device: Where the integers are needed.
 
@@ -23,17 +28,49 @@ def read_segments(
     """
     if segments is None:
         return None, None
-    if isinstance(segments, Tensor):
-        if segments.is_floating_point() or segments.is_complex() or segments.dtype == torch.bool:
-            raise ValueError(f"segments: expected integers, got {segments.dtype}")
-        if tuple(segments.shape) != shape:
-            raise ValueError(f"segments: expected shape {shape}, got {tuple(segments.shape)}")
-        if segments.numel() and int(segments.min()) < -1:
-            raise ValueError(f"segments: expected −1 or more, got {int(segments.min())}")
-        count = int(segments.max()) + 1 if segments.numel() else 0
-        if count == 0:
+    if isinstance(segments, tuple) and len(segments) == 2 and isinstance(segments[0], Tensor):
+        labels, names = _read_numbers(segments[0], shape), tuple(str(name) for name in segments[1])
+        if int(labels.max()) >= len(names):
+            raise ValueError(f"segments: expected a name for every number up to {int(labels.max())}, got {names}")
+    elif isinstance(segments, Tensor):
+        labels = _read_numbers(segments, shape)
+        names = tuple(str(index) for index in range(int(labels.max()) + 1))
+        if not names:
             raise ValueError("segments: expected at least one segment, got only −1")
-        return segments.to(device=device, dtype=torch.long), tuple(str(index) for index in range(count))
+    else:
+        labels, names = _read_labels(segments, shape)
+    return labels.to(device=device, dtype=torch.long), names
+
+
+def add_generated(
+    labels: Tensor | None, names: tuple[str, ...] | None, num_keys: int
+) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Segments of a prompt, with one more for the tokens that were generated after it.
+
+    Args:
+        labels: Segments of the prompt, (batch, prompt).
+        names: Their names.
+        num_keys: Tokens fed so far, prompt included.
+    """
+    if labels is None or names is None:
+        return None, None
+    missing = num_keys - labels.shape[1]
+    # A chunk of the prompt may be shorter than the prompt.
+    labels = labels[:, :num_keys] if missing < 0 else torch.nn.functional.pad(labels, (0, missing), value=len(names))
+    return labels, (*names, GENERATED)
+
+
+def _read_numbers(segments: Tensor, shape: tuple[int, int]) -> Tensor:
+    if segments.is_floating_point() or segments.is_complex() or segments.dtype == torch.bool:
+        raise ValueError(f"segments: expected integers, got {segments.dtype}")
+    if tuple(segments.shape) != shape:
+        raise ValueError(f"segments: expected shape {shape}, got {tuple(segments.shape)}")
+    if segments.numel() and int(segments.min()) < -1:
+        raise ValueError(f"segments: expected −1 or more, got {int(segments.min())}")
+    return segments
+
+
+def _read_labels(segments: Sequence[Sequence[str | None]], shape: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:
     lengths = [len(row) for row in segments]
     if len(lengths) != shape[0] or any(length != shape[1] for length in lengths):
         raise ValueError(f"segments: expected shape {shape}, got {len(lengths)} rows of lengths {lengths}")
@@ -41,4 +78,4 @@ def read_segments(
     if not names:
         raise ValueError("segments: expected at least one label, got only None")
     index: dict[str | None, int] = {name: i for i, name in enumerate(names)} | {None: -1}
-    return torch.tensor([[index[label] for label in row] for row in segments], device=device), names
+    return torch.tensor([[index[label] for label in row] for row in segments]), names

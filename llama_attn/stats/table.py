@@ -47,7 +47,7 @@ class Statistic:
         finish: Turns the finished running sum (…, batch, head, …) into the statistic, e.g. divides it.
         dtype: Integer type of positions and channels, where −1 is "none"; ``None`` for floats, where it is NaN.
         observes: What the streaming form is given. Everything but ``"block"`` is a norm (``norms=True``).
-        needs: ``"segments"`` if it cannot be measured without them.
+        needs: ``"segments"`` or ``"tokens"`` (ids) if it cannot be measured without them.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Statistic:
     finish: Callable[[torch.Tensor, Visibility, AttentionStatsConfig], torch.Tensor] | None = None
     dtype: torch.dtype | None = None
     observes: Observed = "block"
-    needs: Literal["segments"] | None = None
+    needs: Literal["segments", "tokens"] | None = None
 
     def __post_init__(self) -> None:
         unknown = [dim for dim in self.dims if dim not in DIMENSIONS]
@@ -112,5 +112,7 @@ def default_statistics() -> tuple[str, ...]:
 @functools.cache
 def _built_in() -> dict[str, Statistic]:
     # Imported late, since these modules need the class above.
-    modules = (importlib.import_module(f"llama_attn.stats.{name}") for name in ("rows", "keys", "maps", "norms"))
+    modules = (
+        importlib.import_module(f"llama_attn.stats.{name}") for name in ("rows", "tokens", "keys", "maps", "norms")
+    )
     return {statistic.name: statistic for module in modules for statistic in module.STATISTICS}

@@ -34,6 +34,7 @@ class Visibility:
         real: Whether a key is a real token, (batch, key); ``None`` if all are.
         sequence: Index of the packed sequence of every key, ascending, (batch, key); ``None`` if there is one.
         mask: The user's 4-D mask, (1 or batch, 1 or head, query, key): bool (True = seen) or additive.
+        rows: Rows of the batch whose queries count as real; None for all.
     """
 
     batch: int
@@ -44,6 +45,7 @@ class Visibility:
     real: Bool[Tensor, "batch key"] | None = None
     sequence: Int[Tensor, "batch key"] | None = None
     mask: Shaped[Tensor, "_ _ query key"] | None = None
+    rows: Bool[Tensor, " batch"] | None = None
 
     @classmethod
     def of_inputs(
@@ -102,22 +104,31 @@ class Visibility:
         """The same, with its vectors on ``device``."""
         if device == self.device:
             return self
-        real, sequence, mask = (_to(vector, device) for vector in (self.real, self.sequence, self.mask))
-        return replace(self, device=device, real=real, sequence=sequence, mask=mask)
+        real, sequence, mask, rows = (_to(t, device) for t in (self.real, self.sequence, self.mask, self.rows))
+        return replace(self, device=device, real=real, sequence=sequence, mask=mask, rows=rows)
 
-    def strided(self, stride: int) -> Visibility:
-        """The same, for the queries at multiples of ``stride`` only."""
-        if stride == 1:
-            return self
-        first = -(-self.queries.start // stride) * stride
-        mask = None if self.mask is None else self.mask[:, :, first - self.queries.start :: stride]
-        return replace(self, queries=range(first, self.queries.stop, stride), mask=mask)
+    def measured(self, *, stride: int = 1, first: int = 0, rows: Bool[Tensor, " batch"] | None = None) -> Visibility:
+        """The same, for some of the queries only.
+
+        Args:
+            stride: Measure the queries at multiples of it.
+            first: Measure none before this position [token].
+            rows: Rows of the batch whose queries count; None for all.
+        """
+        begin = -(-max(self.queries.start, first) // stride) * stride
+        mask = None if self.mask is None else self.mask[:, :, begin - self.queries.start :: stride]
+        return replace(self, queries=range(begin, self.queries.stop, stride), mask=mask, rows=rows)
 
     def of_heads(self, heads: Sequence[int]) -> Visibility:
         """The same, for some query heads only."""
         if self.mask is None or self.mask.shape[1] == 1:
             return self
         return replace(self, mask=self.mask[:, list(heads)])
+
+    @property
+    def first_query(self) -> int:
+        """Position of the first query, measured or not [token]."""
+        return self.queries.start
 
     @property
     def num_queries(self) -> int:
@@ -181,9 +192,8 @@ class Visibility:
     @cached_property
     def real_queries(self) -> Bool[Tensor, "batch query"]:
         """Whether each measured query is a real token that sees at least one real key."""
-        if self.mask is not None:
-            return self._mask_counts[0] > 0
-        return self.real_keys[:, self.query_positions]
+        real = self._mask_counts[0] > 0 if self.mask is not None else self.real_keys[:, self.query_positions]
+        return real if self.rows is None else real & self.rows[:, None]
 
     @cached_property
     def rank(self) -> Int[Tensor, "batch key"]:
@@ -199,8 +209,8 @@ class Visibility:
     def visible_keys(self) -> Int[Tensor, "batch query"]:
         """How many real keys each measured query sees; 0 for padding."""
         if self.mask is not None:
-            return self._mask_counts[0].int()
-        if self.causal:
+            seen = self._mask_counts[0]
+        elif self.causal:
             seen = (self.rank + 1)[:, self.query_positions]
         else:
             seen = self.real_keys.sum(-1, keepdim=True).expand(-1, self.num_queries)
