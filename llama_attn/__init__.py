@@ -11,6 +11,7 @@ from llama_attn.modeling_llama import LlamaForCausalLM, LlamaModel
 from llama_attn.registration import register, unregister
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
+from llama_attn.stats.segments import chat_segments
 from llama_attn.stats.table import Statistic, register_statistic
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "LlamaModel",
     "Statistic",
     "available_backends",
+    "chat_segments",
     "register",
     "register_backend",
     "register_statistic",

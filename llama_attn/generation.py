@@ -68,6 +68,7 @@ class GenerationSession:
         self._recorder: Recorder | None = None
         self._fed = 0
         self._first_query = -1
+        self.segments: tuple[Tensor, tuple[str, ...]] | None = None
 
     def begin(self, input_ids: Tensor, inputs_embeds: Tensor | None, repeats: int) -> None:
         """Take the prompt of every row that will be returned.
@@ -84,7 +85,8 @@ class GenerationSession:
         shape = (input_ids.shape[0] // repeats, self.prompt)
         labels, names = read_segments(self.config.segments, shape, input_ids.device)
         if labels is not None and names is not None:
-            self.config = replace(self.config, segments=(labels.repeat_interleave(repeats, dim=0), names))
+            self.segments = labels.repeat_interleave(repeats, dim=0), names
+            self.config = replace(self.config, segments=self.segments)
         self._run = Run(self.config)
 
     def watch(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
@@ -275,9 +277,8 @@ class GeneratesAttentionStats(GenerationMixin):
             new = self.get_input_embeddings()(generated[:, :-1])
             inputs = {"inputs_embeds": torch.cat([embeds.to(new), new], dim=1)}
         config = session.config
-        if config.segments is not None:
-            labels, names = add_generated(*config.segments, mask.shape[1])
-            config = replace(config, segments=(labels, names))
+        if session.segments is not None:
+            config = replace(config, segments=add_generated(*session.segments, mask.shape[1]))
         outputs = self(
             **inputs,
             attention_mask=mask,

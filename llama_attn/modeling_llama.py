@@ -31,6 +31,7 @@ from llama_attn.engines import default_engine, get_engine
 from llama_attn.generation import GeneratesAttentionStats
 from llama_attn.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
 from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.recorder import Recorder, Step
 from llama_attn.stats.visibility import Visibility
 
@@ -112,6 +113,8 @@ class LlamaAttention(upstream.LlamaAttention):
         """What ``o_proj`` does to the channels of each head, whatever kind of linear layer it is."""
         if type(self.o_proj) is nn.Linear and not self.o_proj.weight.is_meta:
             weight = self.o_proj.weight
+            # Under tensor parallelism the part of it that belongs to the heads held here.
+            weight = getattr(weight, "to_local", lambda: weight)()
         else:
             # Quantised, adapted or offloaded: ask the layer itself, one unit vector per channel.
             channels, like = self.o_proj.in_features, next(self.o_proj.parameters())
@@ -219,7 +222,7 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
         }
         own = None
         if recorder is None and (config := AttentionStatsConfig.from_argument(output_attention_stats)) is not None:
-            recorder = own = new_recorder(config, self.config)
+            recorder = own = new_recorder(config, self)
         streaming = _is_streaming(self.config._attn_implementation)
         if recorder is None and not streaming:
             return super().forward(**inputs, **kwargs)
@@ -356,11 +359,32 @@ class LlamaForCausalLM(_ChecksBackend, GeneratesAttentionStats, upstream.LlamaFo
         return CausalLMOutputWithAttentionStats(**outputs, attention_stats=stats)
 
     def _new_recorder(self, config: AttentionStatsConfig, step: Step | None = None) -> Recorder:
-        return new_recorder(config, self.config, step)
+        if getattr(self, "_pp_stage", None) is not None:
+            raise ValueError(
+                "output_attention_stats: not with pipeline parallelism (pp_size > 1), where each process holds some of "
+                "the layers and transformers returns nothing but logits and cache; use tp_size or FSDP"
+            )
+        return new_recorder(config, self.model, step)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: LlamaForCausalLM, *args: Any, **kwargs: Any) -> LlamaForCausalLM:
+        """Upstream's; a pipeline refuses statistics before its stages wait for one another."""
+        model = super().maybe_distribute_model(model, *args, **kwargs)
+        if getattr(model, "_pp_stage", None) is not None:
+            model.register_forward_pre_hook(_refuse_statistics, with_kwargs=True)
+        return model
 
 
-def new_recorder(stats_config: AttentionStatsConfig, config: LlamaConfig, step: Step | None = None) -> Recorder:
-    """A recorder for one forward of a model with ``config``."""
+def _refuse_statistics(model: LlamaForCausalLM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    config = AttentionStatsConfig.from_argument(kwargs.get("output_attention_stats"))
+    if config is not None:
+        model._new_recorder(config)
+
+
+def new_recorder(stats_config: AttentionStatsConfig, model: LlamaModel, step: Step | None = None) -> Recorder:
+    """A recorder for one forward of ``model``."""
+    config, attention = model.config, model.layers[0].self_attn
+    query_weight, output_weight = (getattr(layer, "weight", None) for layer in (attention.q_proj, attention.o_proj))
     engine = stats_config.engine or default_engine()
     return Recorder(
         stats_config,
@@ -371,6 +395,7 @@ def new_recorder(stats_config: AttentionStatsConfig, config: LlamaConfig, step: 
         backend=config._attn_implementation or "sdpa",
         model=config._name_or_path,
         step=step,
+        shard=HeadShard.of_weights(query_weight, output_weight),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import VISIBILITY_LABELS, AttentionStats, Label
+from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.segments import add_generated, read_segments
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
@@ -50,6 +51,7 @@ class Recorder:
         backend: Name of the attention backend.
         model: Name or path of the model.
         step: Its place in a run of several forwards; None if it stands alone.
+        shard: The heads that this process holds; None if it holds all.
 
     Raises:
         ValueError: A layer or head that the model does not have.
@@ -66,14 +68,19 @@ class Recorder:
         backend: str,
         model: str = "",
         step: Step | None = None,
+        shard: HeadShard | None = None,
     ) -> None:
         self.config = config
         self.layers = config.selected("layers", num_layers)
         self.heads = config.selected("heads", num_heads)
         self.engine, self._walk = engine, walk
-        self._all_heads = self.heads == tuple(range(num_heads))
-        self.num_layers, self._backend, self._model = num_layers, backend, model
-        self._step = step
+        self.num_layers, self._num_heads = num_layers, num_heads
+        self._backend, self._model = backend, model
+        self._step, self._shard = step, shard
+        # The heads to take from what an attention layer holds; None for all.
+        self._chosen: tuple[int, ...] | None = None
+        if self.heads != tuple(range(num_heads)):
+            self._chosen = self.heads if shard is None else shard.local(self.heads, num_heads)
         self._statistics: tuple[Statistic, ...] = ()
         self._recorded: dict[tuple[str, int], Tensor] = {}
         self._visibility: Visibility | None = None
@@ -98,12 +105,15 @@ class Recorder:
         else:
             tokens = None if step.tokens is None else step.tokens[:, : visibility.num_keys]
             segments, names = read_segments(self.config.segments, (shape[0], step.prompt), visibility.device)
-            segments, names = add_generated(segments, names, visibility.num_keys)
+            if segments is not None and names is not None:
+                segments, names = add_generated(segments, names, visibility.num_keys)
         # Ids of keys that come from a cache are not known.
         if tokens is not None and tuple(tokens.shape) != shape:
             tokens = None
         self._segment_names = names
         self._statistics = wanted_statistics(self.config, has_tokens=tokens is not None)
+        if self._shard is not None:
+            self._shard.check(self._statistics)
         self._visibility = visibility.measured(
             stride=self.config.query_stride, first=step.first if step else 0, rows=step.rows if step else None
         )
@@ -150,7 +160,7 @@ class Recorder:
 
         A subset of heads or queries is cheaper to measure beside the backend.
         """
-        if not (self._all_heads and self._whole and self.wants(layer)):
+        if self._chosen is not None or not (self._whole and self.wants(layer)):
             return None
         on_blocks = [statistic for statistic in self._statistics if not statistic.is_norm]
         return self._wanted_on(device, on_blocks) if on_blocks else None
@@ -187,9 +197,18 @@ class Recorder:
             value: Values after the cache.
             scaling: What scores are multiplied with.
             output_weight: Gives the weight of ``o_proj`` by head, (head, hidden, channel).
+
+        Raises:
+            ValueError: The layer holds other heads than it should.
         """
         if not self.wants(layer):
             return
+        shard, held = self._shard, query.shape[1]
+        if held * (1 if shard is None else shard.size) != self._num_heads:
+            raise ValueError(
+                f"layer {layer}: attention holds {held} of {self._num_heads} heads, split in a way that statistics do "
+                "not know; tensor parallelism needs q_proj colwise and o_proj rowwise"
+            )
         visibility = self.visibility_on(query.device)
         key, value = key[:, :, : visibility.num_keys], value[:, :, : visibility.num_keys]
         # Under autocast a float32 product would be computed in half precision.
@@ -200,21 +219,25 @@ class Recorder:
                 group = query.shape[1] // key.shape[1]
                 query = self._strided(query, 2)
                 seen = key
-                if not self._all_heads:
-                    visibility = visibility.of_heads(self.heads)
-                    query = query[:, list(self.heads)]
-                    seen = key[:, [head // group for head in self.heads]]
+                if self._chosen is not None:
+                    visibility = visibility.of_heads(self._chosen)
+                    query = query[:, list(self._chosen)]
+                    seen = key[:, [head // group for head in self._chosen]]
                 self.record(layer, self._walk(query, seen, None, visibility, scaling, wanted).raw)
             if self._step is not None:
                 key, value = key[:, :, self._step.first :], value[:, :, self._step.first :]
+            observed = {statistic.observes for statistic in self._statistics}
+            # Their mean over heads needs all of them.
+            keys = shard.gather(key, 1) if shard is not None and "key" in observed else key
+            values = shard.gather(value, 1) if shard is not None and "value" in observed else value
             for statistic in self._statistics:
                 if statistic.observes == "key":
-                    self.record(layer, {statistic.name: statistic.stream(_wide(key))})
+                    self.record(layer, {statistic.name: statistic.stream(_wide(keys))})
                 elif statistic.observes == "value":
-                    self.record(layer, {statistic.name: statistic.stream(_wide(value))})
+                    self.record(layer, {statistic.name: statistic.stream(_wide(values))})
                 elif statistic.observes == "value_output":
                     norms = statistic.stream(_wide(value), _wide(output_weight()))
-                    self.record(layer, {statistic.name: norms[:, list(self.heads)]})
+                    self.record(layer, {statistic.name: norms if self._chosen is None else norms[:, list(self._chosen)]})
 
     def _strided(self, tensor: Tensor, axis: int) -> Tensor:
         """The measured queries of ``tensor``, whose ``axis`` holds the tokens of this call."""
@@ -249,6 +272,8 @@ class Recorder:
             if missing:
                 raise RuntimeError(f"{statistic.name}: layers {missing} did not report")
             tensor = torch.stack([self._recorded.pop((statistic.name, layer)).to(device) for layer in layers])
+            if self._shard is not None and "head" in statistic.dims:
+                tensor = self._shard.gather_heads(tensor, statistic.dims.index("head"), self.heads, self._num_heads)
             if statistic.finish is not None:
                 tensor = statistic.finish(tensor, visibility, self.config)
             values[statistic.name] = mark_padding(statistic, tensor, visibility)

@@ -117,7 +117,7 @@ class Visibility:
         """
         begin = -(-max(self.queries.start, first) // stride) * stride
         mask = None if self.mask is None else self.mask[:, :, begin - self.queries.start :: stride]
-        return replace(self, queries=range(begin, self.queries.stop, stride), mask=mask, rows=rows)
+        return replace(self, queries=range(begin, max(begin, self.queries.stop), stride), mask=mask, rows=rows)
 
     def of_heads(self, heads: Sequence[int]) -> Visibility:
         """The same, for some query heads only."""

@@ -1,0 +1,84 @@
+"""Tensor parallelism: every process holds some heads of each layer, and the statistics of all of them are wanted.
+
+Each process measures its own heads, and one collective per statistic brings them together when the forward is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from llama_attn.stats.table import Statistic
+
+
+class HeadShard:
+    """The heads that this process holds of every layer: heads are dealt out in order, equally many to each rank.
+
+    Args:
+        mesh: One-dimensional device mesh of the processes that share a layer.
+    """
+
+    def __init__(self, mesh: Any) -> None:
+        self.size: int = mesh.size()
+        self.rank: int = mesh.get_local_rank()
+        self._mesh = mesh
+
+    @classmethod
+    def of_weights(cls, query_weight: Any, output_weight: Any) -> HeadShard | None:
+        """How the weights of ``q_proj`` and ``o_proj`` split the heads; None if every process holds all of them.
+
+        FSDP shards both along the same axis and puts them together before they are used. Only tensor parallelism
+        splits the outputs of the one and the inputs of the other.
+        """
+        outputs, inputs = (getattr(weight, "placements", ()) for weight in (query_weight, output_weight))
+        for axis, (output, given) in enumerate(zip(outputs, inputs, strict=False)):
+            if output.is_shard(0) and given.is_shard(1):
+                mesh = output_weight.device_mesh
+                return cls(mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[axis]])
+        return None
+
+    def check(self, statistics: Sequence[Statistic]) -> None:
+        """Refuse what cannot be put together from statistics of single heads.
+
+        Raises:
+            ValueError: A statistic of attention without a ``head`` axis.
+        """
+        for statistic in statistics:
+            if statistic.observes in ("block", "value_output") and "head" not in statistic.dims:
+                raise ValueError(
+                    f"statistics: {statistic.name!r} has no head axis, so it cannot be put together from the heads "
+                    f"that {self.size} tensor parallel processes hold; leave it out or give it the axis"
+                )
+
+    def local(self, heads: Sequence[int], num_heads: int) -> tuple[int, ...]:
+        """Which of its own heads this process measures, so that all of ``heads`` are measured somewhere.
+
+        Equally many on every rank, since the collective takes equal shapes: the first stands in where too few or
+        none were chosen.
+        """
+        chosen = self._by_rank(heads, num_heads)
+        most = max(map(len, chosen))
+        return tuple((chosen[self.rank] + [0] * most)[:most])
+
+    def gather(self, tensor: Tensor, axis: int) -> Tensor:
+        """The ``tensor`` of every rank, one behind the other along ``axis``."""
+        # An offloaded tensor has to go back to where the processes can exchange it.
+        mine = tensor.to(self._mesh.device_type).contiguous()
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        distributed.all_gather(every, mine, group=self._mesh.get_group())
+        return torch.cat(every, dim=axis).to(tensor.device)
+
+    def gather_heads(self, tensor: Tensor, axis: int, heads: Sequence[int], num_heads: int) -> Tensor:
+        """All of ``heads``, of which each rank has measured its `local` ones along ``axis``."""
+        chosen, most = self._by_rank(heads, num_heads), tensor.shape[axis]
+        held = num_heads // self.size
+        places = [head // held * most + chosen[head // held].index(head % held) for head in heads]
+        every = self.gather(tensor, axis)
+        return every.index_select(axis, torch.tensor(places, device=every.device))
+
+    def _by_rank(self, heads: Sequence[int], num_heads: int) -> list[list[int]]:
+        held = num_heads // self.size
+        return [[head % held for head in heads if head // held == rank] for rank in range(self.size)]
