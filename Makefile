@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test bench lint long clean
+.PHONY: demo test long bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/llama-attn demo
@@ -15,6 +15,10 @@ test: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
+
+# Twelve thousand random examples of the properties of the engine; too long for CI.
+long: $(VENV)/.ready
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,rounds --benchmark-group-by=group,param:length

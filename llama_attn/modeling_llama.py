@@ -30,6 +30,7 @@ from llama_attn.backends.registry import Backend, all_backends, attention_functi
 from llama_attn.engines import default_engine, get_engine
 from llama_attn.generation import GeneratesAttentionStats
 from llama_attn.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
+from llama_attn.pipelining import RefusesInPipelines, refuse_pipeline
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.recorder import Recorder, Step
@@ -109,8 +110,8 @@ class LlamaAttention(upstream.LlamaAttention):
             )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
-    def _output_weight(self) -> Float[Tensor, "head hidden channel"]:
-        """What ``o_proj`` does to the channels of each head, whatever kind of linear layer it is."""
+    def _output_weight(self, device: torch.device) -> Float[Tensor, "head hidden channel"]:
+        """What ``o_proj``, which runs on ``device``, does to the channels of each head, whatever layer it is."""
         if type(self.o_proj) is nn.Linear and not self.o_proj.weight.is_meta:
             weight = self.o_proj.weight
             # Under tensor parallelism the part of it that belongs to the heads held here.
@@ -118,7 +119,6 @@ class LlamaAttention(upstream.LlamaAttention):
         else:
             # Quantised, adapted or offloaded: ask the layer itself, one unit vector per channel.
             channels, like = self.o_proj.in_features, next(self.o_proj.parameters())
-            device = self.q_proj.weight.device if like.is_meta else like.device
             dtype = like.dtype if like.is_floating_point() else torch.float32
             units = torch.eye(channels, device=device, dtype=dtype)
             weight = (self.o_proj(units) - self.o_proj(torch.zeros_like(units[:1]))).T
@@ -249,6 +249,7 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
         outputs = BaseModelOutputWithAttentionStats(**outputs, attention_stats=stats)
         return outputs if return_dict else outputs.to_tuple()
 
+    @torch.compiler.disable
     def _visibility(
         self,
         input_ids: Tensor | None,
@@ -294,7 +295,7 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
         )
 
 
-class LlamaForCausalLM(_ChecksBackend, GeneratesAttentionStats, upstream.LlamaForCausalLM):
+class LlamaForCausalLM(_ChecksBackend, GeneratesAttentionStats, RefusesInPipelines, upstream.LlamaForCausalLM):
     """transformers' ``LlamaForCausalLM`` with ``output_attention_stats``."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -359,32 +360,14 @@ class LlamaForCausalLM(_ChecksBackend, GeneratesAttentionStats, upstream.LlamaFo
         return CausalLMOutputWithAttentionStats(**outputs, attention_stats=stats)
 
     def _new_recorder(self, config: AttentionStatsConfig, step: Step | None = None) -> Recorder:
-        if getattr(self, "_pp_stage", None) is not None:
-            raise ValueError(
-                "output_attention_stats: not with pipeline parallelism (pp_size > 1), where each process holds some of "
-                "the layers and transformers returns nothing but logits and cache; use tp_size or FSDP"
-            )
+        refuse_pipeline(self)
         return new_recorder(config, self.model, step)
 
-    @classmethod
-    def maybe_distribute_model(cls, model: LlamaForCausalLM, *args: Any, **kwargs: Any) -> LlamaForCausalLM:
-        """Upstream's; a pipeline refuses statistics before its stages wait for one another."""
-        model = super().maybe_distribute_model(model, *args, **kwargs)
-        if getattr(model, "_pp_stage", None) is not None:
-            model.register_forward_pre_hook(_refuse_statistics, with_kwargs=True)
-        return model
 
-
-def _refuse_statistics(model: LlamaForCausalLM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    config = AttentionStatsConfig.from_argument(kwargs.get("output_attention_stats"))
-    if config is not None:
-        model._new_recorder(config)
-
-
+@torch.compiler.disable
 def new_recorder(stats_config: AttentionStatsConfig, model: LlamaModel, step: Step | None = None) -> Recorder:
     """A recorder for one forward of ``model``."""
-    config, attention = model.config, model.layers[0].self_attn
-    query_weight, output_weight = (getattr(layer, "weight", None) for layer in (attention.q_proj, attention.o_proj))
+    config = model.config
     engine = stats_config.engine or default_engine()
     return Recorder(
         stats_config,
@@ -395,7 +378,7 @@ def new_recorder(stats_config: AttentionStatsConfig, model: LlamaModel, step: St
         backend=config._attn_implementation or "sdpa",
         model=config._name_or_path,
         step=step,
-        shard=HeadShard.of_weights(query_weight, output_weight),
+        shard=HeadShard.of_attention(model.layers[0].self_attn),
     )
 
 

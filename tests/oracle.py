@@ -72,14 +72,14 @@ def visible_by_hand(real, num_queries, sequences=None, causal=True, mask=None):
     """Who sees whom, pair by pair, from the definitions alone: (visible, real queries, rank of keys)."""
     batch, num_keys = real.shape
     offset = num_keys - num_queries
-    visible = torch.zeros(batch, 1, num_queries, num_keys, dtype=torch.bool)
-    for b in range(batch):
-        for q in range(num_queries):
-            for k in range(num_keys):
-                seen = bool(real[b, k]) and (k <= q + offset or not causal)
-                if sequences is not None:
-                    seen = seen and bool(sequences[b, k] == sequences[b, q + offset])
-                visible[b, 0, q, k] = seen
+    is_real = real.tolist()
+    document = [[0] * num_keys] * batch if sequences is None else sequences.tolist()
+
+    def sees(b, q, k):
+        return is_real[b][k] and (k <= q or not causal) and document[b][k] == document[b][q]
+
+    queries, keys = range(offset, num_keys), range(num_keys)
+    visible = torch.tensor([[[[sees(b, q, k) for k in keys] for q in queries]] for b in range(batch)])
     if mask is not None:
         visible = mask.expand(batch, -1, -1, -1).clone()
         real = visible.any(2).any(1)
@@ -91,7 +91,7 @@ def visible_by_hand(real, num_queries, sequences=None, causal=True, mask=None):
         counts: dict[int, int] = {}
         for k in range(num_keys):
             if real[b, k]:
-                sequence = 0 if sequences is None else int(sequences[b, k])
+                sequence = document[b][k]
                 rank[b, k] = counts.get(sequence, 0)
                 counts[sequence] = counts.get(sequence, 0) + 1
     return visible, real_queries, rank, real

@@ -6,7 +6,6 @@ that stands in the first alone gets no mask at all, so padding would be ignored 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -69,12 +68,8 @@ class Backend:
             )
 
 
-_BACKENDS: dict[str, Backend] = {}
-
-
 def all_backends() -> dict[str, Backend]:
     """Every backend by name, whether it runs here or not."""
-    _discover()
     return dict(_BACKENDS)
 
 
@@ -169,14 +164,18 @@ def _fill_tables(backend: Backend) -> None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(backend.name, backend.mask)
 
 
-@functools.cache
 def _built_in() -> tuple[str, ...]:
     names = (module.name for module in pkgutil.iter_modules(backends.__path__))
     return tuple(name for name in names if name != "registry")
 
 
-@functools.cache
-def _discover() -> None:
+def _discover() -> dict[str, Backend]:
+    found = {}
     for name in _built_in():
         module = importlib.import_module(f"{backends.__name__}.{name}")
-        _BACKENDS[name] = Backend(name, module.attend, module.mask, module.unavailable, module.ACCEPTS_MASKS_OF)
+        found[name] = Backend(name, module.attend, module.mask, module.unavailable, module.ACCEPTS_MASKS_OF)
+    return found
+
+
+# Found once, at import: a plain dict, which torch.compile can read.
+_BACKENDS = _discover()

@@ -14,10 +14,9 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-
-def engine_names() -> tuple[str, ...]:
-    """Every engine, whether it runs here or not."""
-    return tuple(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+# Every engine, whether it runs here or not.
+ENGINES = tuple(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+_loaded: dict[str, ModuleType] = {}
 
 
 def default_engine() -> str:
@@ -32,9 +31,16 @@ def get_engine(name: str) -> ModuleType:
         ValueError: There is no such engine.
         ImportError: It does not run here.
     """
-    if name not in engine_names():
-        raise ValueError(f"engine: unknown {name!r}; there are {list(engine_names())}")
+    # Looked up in a plain dict, which torch.compile can read; engines of others' packages load when first asked for.
+    if name in _loaded:
+        return _loaded[name]
+    if name not in ENGINES:
+        raise ValueError(f"engine: unknown {name!r}; there are {list(ENGINES)}")
     engine = importlib.import_module(f"{__name__}.{name}")
     if reason := engine.unavailable():
         raise ImportError(f"the engine {name!r} does not run here: {reason}")
+    _loaded[name] = engine
     return engine
+
+
+get_engine(default_engine())

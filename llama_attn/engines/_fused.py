@@ -43,15 +43,18 @@ class FusedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Walk again, computing the weights of each block anew."""
-        query = ctx.saved_tensors[0]
-        with torch.autocast(query.device.type, enabled=False):
-            gradients = ctx.engine.backward(grads[0], *ctx.saved_tensors, ctx.visibility, ctx.scaling)
+        # Read once: under gradient checkpointing a second reading is an error.
+        saved = ctx.saved_tensors
+        with torch.autocast(saved[0].device.type, enabled=False):
+            gradients = ctx.engine.backward(grads[0], *saved, ctx.visibility, ctx.scaling)
         return (*gradients, None, None, None, None, None)
 
 
 def attend_with(engine_name: Callable[[], str]) -> Callable[..., tuple[Tensor, None]]:
     """An attention function for transformers that runs on the engine which ``engine_name`` names when called."""
 
+    # The loop over blocks is not for a compiler to unroll; a compiled model calls it as it is.
+    @torch.compiler.disable
     def attend(
         module: torch.nn.Module,
         query: Float[Tensor, "batch head query channel"],

@@ -27,16 +27,17 @@ class HeadShard:
         self._mesh = mesh
 
     @classmethod
-    def of_weights(cls, query_weight: Any, output_weight: Any) -> HeadShard | None:
-        """How the weights of ``q_proj`` and ``o_proj`` split the heads; None if every process holds all of them.
+    def of_attention(cls, attention: Any) -> HeadShard | None:
+        """How the weights of an attention layer split its heads; None if every process holds all of them.
 
         FSDP shards both along the same axis and puts them together before they are used. Only tensor parallelism
         splits the outputs of the one and the inputs of the other.
         """
-        outputs, inputs = (getattr(weight, "placements", ()) for weight in (query_weight, output_weight))
+        weights: list[Any] = [getattr(layer, "weight", None) for layer in (attention.q_proj, attention.o_proj)]
+        outputs, inputs = (getattr(weight, "placements", ()) for weight in weights)
         for axis, (output, given) in enumerate(zip(outputs, inputs, strict=False)):
             if output.is_shard(0) and given.is_shard(1):
-                mesh = output_weight.device_mesh
+                mesh = weights[0].device_mesh
                 return cls(mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[axis]])
         return None
 

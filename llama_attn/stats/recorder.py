@@ -89,6 +89,7 @@ class Recorder:
         self._whole = True
         self._closed = False
 
+    @torch.compiler.disable
     def start(self, visibility: Visibility, tokens: Tensor | None = None) -> None:
         """Say who sees whom, before the first layer runs.
 
@@ -170,6 +171,7 @@ class Recorder:
         for name, tensor in raw.items():
             self._recorded[name, layer] = tensor.detach().to(self.config.offload or tensor.device)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def record_hidden(self, layer: int, states: Tensor) -> None:
         """Measure the residual stream that enters ``layer``; the number of layers stands for the last one's output."""
@@ -178,6 +180,7 @@ class Recorder:
         states = _wide(self._strided(states, 1))
         self.record(layer, {s.name: s.stream(states) for s in self._statistics if s.observes == "hidden"})
 
+    @torch.compiler.disable
     @torch.no_grad()
     def observe(
         self,
@@ -186,7 +189,7 @@ class Recorder:
         key: Tensor,
         value: Tensor,
         scaling: float,
-        output_weight: Callable[[], Tensor],
+        output_weight: Callable[[torch.device], Tensor],
     ) -> None:
         """Measure ``layer`` beside its backend: statistics that the backend has not recorded itself, and norms.
 
@@ -196,7 +199,7 @@ class Recorder:
             key: Keys after RoPE and cache, (batch, kv_head, key, channel).
             value: Values after the cache.
             scaling: What scores are multiplied with.
-            output_weight: Gives the weight of ``o_proj`` by head, (head, hidden, channel).
+            output_weight: Gives the weight of ``o_proj`` by head, (head, hidden, channel), on a device.
 
         Raises:
             ValueError: The layer holds other heads than it should.
@@ -226,18 +229,19 @@ class Recorder:
                 self.record(layer, self._walk(query, seen, None, visibility, scaling, wanted).raw)
             if self._step is not None:
                 key, value = key[:, :, self._step.first :], value[:, :, self._step.first :]
-            observed = {statistic.observes for statistic in self._statistics}
-            # Their mean over heads needs all of them.
-            keys = shard.gather(key, 1) if shard is not None and "key" in observed else key
-            values = shard.gather(value, 1) if shard is not None and "value" in observed else value
+            keys, values = key, value
+            if shard is not None and any(s.observes in ("key", "value") for s in self._statistics):
+                # The norm of their mean over heads needs all of them.
+                keys, values = shard.gather(key, 1), shard.gather(value, 1)
             for statistic in self._statistics:
                 if statistic.observes == "key":
                     self.record(layer, {statistic.name: statistic.stream(_wide(keys))})
                 elif statistic.observes == "value":
                     self.record(layer, {statistic.name: statistic.stream(_wide(values))})
                 elif statistic.observes == "value_output":
-                    norms = statistic.stream(_wide(value), _wide(output_weight()))
-                    self.record(layer, {statistic.name: norms if self._chosen is None else norms[:, list(self._chosen)]})
+                    norms = statistic.stream(_wide(value), _wide(output_weight(value.device)))
+                    chosen = norms if self._chosen is None else norms[:, list(self._chosen)]
+                    self.record(layer, {statistic.name: chosen})
 
     def _strided(self, tensor: Tensor, axis: int) -> Tensor:
         """The measured queries of ``tensor``, whose ``axis`` holds the tokens of this call."""
@@ -252,6 +256,7 @@ class Recorder:
         """Measure nothing more: under gradient checkpointing the layers run again in the backward."""
         self._closed = True
 
+    @torch.compiler.disable
     def finish(self, device: torch.device) -> AttentionStats:
         """Close the recorder and label what it holds.
 

@@ -5,8 +5,6 @@ One entry is all that a new statistic needs; the engines, the labels, the tests 
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -81,6 +79,8 @@ class Statistic:
         return "query" in self.dims
 
 
+# Filled once by the package, from the modules that define the entries; plain dicts, which torch.compile can read.
+BUILT_IN: dict[str, Statistic] = {}
 _ADDED: dict[str, Statistic] = {}
 
 
@@ -93,26 +93,17 @@ def register_statistic(statistic: Statistic) -> Statistic:
     """
     if not isinstance(statistic, Statistic):
         raise TypeError(f"statistic: expected a Statistic, got {statistic!r}")
-    if statistic.name in _built_in():
-        raise ValueError(f"statistic: {statistic.name!r} is built in; choose another name than {list(_built_in())}")
+    if statistic.name in BUILT_IN:
+        raise ValueError(f"statistic: {statistic.name!r} is built in; choose another name than {list(BUILT_IN)}")
     _ADDED[statistic.name] = statistic
     return statistic
 
 
 def statistics_table() -> Mapping[str, Statistic]:
     """Every statistic by name: the built-in ones in a fixed order, then those that were registered."""
-    return MappingProxyType(_built_in() | _ADDED)
+    return MappingProxyType({**BUILT_IN, **_ADDED})
 
 
 def default_statistics() -> tuple[str, ...]:
     """The names measured when nothing else is asked for."""
-    return tuple(name for name, statistic in _built_in().items() if statistic.default)
-
-
-@functools.cache
-def _built_in() -> dict[str, Statistic]:
-    # Imported late, since these modules need the class above.
-    modules = (
-        importlib.import_module(f"llama_attn.stats.{name}") for name in ("rows", "tokens", "keys", "maps", "norms")
-    )
-    return {statistic.name: statistic for module in modules for statistic in module.STATISTICS}
+    return tuple(name for name, statistic in BUILT_IN.items() if statistic.default)

@@ -41,21 +41,22 @@ def _induction(block: Block) -> Float[Tensor, "batch head row"]:
 
 def _textbook(reference: Reference, role: str) -> Tensor:
     """Σ_j A_ij D_ij with D written out pair by pair from the definition."""
-    batch, num_queries = reference.real_queries.shape
-    pairs = torch.zeros(batch, num_queries, reference.num_keys, dtype=torch.bool)
-    for b in range(batch):
-        for row, i in enumerate(reference.query_positions.tolist()):
-            for j in range(reference.num_keys):
-                if role == "previous":
-                    pairs[b, row, j] = j == i - 1
-                    continue
-                if reference.tokens is None:
-                    raise ValueError("tokens: the reference has no token ids")
-                own = reference.tokens[b, i]
-                if role == "duplicate":
-                    pairs[b, row, j] = j < i and bool(reference.tokens[b, j] == own)
-                elif 0 < j <= i and 0 < reference.rank[b, j] == reference.rank[b, j - 1] + 1:
-                    pairs[b, row, j] = bool(reference.tokens[b, j - 1] == own)
+    if reference.tokens is None and role != "previous":
+        raise ValueError("tokens: the reference has no token ids")
+    batch, num_keys = reference.real_queries.shape[0], reference.num_keys
+    ids = [[0] * num_keys] * batch if reference.tokens is None else reference.tokens.tolist()
+    rank = reference.rank.tolist()
+
+    def matches(b: int, i: int, j: int) -> bool:
+        if role == "previous":
+            return j == i - 1
+        if role == "duplicate":
+            return j < i and ids[b][j] == ids[b][i]
+        # Its predecessor in the row is the one before it in its sequence, and is the query's token.
+        return 0 < j <= i and 0 < rank[b][j] == rank[b][j - 1] + 1 and ids[b][j - 1] == ids[b][i]
+
+    rows = reference.query_positions.tolist()
+    pairs = torch.tensor([[[matches(b, i, j) for j in range(num_keys)] for i in rows] for b in range(batch)])
     return (reference.weights * pairs[:, None]).sum(-1)
 
 

@@ -100,8 +100,9 @@ class Visibility:
             real = torch.nn.functional.pad(real, (0, num_keys - real.shape[1]))
         return cls(batch, queries, num_keys, device, causal, real=None if bool(real.all()) else real)
 
-    def to(self, device: torch.device) -> Visibility:
-        """The same, with its vectors on ``device``."""
+    def to(self, device: torch.device | str | int) -> Visibility:
+        """The same, with its vectors on ``device``, which accelerate names in any of torch's ways."""
+        device = torch.device(device)
         if device == self.device:
             return self
         real, sequence, mask, rows = (_to(t, device) for t in (self.real, self.sequence, self.mask, self.rows))

@@ -1,0 +1,99 @@
+"""Measure the error of every statistic against float64 and write the table: ``python docs/make_error_budget.py``.
+
+The inputs are queries and keys of SmolLM2-135M-Instruct on the demo chat, captured after RoPE, cast to each dtype
+and measured; the textbook forms see the same numbers in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from llama_attn import AttentionStatsConfig, LlamaForCausalLM
+from llama_attn.demo import SYSTEM, USER, demo_checkpoint
+from llama_attn.engines import torch as engine
+from llama_attn.stats.block import Wanted
+from llama_attn.stats.recorder import mark_padding, wanted_statistics
+from llama_attn.stats.reference import Reference
+from llama_attn.stats.visibility import Visibility
+from llama_attn.testing import relative_error
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTRODUCTION = """# Error budget
+
+Largest |a − b| / (1 + |b|) of each statistic against its textbook definition in float64, over all layers and heads of
+SmolLM2-135M-Instruct on the demo chat, with queries and keys rounded to the dtype of the column. Half precision inputs
+are exact in float32, in which the engine works. The tests allow 1e-5 for models in float32 and 1e-10 for float64.
+Written by `docs/make_error_budget.py` (torch {torch}, CPU).
+
+| statistic | float32 | bfloat16 | float16 | float64 | bound float32 | bound float64 |
+|---|---|---|---|---|---|---|
+"""
+
+
+def captured() -> tuple[list, torch.Tensor]:
+    """What every layer of the demo model attends with, and the ids."""
+    from oracle import capture, stock_of
+
+    checkpoint = demo_checkpoint()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file)
+    model = LlamaForCausalLM.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file, dtype=torch.float32)
+    chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    del model.config.quantization_config
+    return capture(stock_of(model), **inputs)[0], inputs["input_ids"]
+
+
+def errors(layers: list, ids: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """The largest error of every statistic over ``layers``."""
+    length = ids.shape[1]
+    config = AttentionStatsConfig(statistics="all", segments=torch.arange(length)[None] // 8, map_size=16)
+    statistics = [s for s in wanted_statistics(config, has_tokens=True) if not s.is_norm]
+    visibility = Visibility.of_inputs(batch=1, num_queries=length, offset=0, device=torch.device("cpu"))
+    wanted = Wanted(statistics, config, config.segments, math.ceil(length / 8), ids)
+    worst = dict.fromkeys((s.name for s in statistics), 0.0)
+    for layer in layers:
+        query, key = layer.query.to(dtype), layer.key.to(dtype)
+        reference = Reference(
+            query=query,
+            key=key,
+            value=None,
+            scaling=layer.scaling,
+            visible=torch.ones(1, 1, length, length, dtype=torch.bool).tril(),
+            real_queries=torch.ones(1, length, dtype=torch.bool),
+            rank=torch.arange(length)[None],
+            query_positions=torch.arange(length),
+            config=config,
+            segments=config.segments,
+            tokens=ids,
+        )
+        raw = engine.walk(query, key, None, visibility, layer.scaling, wanted).raw
+        for statistic in statistics:
+            value = raw[statistic.name][None]
+            if statistic.finish is not None:
+                value = statistic.finish(value, visibility, config)
+            expected = mark_padding(statistic, statistic.textbook(reference)[None], visibility)
+            if statistic.dtype is not None:
+                # Positions are equal or not; what counts is the share of positions that differ.
+                error = float((value != expected).double().mean())
+            else:
+                error = relative_error(value, expected)
+            worst[statistic.name] = max(worst[statistic.name], error)
+    return worst
+
+
+if __name__ == "__main__":
+    layers, ids = captured()
+    columns = [errors(layers, ids, dtype) for dtype in DTYPES]
+    lines = []
+    for name in columns[0]:
+        cells = " | ".join(f"{column[name]:.1e}" for column in columns)
+        lines.append(f"| `{name}` | {cells} | 1e-5 | 1e-10 |")
+    page = INTRODUCTION.format(torch=torch.__version__) + "\n".join(lines) + "\n"
+    (ROOT / "docs" / "error_budget.md").write_text(page)

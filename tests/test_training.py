@@ -1,0 +1,414 @@
+"""The Trainer callback: what it logs, where it arrives, and that training does not notice."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.models.llama import LlamaForCausalLM as StockLlama
+
+from llama_attn import AttentionStatsConfig
+from llama_attn.training import AttentionStatsCallback
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    """Threads that wait for each other, and collecting the garbage of every import, take longer than the training."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+NAMES = ("entropy", "max_logit", "sink_mass")
+
+
+def dataset(rows=16, length=21, padding=True):
+    """Rows with 0, 1, 2 … tokens of padding, left and right in turn."""
+    ids = torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(ids)
+    for row in range(rows if padding else 0):
+        mask[row, slice(0, row) if row % 2 else slice(length - row, length)] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    return [
+        {"input_ids": i, "attention_mask": m, "labels": label} for i, m, label in zip(ids, mask, labels, strict=True)
+    ]
+
+
+class Recorded(Trainer):
+    """Keeps every micro batch it was given."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.__dict__.setdefault("batches", []).append(dict(inputs))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def trainer_for(model, directory, cls=Trainer, rows=None, **arguments):
+    settings = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    } | arguments
+    return cls(
+        model, TrainingArguments(str(directory), **settings), train_dataset=rows or dataset(), eval_dataset=dataset(2)
+    )
+
+
+def trained(model, directory, *, cls=Trainer, rows=None, arguments=None, **options):
+    """A trainer that has run with the callback."""
+    trainer = trainer_for(model, directory, cls, rows, **(arguments or {}))
+    trainer.add_callback(AttentionStatsCallback(trainer, **({"every": 1} | options)))
+    trainer.train()
+    return trainer
+
+
+def attention_logs(trainer):
+    return {log["step"]: log for log in trainer.state.log_history if any("attention" in key for key in log)}
+
+
+def hooks_of(model):
+    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
+def expected(stats):
+    """What the callback should log, by hand: padding is NaN."""
+    logs = {}
+    for name in NAMES:
+        layers = [tensor[~tensor.isnan()] for tensor in stats[name]]
+        values = [(layer.max() if name == "max_logit" else layer.double().mean()).item() for layer in layers]
+        logs |= {f"attention/{name}/layer_{index:02d}": value for index, value in enumerate(values)}
+        overall = max(values) if name == "max_logit" else sum(values) / len(values)
+        logs[f"attention/{name}/{'max' if name == 'max_logit' else 'mean'}"] = overall
+    return logs
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "streaming"])
+def test_logs_the_first_micro_batch_of_every_nth_step(implementation, tmp_path):
+    model = tiny_model(implementation)
+    arguments = {"gradient_accumulation_steps": 2, "learning_rate": 0.0}
+    trainer = trained(model, tmp_path, cls=Recorded, arguments=arguments, every=2)
+    logs = attention_logs(trainer)
+    assert list(logs) == [2, 4]
+    for step, log in logs.items():
+        batch = trainer.batches[2 * (step - 1)]
+        assert (batch["attention_mask"] == 0).any(), "the test needs padding"
+        stats = model(**batch, output_attention_stats=True).attention_stats
+        wanted = expected(stats)
+        assert {key for key in log if key.startswith("attention")} == set(wanted)
+        for key, value in wanted.items():
+            assert log[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_a_step_is_measured_with_the_weights_it_starts_from(tmp_path):
+    model = tiny_model()
+    trainer = trained(model, tmp_path, cls=Recorded, arguments={"max_steps": 2, "learning_rate": 0.1})
+    stats = tiny_model()(**trainer.batches[0], output_attention_stats=True).attention_stats
+    assert attention_logs(trainer)[1]["attention/entropy/mean"] == pytest.approx(stats["entropy"].nanmean().item())
+
+
+SETTINGS = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "bf16": {"bf16": True},
+    "checkpointing": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+}
+SETTINGS["everything"] = SETTINGS["accumulation"] | SETTINGS["bf16"] | SETTINGS["checkpointing"]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "streaming"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_training_does_not_notice(setting, implementation, tmp_path):
+    def run(train, **options):
+        model = tiny_model(implementation)
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        arguments = SETTINGS[setting] | {"max_steps": 3}
+        if train is trained:
+            trainer = trained(model, tmp_path, arguments=arguments, **options)
+        else:
+            trainer = trainer_for(model, tmp_path, **arguments)
+            trainer.train()
+        assert not any(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+        losses = [(log["step"], log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
+        return trainer, model.state_dict(), losses
+
+    _, weights, losses = run(trainer_for)
+    trainer, watched, watched_losses = run(trained)
+    assert list(attention_logs(trainer)) == [1, 2, 3]
+    assert len(losses) == 3
+    assert watched_losses == losses
+    assert all(torch.equal(watched[name], weight) for name, weight in weights.items())
+
+
+def test_numbers_do_not_depend_on_checkpointing(tmp_path):
+    def first(setting):
+        trainer = trained(tiny_model(), tmp_path, arguments=SETTINGS[setting] | {"max_steps": 1})
+        return attention_logs(trainer)[1]
+
+    plain = first("plain")
+    assert first("checkpointing") == plain
+    assert first("reentrant") == plain
+
+
+def test_arrives_in_tensorboard(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    trainer = trained(tiny_model(), tmp_path, arguments={"report_to": "tensorboard"}, every=2)
+    events = EventAccumulator(str(tmp_path / "runs")).Reload()
+    tags = {tag for tag in events.Tags()["scalars"] if "attention" in tag}
+    assert len(tags) == len(NAMES) * 4
+    for tag in tags:
+        logged = {step: log[tag.removeprefix("train/")] for step, log in attention_logs(trainer).items()}
+        written = {event.step: event.value for event in events.Scalars(tag)}
+        assert written == pytest.approx(logged), tag
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"entropy_threshold": 50, "layers": (0, 2)},
+            r"step 2: .*entropy.* below 50 nat in layers 0 \(\S+\), 2 \(\S+\)",
+        ),
+        ({"logit_threshold": 1e-3}, r"step 2: .*logits.* above 0.001 in layers 0 \(\S+\), 1 \(\S+\), 2 \(\S+\)"),
+    ],
+)
+def test_warns_of_thresholds(options, words, tmp_path, caplog):
+    def messages(**options):
+        caplog.clear()
+        trained(tiny_model(), tmp_path, arguments={"max_steps": 2}, every=2, **options)
+        return [record.getMessage() for record in caplog.records if record.name == "llama_attn.training"]
+
+    quiet = {"entropy_threshold": 1e-9, "logit_threshold": 1e9}
+    assert messages(**quiet) == []
+    assert messages(entropy_threshold=None, logit_threshold=None) == []
+    [message] = messages(**(quiet | options))
+    assert re.fullmatch(words, message)
+
+
+def test_warns_of_divergence(tmp_path, caplog):
+    model = tiny_model()
+    model.model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    trained(model, tmp_path, arguments={"max_steps": 1}, layers=(1,))
+    messages = [record.getMessage() for record in caplog.records if record.name == "llama_attn.training"]
+    assert len(messages) == 2
+    assert all(message.endswith("in layers 1 (nan)") for message in messages)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = nn.ModuleDict({"base_model": model})
+
+    def forward(self, **inputs):
+        return self.inner["base_model"](**inputs)
+
+
+def with_lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"))
+
+
+# peft still asks for it by that name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("wrap", [Wrapper, with_lora])
+def test_works_inside_a_wrapper(wrap, tmp_path):
+    arguments = {"max_steps": 1, "remove_unused_columns": False}
+    plain = attention_logs(trained(tiny_model(), tmp_path, arguments=arguments))
+    assert attention_logs(trained(wrap(tiny_model()), tmp_path, arguments=arguments)) == plain
+
+
+class HooksSeen(TrainerCallback):
+    """Counts the model's hooks at every event after a step has begun."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_begin(self, *args, model=None, **kwargs):
+        self.counts.append(len(hooks_of(model)))
+
+    on_substep_end = on_step_end = on_evaluate = on_save = on_train_end = on_step_begin
+
+
+def test_leaves_the_model_as_it_was(tmp_path):
+    model = tiny_model()
+    arguments = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_for(model, tmp_path, **arguments, eval_strategy="steps", eval_steps=1)
+    seen = HooksSeen()
+    trainer.add_callback(AttentionStatsCallback(trainer, every=2))
+    trainer.add_callback(seen)
+    trainer.train()
+    # Per step: its begin, a substep, its end, an evaluation, and sometimes a save.
+    assert seen.counts == [0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0]
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert any("attention/sink_mass/mean" in log for log in state["log_history"])
+    copy = pickle.loads(pickle.dumps(model))  # noqa: S301
+    assert all(torch.equal(weight, copy.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_hooks_of_a_step_without_forward_are_removed(tmp_path):
+    model = tiny_model()
+    trainer = trainer_for(model, tmp_path)
+    callback = AttentionStatsCallback(trainer, every=1)
+    events = (trainer.args, trainer.state, trainer.control)
+    callback.on_step_begin(*events, model=model)
+    assert len(hooks_of(model)) == 2
+    callback.on_train_end(*events, model=model)
+    assert not hooks_of(model)
+
+
+def test_starts_afresh_after_running_out_of_memory(tmp_path):
+    """``auto_find_batch_size`` begins the training again, without an end of the first."""
+    model = tiny_model()
+    failures = [RuntimeError("CUDA out of memory.")]
+
+    def fail(*_):
+        if failures:
+            raise failures.pop()
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    arguments = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "max_steps": 2}
+    trainer = trained(model, tmp_path, cls=Recorded, arguments=arguments)
+    handle.remove()
+    assert not hooks_of(model)
+    assert len(trainer.batches) == 3
+    history = [log["step"] for log in trainer.state.log_history if "attention/entropy/mean" in log]
+    assert history == [1, 2]
+
+
+class WithReference(Recorded):
+    """Looks at the model without gradients before it trains, as preference losses do."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        with torch.no_grad():
+            model(input_ids=inputs["input_ids"].flip(-1))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_measures_the_forward_that_trains(tmp_path):
+    arguments = {"max_steps": 1}
+    plain = attention_logs(trained(tiny_model(), tmp_path, arguments=arguments))
+    assert attention_logs(trained(tiny_model(), tmp_path, cls=WithReference, arguments=arguments)) == plain
+
+
+class OwnRequest(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, inputs | {"output_attention_stats": True}, *args, **kwargs)
+
+
+def test_a_step_that_cannot_be_measured_says_so(tmp_path):
+    with pytest.raises(RuntimeError, match="step 1: nothing was measured"):
+        trained(tiny_model(), tmp_path, cls=OwnRequest)
+
+
+def test_a_batch_of_padding_does_not_stop_the_training(tmp_path):
+    rows = [row | {"attention_mask": torch.zeros_like(row["attention_mask"])} for row in dataset(padding=False)]
+    trainer = trained(tiny_model(), tmp_path, rows=rows, arguments={"max_steps": 1})
+    assert math.isnan(attention_logs(trainer)[1]["attention/max_logit/max"])
+
+
+def test_another_model_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"^model: expected llama_attn's .*transformers.*LlamaForCausalLM; load it"):
+        trained(StockLlama(tiny_config()), tmp_path)
+    with pytest.raises(ValueError, match=r"layers: unknown \[3\]"):
+        trained(tiny_model(), tmp_path, layers=(0, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"every": 0}, "every: expected a positive integer, got 0"),
+        ({"every": True}, "every: expected a positive integer, got True"),
+        ({"every": 0.5}, "every: expected a positive integer, got 0.5"),
+        ({"entropy_threshold": -1}, "entropy_threshold: expected None or a positive number, got -1"),
+        ({"entropy_threshold": False}, "entropy_threshold: expected None or a positive number, got False"),
+        ({"logit_threshold": float("nan")}, "logit_threshold: expected None or a positive number, got nan"),
+        ({"logit_threshold": "100"}, "logit_threshold: expected None or a positive number, got '100'"),
+        ({"sink_tokens": 0}, "sink_tokens: expected a positive integer, got 0"),
+        ({"query_stride": None}, "query_stride: expected a positive integer, got None"),
+        ({"layers": (-1,)}, "layers: expected None or distinct indices"),
+    ],
+)
+def test_parameters_are_checked(options, words, tmp_path):
+    trainer = trainer_for(tiny_model(), tmp_path)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        AttentionStatsCallback(trainer, **options)
+
+
+def test_the_trainer_is_checked():
+    with pytest.raises(TypeError, match=r"trainer: expected the transformers\.Trainer to report through, got 100"):
+        AttentionStatsCallback(100)
+
+
+def test_options_reach_the_measurement(tmp_path):
+    model = tiny_model()
+    options = {"layers": (2,), "sink_tokens": 3, "query_stride": 4}
+    trainer = trained(model, tmp_path, cls=Recorded, arguments={"max_steps": 1, "learning_rate": 0.0}, **options)
+    stats = model(**trainer.batches[0], output_attention_stats=AttentionStatsConfig(**options)).attention_stats
+    log = attention_logs(trainer)[1]
+    assert {key for key in log if "layer" in key} == {f"attention/{name}/layer_02" for name in NAMES}
+    assert log["attention/sink_mass/layer_02"] == pytest.approx(stats["sink_mass"].nanmean().item())
+
+
+DISTRIBUTED = """
+import json, sys
+from test_training import Recorded, attention_logs, tiny_model, trained
+trainer = trained(tiny_model(), sys.argv[1], cls=Recorded, arguments={"max_steps": 1, "learning_rate": 0.0})
+wrapper = type(trainer.model_wrapped).__name__
+stats = tiny_model()(**trainer.batches[0], output_attention_stats=True).attention_stats
+own = {"max_logit": stats["max_logit"].nan_to_num(-1e9).max().item(), "entropy": stats["entropy"].nanmean().item()}
+print("RESULT", json.dumps([wrapper, attention_logs(trainer)[1], own]))
+"""
+
+
+def test_numbers_are_of_all_processes(tmp_path):
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DISTRIBUTED, str(tmp_path)]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=Path(__file__).parent,
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    results = [json.loads(output.split("RESULT")[1]) for output in outputs]
+    (wrapper, logs, first), (_, same, second) = results
+    assert wrapper == "DistributedDataParallel"
+    assert logs == same
+    assert first != second, "the processes must see different batches"
+    assert logs["attention/max_logit/max"] == pytest.approx(max(first["max_logit"], second["max_logit"]))
+    assert logs["attention/entropy/mean"] == pytest.approx((first["entropy"] + second["entropy"]) / 2)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
