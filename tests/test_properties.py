@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass, replace
 
@@ -157,7 +158,7 @@ def test_in_pieces_as_at_once(case, cuts):
     edges = [0, *sorted({cut for cut in cuts if cut < length}), length]
     run = Run(case.config)
     real, sequence = case.visibility.real, case.visibility.sequence
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         visibility = replace(
             case.visibility, queries=range(first, last), num_keys=last,
             real=None if real is None else real[:, :last], sequence=None if sequence is None else sequence[:, :last],
