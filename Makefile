@@ -16,7 +16,7 @@ test: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
 
-# Twelve thousand random examples of the properties of the engine; too long for CI.
+# Ten thousand random examples of the properties of the engine; too long for CI.
 long: $(VENV)/.ready
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py
 

@@ -7,20 +7,16 @@ feed rows that are not returned; their statistics come from one more forward ove
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import (
-    GenerateBeamDecoderOnlyOutput,
-    GenerateDecoderOnlyOutput,
-    GenerationMixin,
-    StoppingCriteriaList,
-)
+from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
+from llama_attn.outputs import GenerateBeamOutputWithAttentionStats, GenerateOutputWithAttentionStats
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.merge import Run
@@ -35,20 +31,6 @@ SERVED = (
     GenerationMode.BEAM_SAMPLE,
     GenerationMode.ASSISTED_GENERATION,
 )
-
-
-@dataclass
-class GenerateOutputWithAttentionStats(GenerateDecoderOnlyOutput):
-    """What ``generate`` returns with ``output_attention_stats``."""
-
-    attention_stats: AttentionStats | None = None
-
-
-@dataclass
-class GenerateBeamOutputWithAttentionStats(GenerateBeamDecoderOnlyOutput):
-    """What ``generate`` returns from beam search with ``output_attention_stats``."""
-
-    attention_stats: AttentionStats | None = None
 
 
 class GenerationSession:

@@ -237,14 +237,10 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
         if recorder is not None:
             recorder.start(visibility, input_ids)
             kwargs["recorder"] = recorder
-        return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True)) if own else None
-        outputs = (
-            super().forward(**inputs, **kwargs)
-            if own is None
-            else super().forward(**inputs, **kwargs, return_dict=True)
-        )
         if own is None:
-            return outputs
+            return super().forward(**inputs, **kwargs)
+        return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
+        outputs = super().forward(**inputs, **kwargs, return_dict=True)
         stats = own.finish(outputs.last_hidden_state.device)
         outputs = BaseModelOutputWithAttentionStats(**outputs, attention_stats=stats)
         return outputs if return_dict else outputs.to_tuple()
