@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
 import typer
+from jinja2 import TemplateError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer
@@ -38,6 +40,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 SEED_LAYERS = range(10)
+MOST_LAYERS = 9999
 
 Out = Annotated[Path, typer.Option(help="Folder for the pictures and stats.safetensors.")]
 Attn = Annotated[str, typer.Option(help="Attention backend, see `llama-attn backends`.")]
@@ -100,7 +103,9 @@ def run(
         _fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
         get_backend(attn)
-        torch.device("cpu" if device == "auto" else device)
+        place = torch.device("cpu" if device == "auto" else device)
+        if place.type == "meta" or (place.type == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(f"--device: {device} is not there; try auto or cpu")
     except (ValueError, ImportError, RuntimeError) as error:
         _fail(_first_line(error))
     text = _read_text(system, user, messages, prompt, file)
@@ -187,7 +192,7 @@ def _parse_layers(layers: str) -> list[int] | None:
     for part in layers.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        if not first.isdecimal() or not last.isdecimal() or int(first) > int(last):
+        if not first.isdecimal() or not last.isdecimal() or not int(first) <= int(last) <= MOST_LAYERS:
             _fail(f"--layers: expected something like 0-9, 3,5,7 or all, got {layers!r}")
         chosen.extend(range(int(first), int(last) + 1))
     return list(dict.fromkeys(chosen))
@@ -197,6 +202,8 @@ def _stats_config(statistics: str | None, kind: str, layers: list[int] | None) -
     """What the pictures and the table need, and what was asked for besides."""
     needed = [*default_statistics(), f"{kind}_map"]
     asked: tuple[str, ...] | str
+    if "segment_mass" in (statistics or ""):
+        _fail("--statistics: segment_mass needs segments, which only the Python interface takes")
     if statistics == "all":
         asked = "all"
     else:
@@ -232,7 +239,10 @@ def _load(
 def _chat_inputs(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> Any:
     if not tokenizer.chat_template:
         _fail("the tokenizer has no chat template; give plain text with --prompt or --file")
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    try:
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except TemplateError as error:
+        _fail(f"the chat template refuses this chat: {_first_line(error)}")
 
 
 def _measure_and_show(
@@ -280,8 +290,8 @@ def _table(stats: AttentionStats) -> Table:
         table.add_row(
             str(layer),
             f"{line.sink_mass:.0%}",
-            f"{sink} {readable(tokens[sink])}, {line.received:.0%}",
-            f"{line.activation:,.0f}, {line.activation_over_median:,.0f} ×, {peak} {readable(tokens[peak])}",
+            f"{sink} {escape(readable(tokens[sink]))}, {line.received:.0%}",
+            f"{line.activation:,.0f}, {line.activation_over_median:,.0f} ×, {peak} {escape(readable(tokens[peak]))}",
         )
     return table
 

@@ -271,6 +271,17 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
             offset = int(past_key_values.get_query_offset(layer))
             static = past_key_values.get_mask_sizes(num_queries, layer)[0] != offset + num_queries
         causal = True if is_causal is None else is_causal
+        if causal and not all(layer.self_attn.is_causal for layer in self.layers):
+            raise ValueError(
+                "is_causal: layers say False and the model says True, which backends read differently; "
+                "pass is_causal=False or set config.is_causal"
+            )
+        own_bool_mask = attention_mask is not None and attention_mask.ndim == 4 and attention_mask.dtype == torch.bool
+        if own_bool_mask and self.config._attn_implementation == "eager":
+            raise ValueError(
+                "attention_mask: eager attention adds a 4-D mask to the scores, so that a bool one masks nothing; "
+                "give it as floats, 0 where a key may be seen and torch.finfo(dtype).min where not"
+            )
         sequence = None
         if position_ids is not None and attention_mask is None and causal:
             # The rule of upstream's FlashAttention differs from that of its masks.

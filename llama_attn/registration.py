@@ -19,7 +19,10 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Give transformers its own class and tables back. Models that exist already are not touched."""
+    """Give transformers its own class and tables back.
+
+    Models that exist already keep their class; those on a backend of ours need `register` to run again.
+    """
     clear_tables()
     if MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.get(LlamaConfig) is LlamaForCausalLM:
         del MODEL_FOR_CAUSAL_LM_MAPPING._extra_content[LlamaConfig]

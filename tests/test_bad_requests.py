@@ -129,3 +129,64 @@ def test_non_finite_inputs_are_seen_in_the_numbers(ids):
     assert stats["entropy"][:, 1, :, 5:].isnan().all()
     assert not stats["entropy"][0, 1, :, :5].isnan().any()
     assert not stats["entropy"][:, 0].isnan().any()
+
+
+def test_a_bool_mask_that_eager_would_add(ids):
+    mask = torch.ones(1, 1, 37, 37, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="eager attention adds a 4-D mask"):
+        tiny_model("eager")(ids, attention_mask=mask, output_attention_stats=True)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "streaming"])
+def test_layers_that_are_not_causal_in_a_causal_model(backend, ids):
+    model = tiny_model(backend)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match="pass is_causal=False"):
+        model(ids, output_attention_stats=True)
+
+
+def test_a_stride_that_misses_every_query(ids):
+    model = tiny_model("sdpa")
+    with torch.no_grad():
+        cache = model(ids[:, :9]).past_key_values
+        with pytest.raises(ValueError, match="query_stride: no query of this call"):
+            model(ids[:, 9:10], past_key_values=cache, output_attention_stats=AttentionStatsConfig(query_stride=4))
+
+
+def test_weights_that_are_nan_give_no_number(ids):
+    model = tiny_model("streaming")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+        stats = model(ids, output_attention_stats=AttentionStatsConfig(statistics="all", norms=True)).attention_stats
+    assert stats["max_weight"][1, :, 0].isnan().all()
+    assert (stats["topk_position"][1, :, 0] == -1).all()
+    assert not stats["max_weight"][1, :, 1].isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "streaming"])
+def test_a_mask_by_head_where_one_head_sees_nothing(backend, ids):
+    """That head's row is NaN, and neither the selection of heads nor a stride changes any other number."""
+    model = tiny_model(backend, torch.float64)
+    mask = torch.ones(2, 6, 37, 37, dtype=torch.bool).tril()
+    mask[:, 5, 7] = False
+    mask[:, :5, 2:, 0] = False
+    everything = {"statistics": "all", "norms": True}
+
+    def measure(**settings):
+        with torch.no_grad():
+            config = AttentionStatsConfig(**everything, **settings)
+            return model(ids, attention_mask=mask, output_attention_stats=config).attention_stats
+
+    whole, part, strided = measure(), measure(heads=(5,)), measure(query_stride=2)
+    for name in ("max_logit", "entropy", "logsumexp", "max_weight", "effective_keys"):
+        assert whole[name][0, :, 5, 7].isnan().all(), name
+        assert not whole[name][0, :, :5, 7].isnan().any(), name
+    for name in whole.values:
+        dims = whole.labels[name].dims
+        expected = whole[name].narrow(dims.index("head"), 5, 1) if "head" in dims else whole[name]
+        torch.testing.assert_close(part[name][:1], expected[:1], equal_nan=True, msg=name)
+        if "query" in dims and name != "visible_keys":
+            rows = torch.arange(0, 37, 2)
+            thinned = whole[name].index_select(dims.index("query"), rows)
+            torch.testing.assert_close(strided[name][:1], thinned[:1], equal_nan=True, msg=name)

@@ -116,6 +116,9 @@ def test_longer_than_the_context_runs_with_a_warning(folder, tmp_path):
         (["--device", "abacus"], "abacus"),
         (["--layers", "0-"], "--layers: expected something like"),
         (["--layers", "5-2"], "--layers: expected something like"),
+        (["--layers", "0-9999999999"], "--layers: expected something like"),
+        (["--statistics", "segment_mass"], "segment_mass needs segments"),
+        (["--device", "meta"], "--device: meta is not there"),
         (["--layers", "-1"], "--layers: expected something like"),
         (["--layers", "7,8"], "none of the model's layers 0 to 2"),
         (["--kind", "scores"], "--kind: expected weights or logits"),
@@ -144,6 +147,18 @@ def test_no_chat_template(folder, tmp_path, smollm2):
     result = invoke("run", folder, "--user", "Ahoy", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "no chat template; give plain text with --prompt or --file" in " ".join(result.output.split())
+
+
+def test_a_template_that_refuses(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    result = invoke("run", folder, "--user", "Ahoy", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "refuses this chat: roles must alternate" in " ".join(result.output.split())
+
+
+def test_tokens_are_not_markup(folder, tmp_path):
+    result = invoke("run", folder, "--prompt", "[/INST][bold][/INST]", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
 
 
 def test_a_model_that_is_not_there(tmp_path):

@@ -247,3 +247,30 @@ def test_offload_and_float64(ids):
         stats = model(ids, output_attention_stats=config).attention_stats
     assert {t.dtype for t in stats.values.values()} == {torch.float64, torch.int32}
     assert {t.device.type for t in stats.values.values()} == {"cpu"}
+
+
+def test_select_reorders(stats):
+    turned = stats.select(layers=[0, 2], heads=[3, 4, 1], batch=[1, 0])
+    assert torch.equal(turned["entropy"].nan_to_num(), stats["entropy"].flip(0, 1, 2)[:, :, [0, 1, 2]].nan_to_num())
+    assert torch.equal(turned["hidden_norm"].nan_to_num(), stats["hidden_norm"][[1, 0, 2]].flip(1).nan_to_num())
+    assert turned.heads == (3, 4, 1)
+    twice = stats.select(heads=torch.tensor([4, 4, 4]))
+    assert twice.heads == (4, 4, 4)
+    assert torch.equal(twice["entropy"].nan_to_num(), stats["entropy"][:, :, [1, 1, 1]].nan_to_num())
+    assert stats.select(heads=np.int64(4)).heads == (4,)
+    for wrong in (slice(0, 2), True, "a", [1.5]):
+        with pytest.raises(ValueError, match="heads: expected some of"):
+            stats.select(heads=wrong)
+
+
+def test_a_statistic_of_another_process_can_be_loaded(stats, tmp_path):
+    path = tmp_path / "run.safetensors"
+    stats.save(path)
+    _with_header(path, _change_ours(lambda h: h["config"].update(statistics=["entropy", "varentropy"])))
+    assert AttentionStats.load(path).config.statistics == ("entropy", "varentropy")
+
+
+def test_save_to_a_folder(stats, tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        stats.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from llama_attn import AttentionStatsConfig
+from llama_attn.analysis import summarize_layers
 from llama_attn.viz import plot_attention_map, plot_hidden_norms, plot_kv_norms, save_seed_figures
 from llama_attn.viz.style import NO_DATA, readable
 
@@ -213,3 +214,33 @@ def test_a_missing_statistic_says_how_to_measure_it(ids, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="kind: expected"):
         save_seed_figures(stats, tmp_path / "out", kind="both")
+
+
+def test_packed_documents_do_not_touch(ids):
+    positions = torch.cat([torch.arange(20), torch.arange(17)])[None].expand(2, -1)
+    with torch.no_grad():
+        stats = tiny_model()(
+            ids, position_ids=positions, use_cache=False,
+            output_attention_stats=AttentionStatsConfig(statistics=("weights_map", "logits_map")),
+        ).attention_stats  # fmt: skip
+    weights, logits = (image(plot_attention_map(stats, kind=kind)).get_array().mask for kind in ("weights", "logits"))
+    assert weights[20:, :20].all()
+    np.testing.assert_array_equal(weights, logits)
+
+
+def test_one_bin(ids):
+    stats = measured(ids, map_size=1).with_tokens(Tokenizer(), torch.arange(74).view(2, 37))
+    figure = plot_attention_map(stats)
+    assert "bins of 64 tokens" in figure.axes[0].get_title()
+    assert image(figure).get_extent() == [-0.5, 63.5, 63.5, -0.5]
+
+
+def test_summary_of_a_short_text(ids):
+    config = AttentionStatsConfig(norms=True)
+    with torch.no_grad():
+        stats = tiny_model()(ids[:, :2], output_attention_stats=config).attention_stats
+    summary = summarize_layers(stats)
+    assert np.isfinite(summary.received).all()
+    assert (summary.sink_position <= 1).all()
+    with pytest.raises(ValueError, match="batch: -1"):
+        summarize_layers(stats, batch=-1)

@@ -35,11 +35,11 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
     Returns:
         A frame indexed by layer. ``sink_mass`` is the mean over heads and over the queries that see more than
         the sink itself; ``sink_position`` the key that receives most on average over heads, among keys seen by
-        at least four queries; ``activation`` the largest magnitude in the residual stream that enters the
+        at least four queries (or by the most there are); ``activation`` the largest magnitude in the residual stream that enters the
         layer, with its position, channel and ratio to the median magnitude of that token.
 
     Raises:
-        ValueError: A statistic is missing.
+        ValueError: A statistic is missing, or the row of the batch.
 
     Source: Gu et al., arXiv 2410.10781 (sinks); Sun et al., arXiv 2402.17762 (massive activations).
     """
@@ -47,10 +47,15 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
 
     dataset = as_dataset(source)
     require(dataset, "sink_mass", "received", "hidden_max", "hidden_max_channel", "hidden_median")
-    row = dataset.isel(batch=batch)
+    if batch not in dataset.batch.values or not (dataset.visible_keys.sel(batch=batch) > 0).any():
+        raise ValueError(
+            f"batch: {batch} was not measured or is all padding; there are {dataset.batch.values.tolist()}"
+        )
+    row = dataset.sel(batch=batch)
     sees_more = row.visible_keys > sink_tokens(dataset)
     mass = row.sink_mass.where(sees_more).mean(["head", "query"])
-    received = row.received.mean("head").where(row.visible_queries >= FEWEST_QUERIES)
+    fewest = min(FEWEST_QUERIES, int(row.visible_queries.max()))
+    received = row.received.mean("head").where(row.visible_queries >= fewest)
     received = received.fillna(-np.inf)
     activation = row.hidden_max.fillna(-np.inf)
     lines = []

@@ -106,7 +106,7 @@ def walk(
             block = Block(
                 scores, exponentials, row_max, row_sum, torch.where(real, inverse, 0), rows, visibility, wanted
             )
-            _take(block, raw, num_queries)
+            _take(block, raw, num_queries, sees)
     return Walk(output, logsumexp, raw)
 
 
@@ -173,11 +173,13 @@ def _blocks(query: Tensor, key: Tensor, visibility: Visibility, scaling: float, 
         yield _Scores(rows, scores, queries)
 
 
-def _take(block: Block, raw: dict[str, Tensor], num_queries: int) -> None:
-    """Let each wanted statistic take what it needs from the block."""
+def _take(block: Block, raw: dict[str, Tensor], num_queries: int, sees: Tensor) -> None:
+    """Let each wanted statistic take what it needs from the block; a row that sees nothing, or NaN, has none."""
     for statistic in block.wanted.statistics:
         taken = statistic.stream(block)
         if statistic.per_query:
+            none = torch.nan if statistic.dtype is None else -1
+            taken = taken.masked_fill(~sees.view(*sees.shape, *[1] * (taken.ndim - sees.ndim)), none)
             if statistic.name not in raw:
                 raw[statistic.name] = taken.new_empty(*taken.shape[:2], num_queries, *taken.shape[3:])
             raw[statistic.name][:, :, block.rows.start : block.rows.stop] = taken

@@ -114,8 +114,14 @@ class AttentionStatsConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> AttentionStatsConfig:
-        """The inverse of `to_json`."""
-        return cls(**data)
+        """The inverse of `to_json`; statistics that are not in the table of this process are kept by name."""
+        names = data.pop("statistics")
+        config = cls(statistics="all", **data)
+        if names != "all":
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError(f"statistics: expected names, got {names!r}")
+            object.__setattr__(config, "statistics", tuple(names))
+        return config
 
 
 def _indices(name: str, value: Sequence[int] | None) -> tuple[int, ...] | None:

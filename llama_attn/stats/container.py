@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,7 +192,7 @@ class AttentionStats:
         values = {}
         for name, tensor in self.values.items():
             for axis, dim in enumerate(self.labels[name].dims):
-                if dim in index and len(index[dim]) != tensor.shape[axis]:
+                if dim in index and index[dim] != list(range(tensor.shape[axis])):
                     tensor = tensor.index_select(axis, torch.tensor(index[dim], device=tensor.device))
             values[name] = tensor
         tokens = None if self.tokens is None else [self.tokens[row] for row in chosen_rows]
@@ -332,10 +333,13 @@ def _positions(
     """The chosen indices and where they stand on their axis."""
     if chosen is None:
         return available, list(range(len(available)))
-    indices = (chosen,) if isinstance(chosen, int) else tuple(chosen)
-    unknown = [index for index in indices if index not in available]
-    if unknown or not indices:
-        raise ValueError(f"{axis}: expected some of {list(available)}, got {list(indices)}")
+    try:
+        # Whatever counts as an integer: Python's, numpy's, elements of a tensor.
+        indices = tuple(operator.index(i) for i in (chosen if isinstance(chosen, Iterable) else (chosen,)))
+    except TypeError:
+        indices = ()
+    if isinstance(chosen, bool) or not indices or any(index not in available for index in indices):
+        raise ValueError(f"{axis}: expected some of {list(available)}, got {chosen!r}")
     return indices, [available.index(index) for index in indices]
 
 

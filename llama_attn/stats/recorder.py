@@ -118,6 +118,8 @@ class Recorder:
         self._visibility = visibility.measured(
             stride=self.config.query_stride, first=step.first if step else 0, rows=step.rows if step else None
         )
+        if step is None and not self._visibility.num_queries:
+            raise ValueError(f"query_stride: no query of this call is at a multiple of {self.config.query_stride}")
         on_blocks = [statistic for statistic in self._statistics if not statistic.is_norm]
         self._wanted = Wanted(on_blocks, self.config, segments, len(names or ()), tokens)
         self._whole = len(self._visibility.queries) == len(visibility.queries)
@@ -268,7 +270,8 @@ class Recorder:
         """
         self.close()
         device = torch.device(self.config.offload or device)
-        visibility = self.visibility_on(device).of_heads(self.heads)
+        visibility = self.visibility_on(device)
+        of_heads = visibility.of_heads(self.heads)
         values = {}
         for statistic in self._statistics:
             hidden = statistic.dims[0] == "hidden_layer"
@@ -280,7 +283,7 @@ class Recorder:
             if self._shard is not None and "head" in statistic.dims:
                 tensor = self._shard.gather_heads(tensor, statistic.dims.index("head"), self.heads, self._num_heads)
             if statistic.finish is not None:
-                tensor = statistic.finish(tensor, visibility, self.config)
+                tensor = statistic.finish(tensor, of_heads, self.config)
             values[statistic.name] = mark_padding(statistic, tensor, visibility)
         values["visible_keys"] = visibility.visible_keys
         values["visible_queries"] = visibility.visible_queries

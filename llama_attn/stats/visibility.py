@@ -35,6 +35,7 @@ class Visibility:
         sequence: Index of the packed sequence of every key, ascending, (batch, key); ``None`` if there is one.
         mask: The user's 4-D mask, (1 or batch, 1 or head, query, key): bool (True = seen) or additive.
         rows: Rows of the batch whose queries count as real; None for all.
+        sees: Whether each query sees any key through the whole of the user's mask.
     """
 
     batch: int
@@ -46,6 +47,7 @@ class Visibility:
     sequence: Int[Tensor, "batch key"] | None = None
     mask: Shaped[Tensor, "_ _ query key"] | None = None
     rows: Bool[Tensor, " batch"] | None = None
+    sees: Bool[Tensor, "batch query"] | None = None
 
     @classmethod
     def of_inputs(
@@ -88,7 +90,10 @@ class Visibility:
                 )
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise ValueError(f"attention_mask: a 4-D mask must be bool or additive floats, got {mask.dtype}")
-            return cls(batch, queries, num_keys, device, causal=False, mask=mask.to(device))
+            whole = cls(batch, queries, num_keys, device, causal=False, mask=mask.to(device))
+            # Taken from the whole mask, so that what is real does not depend on the heads and queries measured.
+            seen, seen_by = whole._mask_counts
+            return replace(whole, real=seen_by.amax(1) > 0, sees=seen > 0)
         too_short = attention_mask.shape[-1] < num_keys and not static
         too_long = attention_mask.shape[-1] > num_keys and not static
         if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or too_short or too_long:
@@ -105,8 +110,9 @@ class Visibility:
         device = torch.device(device)
         if device == self.device:
             return self
-        real, sequence, mask, rows = (_to(t, device) for t in (self.real, self.sequence, self.mask, self.rows))
-        return replace(self, device=device, real=real, sequence=sequence, mask=mask, rows=rows)
+        names = ("real", "sequence", "mask", "rows", "sees")
+        real, sequence, mask, rows, sees = (_to(getattr(self, name), device) for name in names)
+        return replace(self, device=device, real=real, sequence=sequence, mask=mask, rows=rows, sees=sees)
 
     def measured(self, *, stride: int = 1, first: int = 0, rows: Bool[Tensor, " batch"] | None = None) -> Visibility:
         """The same, for some of the queries only.
@@ -118,7 +124,9 @@ class Visibility:
         """
         begin = -(-max(self.queries.start, first) // stride) * stride
         mask = None if self.mask is None else self.mask[:, :, begin - self.queries.start :: stride]
-        return replace(self, queries=range(begin, max(begin, self.queries.stop), stride), mask=mask, rows=rows)
+        sees = None if self.sees is None else self.sees[:, begin - self.queries.start :: stride]
+        queries = range(begin, max(begin, self.queries.stop), stride)
+        return replace(self, queries=queries, mask=mask, rows=rows, sees=sees)
 
     def of_heads(self, heads: Sequence[int]) -> Visibility:
         """The same, for some query heads only."""
@@ -184,8 +192,6 @@ class Visibility:
     @cached_property
     def real_keys(self) -> Bool[Tensor, "batch key"]:
         """Whether each key is a real token; behind a user's 4-D mask, whether some query sees it."""
-        if self.mask is not None:
-            return self._mask_counts[1].amax(1) > 0
         if self.real is not None:
             return self.real
         return torch.ones(self.batch, self.num_keys, dtype=torch.bool, device=self.device)
@@ -193,7 +199,7 @@ class Visibility:
     @cached_property
     def real_queries(self) -> Bool[Tensor, "batch query"]:
         """Whether each measured query is a real token that sees at least one real key."""
-        real = self._mask_counts[0] > 0 if self.mask is not None else self.real_keys[:, self.query_positions]
+        real = self.real_keys[:, self.query_positions] if self.sees is None else self.sees
         return real if self.rows is None else real & self.rows[:, None]
 
     @cached_property

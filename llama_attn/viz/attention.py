@@ -28,7 +28,8 @@ def plot_attention_map(
 ) -> Figure:
     """Which queries (rows) attend to which keys (columns).
 
-    Pairs that may not see each other, and padding, are drawn in grey as "no data".
+    Pairs that may not see each other, and padding, are drawn in grey as "no data": cells of scores without a pair,
+    cells of weights to which no measured head of the layer gives any weight at all.
 
     Args:
         source: Statistics with ``weights_map``, or ``logits_map`` for ``kind="logits"``.
@@ -47,7 +48,9 @@ def plot_attention_map(
     row = pick(dataset, layer=layer, batch=batch)
     cells = drawn_cells(row, kind, head)
     figure, axes = new_figure()
-    width = int(row.key_bin.values[1] - row.key_bin.values[0]) if row.sizes["key_bin"] > 1 else 1
+    edges = row.key_bin.values
+    # A single bin is as wide as the power of two that holds the row.
+    width = int(edges[1] - edges[0]) if len(edges) > 1 else 1 << (row.sizes["key"] - 1).bit_length()
     # Cells are drawn around their positions, so that ticks are token positions also for pooled maps.
     right, bottom = (count * width - 0.5 for count in (cells.shape[1], cells.shape[0]))
     axes.set_facecolor(NO_DATA)
@@ -87,13 +90,6 @@ def drawn_cells(row: xarray.Dataset, kind: Literal["weights", "logits"], head: i
         cells = maps.sel(head=head).values.copy()
     else:
         raise ValueError(f"head: {head} was not measured; there are {maps['head'].values.tolist()}")
-    edges = row.key_bin.values
-    later = edges[None, :] > edges[:, None]
-    # Under a causal mask no weight lies above the diagonal, of any head; without one it is data.
     if kind == "weights":
-        weights = maps.values
-        if not np.nan_to_num(weights[:, later]).any():
-            cells[later] = np.nan
-        seen = np.add.reduceat(row.visible_queries.values, edges)
-        cells[:, seen == 0] = np.nan
+        cells[~np.nan_to_num(maps.values).any(0)] = np.nan
     return cells
