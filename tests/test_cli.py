@@ -110,7 +110,7 @@ def test_longer_than_the_context_runs_with_a_warning(folder, tmp_path):
         (["--messages", "BINARY"], "cannot read"),
         (["--messages", "NOT_JSON"], "is not JSON"),
         (["--messages", "NOT_A_CHAT"], "expected a list like"),
-        (["--attn", "sdpb"], "unknown 'sdpb'; there are"),
+        (["--attn", "sdpb"], "is not supported; there are"),
         (["--attn", "flash_attention_2"], "pip install flash-attn --no-build-isolation"),
         (["--dtype", "int8"], "--dtype: expected one of auto, float32"),
         (["--device", "abacus"], "abacus"),

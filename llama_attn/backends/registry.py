@@ -120,7 +120,8 @@ def get_backend(name: str) -> Backend:
     """
     known = all_backends()
     if name not in known:
-        raise ValueError(f"attn_implementation: unknown {name!r}; there are {sorted(known)}")
+        # In the words of transformers, which its users and its tests know.
+        raise ValueError(f'Specified `attn_implementation="{name}"` is not supported; there are {sorted(known)}')
     if reason := known[name].unavailable():
         raise ImportError(f"attn_implementation={name!r} does not run here: {reason}")
     return known[name]
