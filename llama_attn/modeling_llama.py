@@ -263,7 +263,7 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if attention_mask is not None and not isinstance(attention_mask, Tensor):
             raise ValueError(
-                f"attention_mask: statistics need a tensor, (batch, key) or 4-D, got {type(attention_mask).__name__}"
+                f"attention_mask: streaming and statistics need a tensor, (batch, key) or 4-D, got {type(attention_mask).__name__}"
             )
         batch, num_queries = tokens.shape[:2]
         offset, static = 0, False
@@ -271,6 +271,11 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
             layer = find_first_full_attention_index(past_key_values)
             offset = int(past_key_values.get_query_offset(layer))
             static = past_key_values.get_mask_sizes(num_queries, layer)[0] != offset + num_queries
+            if static and "flash" in (self.config._attn_implementation or ""):
+                raise ValueError(
+                    "past_key_values: FlashAttention has no mask that hides the unfilled slots of a static cache, so "
+                    "there is no attention to measure; use a DynamicCache, or another attn_implementation"
+                )
         causal = True if is_causal is None else is_causal
         if causal and not all(layer.self_attn.is_causal for layer in self.layers):
             raise ValueError(

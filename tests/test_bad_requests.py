@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_model
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import StaticCache
 
 from llama_attn import AttentionStatsConfig, LlamaForCausalLM
 
@@ -149,6 +151,35 @@ def test_layers_that_are_not_causal_in_a_causal_model(backend, ids):
         layer.self_attn.is_causal = False
     with pytest.raises(ValueError, match="pass is_causal=False"):
         model(ids, output_attention_stats=True)
+
+
+def test_a_static_cache_under_flash_attention(ids):
+    """Refused before any layer runs, in a forward and in `generate`."""
+    model = tiny_model("sdpa")
+    # FlashAttention itself is never reached, so that it need not run here.
+    model.config._attn_implementation = "flash_attention_2"
+    ran = []
+    model.model.layers[0].register_forward_hook(lambda *_: ran.append(True))
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with pytest.raises(ValueError, match=r"unfilled slots of a static cache.*DynamicCache"):
+        model(ids, past_key_values=cache, output_attention_stats=True)
+    with pytest.raises(ValueError, match="unfilled slots of a static cache"):
+        model.generate(
+            ids,
+            cache_implementation="static",
+            max_new_tokens=2,
+            return_dict_in_generate=True,
+            output_attention_stats=True,
+        )
+    assert not ran, "refused only after a layer had run"
+
+
+@pytest.mark.parametrize("measures", [True, False])
+def test_a_block_mask_of_the_users_own(measures, ids):
+    block_mask = create_block_mask(lambda batch, head, query, key: query >= key, 2, None, 37, 37, device="cpu")
+    model = tiny_model("flex_attention" if measures else "streaming")
+    with pytest.raises(ValueError, match=r"attention_mask: streaming and statistics need a tensor.*got BlockMask"):
+        model(ids, attention_mask=block_mask, output_attention_stats=measures)
 
 
 def test_a_stride_that_misses_every_query(ids):
