@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from llama_attn.backends.registry import Backend, all_backends, attention_function, check_request, get_backend
+from llama_attn.backends.registry import all_backends, attention_function, check_request, get_backend, is_streaming
 from llama_attn.engines import assign, get_engine
 from llama_attn.engines._operator import walk
 from llama_attn.generation import GeneratesAttentionStats
@@ -92,7 +92,7 @@ class LlamaAttention(upstream.LlamaAttention):
             name = get_backend(self.pinned_backend).name
             origin = self.config._attn_implementation or "sdpa"
             get_backend(name).check_mask(origin, attention_mask, query.shape[2], key.shape[2])
-        if _is_streaming(name):
+        if is_streaming(name):
             kwargs["recorder"] = recorder
         else:
             kwargs.pop("visibility", None)
@@ -107,9 +107,7 @@ class LlamaAttention(upstream.LlamaAttention):
             **kwargs,
         )
         if recorder is not None:
-            recorder.observe(
-                self.layer_idx, query.detach(), key.detach(), value.detach(), self.scaling, self._output_weight
-            )
+            recorder.observe(self.layer_idx, query, key, value, self.scaling, self._output_weight)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
     def _output_weight(self, device: torch.device) -> Float[Tensor, "head hidden channel"]:
@@ -225,7 +223,7 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
         own = None
         if recorder is None and (config := AttentionStatsConfig.from_argument(output_attention_stats)) is not None:
             recorder = own = new_recorder(config, self)
-        streaming = _is_streaming(self.config._attn_implementation)
+        streaming = is_streaming(self.config._attn_implementation)
         if recorder is None and not streaming:
             return super().forward(**inputs, **kwargs)
         if streaming and kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
@@ -395,8 +393,3 @@ def new_recorder(stats_config: AttentionStatsConfig, model: LlamaModel, step: St
         step=step,
         shard=HeadShard.of_attention(model.layers[0].self_attn),
     )
-
-
-def _is_streaming(name: str | None) -> bool:
-    backend: Backend | None = all_backends().get(name or "")
-    return backend is not None and backend.is_streaming

@@ -144,7 +144,13 @@ def check_request(name: str) -> None:
 
 def attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function behind any ``attn_implementation``, those of the hub included, as transformers would choose it."""
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, all_backends()["eager"].attend)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, _BACKENDS["eager"].attend)
+
+
+def is_streaming(name: str | None) -> bool:
+    """Whether ``name`` is a backend that takes the visibility in place of a mask."""
+    backend = _BACKENDS.get(name or "")
+    return backend is not None and backend.is_streaming
 
 
 def fill_tables() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama_attn.engines import ENGINES, default_engine, get_engine
 from llama_attn.engines._operator import walk
-from llama_attn.engines._walk import Walk
+from llama_attn.engines._walk import Walk, full_precision
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.recorder import Recorder
 from llama_attn.stats.visibility import Visibility
@@ -49,7 +49,7 @@ class FusedAttention(torch.autograd.Function):
         """Walk again, computing the weights of each block anew."""
         # Read once: under gradient checkpointing a second reading is an error.
         saved = ctx.saved_tensors
-        with torch.autocast(saved[0].device.type, enabled=False):
+        with full_precision(saved[0].device):
             gradients = ctx.engine.backward(grads[0], *saved, ctx.visibility, ctx.scaling)
         return (*gradients, None, None, None, None, None)
 
@@ -63,7 +63,7 @@ def _walk(
     scaling: float,
     wanted: Wanted | None,
 ) -> Walk:
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query.device):
         result: Walk = engine.walk(query, key, value, visibility, scaling, wanted)
     return result
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_attn.engines import get_engine
-from llama_attn.engines._walk import Walk, compute_dtype
+from llama_attn.engines._walk import Walk, compute_dtype, full_precision
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig, bin_width
 from llama_attn.stats.maps import num_distance_bins
@@ -85,7 +85,7 @@ def _walk(
     if statistics := _statistics(names):
         wanted = Wanted(statistics, _config(parameters), vectors[5], parameters[0], vectors[6])
     visibility = _visibility(query, vectors[:5], extent)
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query.device):
         result = get_engine(engine).walk(query, key, value, visibility, scaling, wanted)
     output = query.new_empty(0) if result.output is None else result.output
     # Results of an operator share no memory, and are laid out like those of the fake below, which the graph relies on.
@@ -145,7 +145,7 @@ def _walk_backward(
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     visibility = _visibility(query, vectors, extent)
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query.device):
         gradients = get_engine(engine).backward(grad_output, query, key, value, output, logsumexp, visibility, scaling)
     grad_query, grad_key, grad_value = (gradient.contiguous() for gradient in gradients)
     return grad_query, grad_key, grad_value

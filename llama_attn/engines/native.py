@@ -100,7 +100,7 @@ def walk(
             setattr(call, name, raw[name].data_ptr())
         call.sink_tokens = min(wanted.config.sink_tokens, visibility.num_keys)
         call.window = min(wanted.config.window, visibility.num_keys)
-        if "sink_mass" in raw and not (visibility.real is visibility.sequence is visibility.mask is None):
+        if "sink_mass" in raw and not visibility.plain:
             rank = visibility.rank.contiguous()
             held.append(rank)
             call.rank = rank.data_ptr()

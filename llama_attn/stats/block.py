@@ -98,10 +98,9 @@ class Block:
         """Absolute position of each row [token]."""
         return self.visibility.query_positions[self.rows.start : self.rows.stop]
 
-    @cached_property
-    def distance(self) -> Int[Tensor, "row key"]:
-        """How far each key lies behind each query [token]; |i − j| where a query may see later keys."""
-        keys = torch.arange(self.num_keys, device=self.exponentials.device)
+    def distance(self, first: int, stop: int) -> Int[Tensor, "row key"]:
+        """How far the keys ``first`` … ``stop`` − 1 lie behind each query [token]; |i − j| if it may see later keys."""
+        keys = torch.arange(first, stop, device=self.exponentials.device)
         signed = self.query_positions[:, None] - keys
         return signed if self.visibility.causal else signed.abs()
 
@@ -152,4 +151,6 @@ class Block:
 
     def received(self) -> Float[Tensor, "batch head key"]:
         """Σ_i A_ij over the rows of this block."""
-        return torch.matmul(self.scale[..., None, :], self.exponentials).squeeze(-2)
+        batch, heads = self.scale.shape[:2]
+        received = torch.bmm(self.scale.flatten(0, 1)[:, None], self.exponentials.flatten(0, 1))
+        return received.view(batch, heads, -1)

@@ -183,8 +183,9 @@ class Recorder:
 
     def record(self, layer: int, raw: Mapping[str, Tensor]) -> None:
         """Keep what was measured in ``layer``."""
+        offload = self.config.offload
         for name, tensor in raw.items():
-            self._recorded[name, layer] = tensor.detach().to(self.config.offload or tensor.device)
+            self._recorded[name, layer] = tensor.detach() if offload is None else tensor.detach().to(offload)
 
     def record_hidden(self, layer: int, states: Tensor) -> None:
         """Measure the residual stream that enters ``layer``; the number of layers stands for the last one's output."""
@@ -233,6 +234,7 @@ class Recorder:
         if not missing and not has_norms:
             return
         visibility = self.visibility_on(query.device)
+        query, key, value = query.detach(), key.detach(), value.detach()
         key, value = key[:, :, : visibility.num_keys], value[:, :, : visibility.num_keys]
         # Under autocast a float32 product would be computed in half precision.
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
@@ -355,6 +357,9 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool) -> tupl
 def mark_padding(statistic: Statistic, tensor: Tensor, visibility: Visibility) -> Tensor:
     """Put NaN, or −1 in integer statistics, where there is no real token."""
     dims = statistic.dims
+    if visibility.plain and visibility.rows is None and visibility.stride == 1:
+        # Every token is real, and every key is seen by the last query.
+        return tensor
     if "query" in dims:
         real = visibility.real_queries
     elif "key" in dims:

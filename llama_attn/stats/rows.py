@@ -15,7 +15,7 @@ QUERY_DIMS = ("layer", "batch", "head", "query")
 
 def _entropy(block: Block) -> Float[Tensor, "batch head row"]:
     # ln Σe^(s−m) − E[s−m]: the textbook lse − E[s] cancels when scores are large.
-    return block.row_sum.log() - (block.exponentials * block.centred).sum(-1) * block.scale
+    return block.row_sum.log() - torch.einsum("bhrk,bhrk->bhr", block.exponentials, block.centred) * block.scale
 
 
 def _entropy_textbook(reference: Reference) -> Tensor:
@@ -29,7 +29,7 @@ def _effective_keys(block: Block) -> Float[Tensor, "batch head row"]:
 
 def _sink_mass(block: Block) -> Float[Tensor, "batch head row"]:
     visibility, sink_tokens = block.visibility, block.config.sink_tokens
-    if visibility.real is None and visibility.sequence is None and visibility.mask is None:
+    if visibility.plain:
         return block.exponentials[..., :sink_tokens].sum(-1) * block.scale
     sinks = (visibility.rank < sink_tokens) & visibility.real_keys
     return block.mean(sinks[:, : block.num_keys].to(block.exponentials.dtype))
@@ -45,19 +45,20 @@ def _local_mass(block: Block) -> Float[Tensor, "batch head row"]:
     # Only keys near the block can be near a row of it.
     first = max(0, int(block.visibility.queries[block.rows[0]]) - window + 1)
     last = min(block.num_keys, int(block.visibility.queries[block.rows[-1]]) + window)
-    near = block.distance[:, first:last] < window
+    near = block.distance(first, last) < window
     return (block.exponentials[..., first:last] * near).sum(-1) * block.scale
 
 
 def _mean_distance(block: Block) -> Float[Tensor, "batch head row"]:
     if not block.visibility.causal:
-        return (block.exponentials * block.distance).sum(-1) * block.scale
+        return (block.exponentials * block.distance(0, block.num_keys)).sum(-1) * block.scale
     # Σ A (i − j) = Σ A (i₀ − j) + (i − i₀) Σ A with i₀ the block's first query: one product with a vector, and
     # no cancellation of large positions.
-    dtype = block.exponentials.dtype
-    from_first = block.query_positions[0] - torch.arange(block.num_keys, device=block.exponentials.device)
-    beyond_first = (block.query_positions - block.query_positions[0]).to(dtype)
-    return block.mean(from_first.to(dtype)) + beyond_first * (block.row_sum * block.scale)
+    first, stride = block.visibility.queries[block.rows[0]], block.visibility.stride
+    dtype, device = block.exponentials.dtype, block.exponentials.device
+    from_first = torch.arange(first, first - block.num_keys, -1, dtype=dtype, device=device)
+    beyond_first = torch.arange(0, stride * len(block.rows), stride, dtype=dtype, device=device)
+    return block.mean(from_first) + beyond_first * (block.row_sum * block.scale)
 
 
 def _topk_weight(block: Block) -> Float[Tensor, "batch head row rank"]:

@@ -163,6 +163,11 @@ class Visibility:
         """Absolute positions of the measured queries [token]."""
         return range(self.first_query, max(self.first_query, self.num_keys), self.stride)
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but causality hides a key: no padding, no packing, no mask of the user's own."""
+        return self.real is self.sequence is self.mask is None
+
     @_Kept
     def query_positions(self) -> Int[Tensor, " query"]:
         """Absolute positions of the measured queries [token]."""
