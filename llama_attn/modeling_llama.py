@@ -269,7 +269,8 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
             layer = find_first_full_attention_index(past_key_values)
             offset = int(past_key_values.get_query_offset(layer))
             static = past_key_values.get_mask_sizes(num_queries, layer)[0] != offset + num_queries
-            if static and "flash" in (self.config._attn_implementation or ""):
+            # In this order: a compiled graph does not know the filled length, on which `static` depends.
+            if "flash" in (self.config._attn_implementation or "") and static:
                 raise ValueError(
                     "past_key_values: FlashAttention has no mask that hides the unfilled slots of a static cache, so "
                     "there is no attention to measure; use a DynamicCache, or another attn_implementation"
