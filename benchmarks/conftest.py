@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import smollm2
-from results import RESULTS, Row, merge
+from results import RESULTS, Row, environment, merge
 from transformers import AutoTokenizer
 
 from llama_attn.demo import demo_checkpoint
@@ -22,6 +22,10 @@ def pytest_addoption(parser):
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the models run: cpu or cuda"
     )
     parser.addoption("--results", default=RESULTS, type=Path, help="the JSON file that results are merged into")
+
+
+def pytest_configure(config):
+    environment(config.option.device)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -67,8 +68,9 @@ def merge(test: str, group: str, rows: list[Row], path: Path, device: str) -> No
         unfinished.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
 
 
+@cache
 def environment(device: str) -> dict[str, str | int]:
-    """Machine, versions and date."""
+    """Machine, versions and date, as they were when first asked for: before anything is measured."""
     packages = ("torch", "transformers")
     accelerator = {"accelerator": torch.cuda.get_device_name()} if device == "cuda" else {}
     return {
