@@ -65,7 +65,9 @@ def main(arguments: Sequence[str]) -> None:
     if not options.stock:
         from llama_attn import LlamaForCausalLM
     if options.folder:
-        model = LlamaForCausalLM.from_pretrained(options.folder, attn_implementation=options.backend)
+        model = LlamaForCausalLM.from_pretrained(
+            options.folder, dtype=torch.float32, attn_implementation=options.backend
+        )
     else:
         config = LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=options.layers,
@@ -99,6 +101,9 @@ def main(arguments: Sequence[str]) -> None:
         real = (stats.visible_keys > 0).sum(-1)[:, None].to(total.dtype).expand_as(total)
         torch.testing.assert_close(total, real, rtol=1e-4, atol=0)
         report["engine"] = stats.engine
+        if options.folder:
+            # Mean over layers and heads, to compare.
+            report["received"] = stats["received"][:, 0].mean((0, 1)).tolist()
     print(json.dumps(report))  # noqa: T201
 
 
