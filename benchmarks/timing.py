@@ -26,7 +26,7 @@ class Case:
     at_most: float | None = None
 
 
-def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, rounds: int = 5, per: int = 1) -> None:
+def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, rounds: int = 5, per: int = 1):
     """Run the baseline and every case in turn, ``rounds`` times after one that warms up; keep the ratios of medians.
 
     Args:
@@ -36,6 +36,9 @@ def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, r
         shape: For the table.
         rounds: How often.
         per: Units of work in one call, tokens for example; times are of one unit.
+
+    Returns:
+        The rows, which are kept, and the seconds of every round by case.
     """
     seconds = time_in_turns(benchmark, [baseline, *cases], rounds=rounds)
     plain = seconds[baseline.name]
@@ -50,6 +53,7 @@ def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, r
             )
         )  # fmt: skip
     keep(benchmark, rows)
+    return rows, seconds
 
 
 def time_in_turns(benchmark, cases: Sequence[Case], *, rounds: int) -> dict[str, list[float]]:
