@@ -27,7 +27,9 @@ class Case:
 
 
 def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, rounds: int = 5, per: int = 1):
-    """Run the baseline and every case in turn, ``rounds`` times after one that warms up; keep the ratios of medians.
+    """Run the baseline and every case in turn, ``rounds`` times; keep the ratios of medians.
+
+    Whoever checks what a case gives has run it once, which is its warm-up.
 
     Args:
         benchmark: The fixture of pytest-benchmark, which reports the first case.
@@ -57,7 +59,7 @@ def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, r
 
 
 def time_in_turns(benchmark, cases: Sequence[Case], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round of each case; pytest-benchmark reports the second one."""
+    """Seconds of every round of each case; pytest-benchmark reports the second one. Nothing is warmed up here."""
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
 
     def timed(case: Case) -> None:
@@ -68,8 +70,6 @@ def time_in_turns(benchmark, cases: Sequence[Case], *, rounds: int) -> dict[str,
         seconds[case.name].append(time.perf_counter() - start)
 
     first, reported, *others = cases
-    for case in cases:
-        case.call()
 
     def before() -> None:
         for case in (first, *others):
