@@ -110,7 +110,7 @@ def page(entries: dict[str, Any]) -> str:
     found = {group: list(rows(entries, group)) for group in groups}
     goals = [row for group in groups for row in found[group] if row["at_most"] is not None]
     reached = sum(row["ratio"] <= row["at_most"] for row in goals)
-    parts = [INTRODUCTION, f"{reached} of {len(goals)} goals are met.\n", "## Where\n", machines]
+    parts = [INTRODUCTION, f"{reached} of {len(goals)} goals that were measured are met.\n", "## Where\n", machines]
     for group in groups:
         parts += [f"## {group.capitalize()}\n"]
         parts += [f"{GROUPS[group]}\n"] if group in GROUPS else []
