@@ -1,44 +1,76 @@
-"""Peak memory of one forward, each in a process of its own."""
+"""Peak memory of one forward on the CPU, each in a process of its own: random weights of SmolLM2's shape, float32."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+from fresh_process import NUM_LAYERS, run
+from results import Row
+from timing import keep
 
-# The weights are random: memory does not depend on them, and reading the checkpoint has a peak of its own.
-SCRIPT = """
-import resource, sys, torch
-from transformers import LlamaConfig
-from llama_attn import LlamaForCausalLM
-backend, statistics, length = sys.argv[1], sys.argv[2] == "on", int(sys.argv[3])
-config = LlamaConfig(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-    num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
-)
-model = LlamaForCausalLM._from_config(config, attn_implementation=backend).eval()
-ids = torch.randint(49152, (1, length), generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    output = model(ids, logits_to_keep=1, output_attention_stats=statistics)
-assert output.logits.isfinite().all()
-if statistics:
-    assert output.attention_stats["entropy"].isfinite().all()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-"""
+pytestmark = pytest.mark.benchmark(group="memory")
+
+STOCK = "stock sdpa, no statistics"
+# By length: the most that statistics may add to the peak of stock sdpa.
+GOALS = {2048: None, 8192: 1.15, 16384: None, 32768: 1.25}
+# Twice as many tokens may take this much more for statistics.
+GROWTH = 2.2
+LONGEST = 32768
 
 
-def peak(backend: str, statistics: str, length: int) -> float:
-    """MiB of resident memory at the peak."""
-    command = [sys.executable, "-c", SCRIPT, backend, statistics, str(length)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(result.stdout.split()[-1])
+def peak(backend: str, length: int, *options: str | int) -> float:
+    """MiB."""
+    return run(backend, "--length", length, *options)["peak_mib"]
 
 
-@pytest.mark.parametrize("backend", ["streaming", "sdpa"])
-def test_statistics_cost_little_memory(backend, benchmark):
-    plain = peak("sdpa", "off", 4096)
-    measured = benchmark.pedantic(peak, args=(backend, "on", 4096), rounds=1)
-    benchmark.group = "peak memory, T = 4096"
-    benchmark.extra_info.update(plain_mib=plain, measured_mib=measured, ratio=measured / plain)
-    assert measured <= 1.3 * plain, f"{measured:.0f} MiB with statistics on {backend}, {plain:.0f} without on sdpa"
+def peaks(length: int, *options: str | int) -> tuple[float, float, str]:
+    """MiB of stock without statistics and of ours with them, and the engine."""
+    measured = run("streaming", "--length", length, "--statistics", *options)
+    return peak("sdpa", length, "--stock", *options), measured["peak_mib"], measured["engine"]
+
+
+@pytest.mark.parametrize("length", [8192, 16384, 32768])
+def test_long(benchmark, length):
+    """One row; what statistics add, and how that grows with the length."""
+    plain, measured, engine = benchmark.pedantic(peaks, args=(length,), rounds=1)
+    shape = f"{NUM_LAYERS} layers, T {length:,}"
+    rows = [Row.over(f"streaming ({engine}), statistics", shape, measured, "MiB", STOCK, plain, GOALS[length])]
+    if length > 8192:
+        half_plain, half_measured, _ = peaks(length // 2)
+        extra, half_extra = measured - plain, half_measured - half_plain
+        case = f"streaming ({engine}), statistics: beyond stock"
+        rows.append(Row.over(case, shape, extra, "MiB", "the same with half the tokens", half_extra, GROWTH))
+    keep(benchmark, rows)
+
+
+@pytest.mark.parametrize(("length", "layers"), [(8192, NUM_LAYERS), (LONGEST, 2)])
+def test_padded_batch(benchmark, length, layers):
+    """Two rows, the first with an eighth of padding; stock builds a mask of T × T for it, so not only against that."""
+    options = ("--rows", 2, "--layers", layers)
+    padding = ("--padding", length // 8)
+    padded_plain, measured, engine = benchmark.pedantic(peaks, args=(length, *options, *padding), rounds=1)
+    plain = peak("sdpa", length, "--stock", *options)
+    case, shape = f"streaming ({engine}), statistics, padded", f"2 rows, {layers} layers, T {length:,}"
+    goal = GOALS[length]
+    keep(
+        benchmark,
+        [
+            Row.over(case, shape, measured, "MiB", "stock sdpa, the same padding", padded_plain, goal),
+            Row.over(case, shape, measured, "MiB", "stock sdpa, two full rows", plain, goal),
+        ],
+    )
+
+
+def test_weights(benchmark):
+    """Against eager attention that returns its weights, T × T for every head."""
+    length = 2048
+    weights = run("eager", "--stock", "--output-attentions", "--length", length)
+    assert weights["weights"][-2:] == [length, length]
+    plain, measured, engine = benchmark.pedantic(peaks, args=(length,), rounds=1)
+    case, shape = f"streaming ({engine}), statistics", f"{NUM_LAYERS} layers, T {length:,}"
+    keep(
+        benchmark,
+        [
+            Row.over(case, shape, measured, "MiB", "stock eager, output_attentions", weights["peak_mib"], 0.25),
+            Row.over(case, shape, measured, "MiB", STOCK, plain),
+        ],
+    )

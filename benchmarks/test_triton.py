@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timing import Case, alternate
 
 from llama_attn import AttentionStatsConfig
 from llama_attn.engines import triton as engine
@@ -11,45 +12,73 @@ from llama_attn.stats.block import Wanted
 from llama_attn.stats.recorder import wanted_statistics
 from llama_attn.stats.visibility import Visibility
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-HEADS, KV_HEADS = 32, 8
+pytestmark = [
+    pytest.mark.benchmark(group="triton"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+HEADS, KV_HEADS, ROUNDS = 32, 8, 20
+
+
+def layer(device, length, head_dim):
+    """Query, key and value of a layer in bfloat16, scaling, who sees whom and the default statistics."""
+    tensors = [
+        torch.randn(1, heads, length, head_dim, device=device, dtype=torch.bfloat16)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    visibility = Visibility.of_inputs(batch=1, num_queries=length, offset=0, device=tensors[0].device)
+    config = AttentionStatsConfig()
+    return tensors, visibility, head_dim**-0.5, Wanted(wanted_statistics(config, has_tokens=False), config)
+
+
+def attend(query, key, value):
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
 @pytest.mark.parametrize("length", [2048, 8192, 32768])
 @pytest.mark.parametrize("head_dim", engine.HEAD_DIMS)
-@pytest.mark.parametrize("what", ["sdpa", "output", "fused", "observed", "sdpa, backward", "backward"])
-def test_layer(benchmark, what, head_dim, length):
-    query, key, value = (
-        torch.randn(1, heads, length, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad="sdpa" in what)
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
-    )
-    scaling = head_dim**-0.5
-    visibility = Visibility.of_inputs(batch=1, num_queries=length, offset=0, device=query.device)
-    config = AttentionStatsConfig()
-    wanted = Wanted(wanted_statistics(config, has_tokens=False), config)
-    walk = engine.walk(query.detach(), key.detach(), value.detach(), visibility, scaling)
-    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(walk.output.transpose(1, 2), attended, rtol=0.02, atol=0.02)
-    gradient = torch.randn_like(walk.output)
-    calls = {
-        "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=True
-        ),
-        "output": lambda: engine.walk(query, key, value, visibility, scaling),
-        "fused": lambda: engine.walk(query, key, value, visibility, scaling, wanted),
-        "observed": lambda: engine.walk(query, key, None, visibility, scaling, wanted),
-        "sdpa, backward": lambda: torch.autograd.grad(
-            attended, (query, key, value), gradient.transpose(1, 2), retain_graph=True
-        ),
-        "backward": lambda: engine.backward(
-            gradient, query, key, value, walk.output, walk.logsumexp, visibility, scaling
-        ),
+@torch.no_grad()
+def test_forward(benchmark, device, head_dim, length):
+    (query, key, value), visibility, scaling, wanted = layer(device, length, head_dim)
+    walk = engine.walk(query, key, value, visibility, scaling, wanted)
+    torch.testing.assert_close(walk.output.transpose(1, 2), attend(query, key, value), rtol=0.02, atol=0.02)
+    total = walk.raw["received"].sum(-1)
+    torch.testing.assert_close(total, torch.full_like(total, length), rtol=0.01, atol=0)
+    cases = {
+        "output alone": (value, visibility, scaling),
+        "output and statistics": (value, visibility, scaling, wanted),
+        "statistics alone": (None, visibility, scaling, wanted),
     }
+    alternate(
+        benchmark,
+        Case("scaled_dot_product_attention", lambda: attend(query, key, value)),
+        [Case(f"triton: {what}", lambda a=arguments: engine.walk(query, key, *a)) for what, arguments in cases.items()],
+        shape=f"one call, {HEADS} heads of {head_dim}, bfloat16, T {length:,}",
+        rounds=ROUNDS,
+    )
 
-    def run():
-        calls[what]()
-        torch.cuda.synchronize()
 
-    benchmark.group = f"layer, head_dim = {head_dim}, T = {length}"
-    benchmark.extra_info.update(device=torch.cuda.get_device_name(), torch=torch.__version__)
-    benchmark.pedantic(run, rounds=20, warmup_rounds=3)
+@pytest.mark.parametrize("length", [2048, 8192, 32768])
+@pytest.mark.parametrize("head_dim", engine.HEAD_DIMS)
+def test_backward(benchmark, device, head_dim, length):
+    tensors, visibility, scaling, _ = layer(device, length, head_dim)
+    walk = engine.walk(*tensors, visibility, scaling)
+    inputs = [tensor.clone().requires_grad_() for tensor in tensors]
+    attended = attend(*inputs)
+    gradient = torch.randn_like(walk.output)
+
+    def theirs():
+        return torch.autograd.grad(attended, inputs, gradient.transpose(1, 2), retain_graph=True)
+
+    def measured():
+        return engine.backward(gradient, *tensors, walk.output, walk.logsumexp, visibility, scaling)
+
+    for ours, stock in zip(measured(), theirs(), strict=True):
+        # Both round to bfloat16, so they may differ by some of it.
+        assert (ours - stock).float().norm() <= 0.02 * stock.float().norm()
+    alternate(
+        benchmark,
+        Case("scaled_dot_product_attention, backward", theirs),
+        [Case("triton: backward", measured)],
+        shape=f"one call, {HEADS} heads of {head_dim}, bfloat16, T {length:,}",
+        rounds=ROUNDS,
+    )

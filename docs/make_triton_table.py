@@ -244,8 +244,10 @@ in Triton's interpreter (`tests/test_triton.py`). On a machine with a GPU, these
 
 ```
 python -m pytest -o addopts= tests/triton_worker.py
-python -m pytest benchmarks/test_triton.py --benchmark-only
+python -m pytest benchmarks/test_triton.py benchmarks/test_forward.py
 ```
+
+The second leaves its results in `docs/benchmarks.json`; `python docs/make_benchmarks.py` makes a table of them.
 
 | | |
 |---|---|

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,9 @@ def test_every_question_is_explained():
     page = (DOCS / "analysis.md").read_text()
     for name in set(analysis.__all__) - {"as_dataset", "require"}:
         assert f"`{name}(" in page, name
+
+
+def test_every_number_of_the_benchmarks_was_measured():
+    page = runpy.run_path(str(DOCS / "make_benchmarks.py"))["page"]
+    measured = json.loads((DOCS / "benchmarks.json").read_text())
+    assert (DOCS / "benchmarks.md").read_text() == page(measured), "run python docs/make_benchmarks.py"

@@ -1,0 +1,52 @@
+"""The models that are timed: ours and transformers' own, with the same weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama import modeling_llama as upstream
+
+from llama_attn import LlamaForCausalLM
+from llama_attn.demo import demo_checkpoint
+
+
+def smollm2() -> LlamaForCausalLM:
+    """SmolLM2-135M-Instruct in float32."""
+    checkpoint = demo_checkpoint()
+    loaded = LlamaForCausalLM.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file, dtype=torch.float32)
+    # Loaded from GGUF it may be neither cast nor saved, so its weights are put into a model that may.
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return with_weights_of(loaded, LlamaForCausalLM, "sdpa", config)
+
+
+def llama_3_8b(num_layers: int) -> LlamaForCausalLM:
+    """Layers of Llama-3-8B's shape with random weights and a small vocabulary, in float32."""
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=4096, intermediate_size=14336, num_hidden_layers=num_layers,
+        num_attention_heads=32, num_key_value_heads=8,
+    )  # fmt: skip
+    return LlamaForCausalLM._from_config(config).eval()
+
+
+def stock(model: LlamaForCausalLM, backend: str = "sdpa") -> upstream.LlamaForCausalLM:
+    """Transformers' own class with the same weights, which are not copied."""
+    return with_weights_of(model, upstream.LlamaForCausalLM, backend)
+
+
+def ours(model: LlamaForCausalLM, backend: str) -> LlamaForCausalLM:
+    """The model on another backend, its weights not copied."""
+    return with_weights_of(model, LlamaForCausalLM, backend)
+
+
+def with_weights_of(model, kind, backend, config=None):
+    """A model of the class ``kind`` that shares its weights with ``model``."""
+    config = copy.deepcopy(config or model.config)
+    config._attn_implementation_internal = backend
+    other = kind._from_config(config, attn_implementation=backend, dtype=model.dtype)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.tie_weights()
+    return other.to(model.device).eval()

@@ -1,0 +1,89 @@
+"""Times several calls side by side: what the machine does meanwhile happens to all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from results import Row
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time.
+
+    Args:
+        name: What the table calls it.
+        call: Does it once.
+        at_most: The goal for its time over that of the baseline; None if there is none.
+    """
+
+    name: str
+    call: Callable[[], object]
+    at_most: float | None = None
+
+
+def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, rounds: int = 5, per: int = 1):
+    """Run the baseline and every case in turn, ``rounds`` times; keep the ratios of medians.
+
+    Whoever checks what a case gives has run it once, which is its warm-up.
+
+    Args:
+        benchmark: The fixture of pytest-benchmark, which reports the first case.
+        baseline: What the others are compared with.
+        cases: The others.
+        shape: For the table.
+        rounds: How often.
+        per: Units of work in one call, tokens for example; times are of one unit.
+
+    Returns:
+        The rows, which are kept, and the seconds of every round by case.
+    """
+    seconds = time_in_turns(benchmark, [baseline, *cases], rounds=rounds)
+    plain = seconds[baseline.name]
+    rows = []
+    for case in cases:
+        ratios = [ours / stock for ours, stock in zip(seconds[case.name], plain, strict=True)]
+        median, plain_median = statistics.median(seconds[case.name]), statistics.median(plain)
+        rows.append(
+            Row(
+                case.name, shape, median / per, "s", baseline.name, plain_median / per, median / plain_median,
+                case.at_most, min(ratios), max(ratios),
+            )
+        )  # fmt: skip
+    keep(benchmark, rows)
+    return rows, seconds
+
+
+def time_in_turns(benchmark, cases: Sequence[Case], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every round of each case; pytest-benchmark reports the second one. Nothing is warmed up here."""
+    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+
+    def timed(case: Case) -> None:
+        _synchronize()
+        start = time.perf_counter()
+        case.call()
+        _synchronize()
+        seconds[case.name].append(time.perf_counter() - start)
+
+    first, reported, *others = cases
+
+    def before() -> None:
+        for case in (first, *others):
+            timed(case)
+
+    benchmark.pedantic(timed, args=(reported,), setup=before, rounds=rounds)
+    return seconds
+
+
+def keep(benchmark, rows: Sequence[Row]) -> None:
+    """Leave rows to be merged into the results once the test has passed."""
+    benchmark.extra_info["rows"] = [asdict(row) for row in rows]
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
