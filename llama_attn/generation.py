@@ -107,7 +107,7 @@ class GenerationSession:
         self._real = visibility.real_keys
         measured = torch.ones_like(self._alive) if self._step.rows is None else self._step.rows
         self._lengths = torch.where(measured, self._fed, self._lengths)
-        self._run.add(self._recorder.statistics, self._recorder.recorded, self._fed)
+        self._run.add(self._recorder.statistics, self._recorder.records.take_all(), self._fed)
         self._engines |= self._recorder.engines
         self._recorder = None
 
@@ -119,7 +119,7 @@ class GenerationSession:
         real = real & (torch.arange(fed, device=real.device) < self._lengths[:, None])
         whole = self._new_recorder(self.config, Step(first=0, rows=None, prompt=self.prompt, tokens=self._tokens))
         whole.start(Visibility(batch, self._first_query, fed, real.device, real=real))
-        whole.recorded.update(self._run.result(fed))
+        whole.records.put_all(self._run.result(fed))
         whole.engines.update(self._engines)
         return whole.finish(device)
 

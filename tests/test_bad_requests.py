@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_model
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import StaticCache
+from transformers.models.llama import modeling_llama as upstream
 
 from llama_attn import AttentionStatsConfig, LlamaForCausalLM
 
@@ -99,8 +100,6 @@ def test_weights_under_streaming(ids):
 
 
 def test_streaming_in_a_model_that_is_not_ours(ids):
-    from transformers.models.llama import modeling_llama as upstream
-
     model = upstream.LlamaForCausalLM._from_config(tiny_model().config, attn_implementation="streaming")
     with pytest.raises(ValueError, match=r"use llama_attn\.LlamaForCausalLM"):
         model(ids)
@@ -172,6 +171,16 @@ def test_a_static_cache_under_flash_attention(ids):
             output_attention_stats=True,
         )
     assert not ran, "refused only after a layer had run"
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_a_layer_that_does_not_report(call, ids):
+    """Someone has put another attention in its place: no numbers rather than incomplete ones."""
+    model = tiny_model("sdpa")
+    model.model.layers[1].self_attn.__class__ = upstream.LlamaAttention
+    settings = {"max_new_tokens": 3, "return_dict_in_generate": True} if call == "generate" else {}
+    with pytest.raises(RuntimeError, match=r"entropy: layers \[1\] did not report"):
+        getattr(model, call)(ids, output_attention_stats=True, **settings)
 
 
 @pytest.mark.parametrize("measures", [True, False])

@@ -173,8 +173,8 @@ def test_in_pieces_as_at_once(case, cuts):
         walk = engine.walk(
             case.query[:, :, first:last], case.key[:, :, :last], None, visibility, case.query.shape[-1] ** -0.5, wanted
         )
-        run.add(tuple(case.statistics), {(name, 0): raw for name, raw in walk.raw.items()}, last)
-    pieces = case.finished({name: raw for (name, _), raw in run.result(length).items()})
+        run.add(tuple(case.statistics), {name: raw[None] for name, raw in walk.raw.items()}, last)
+    pieces = case.finished({name: raw[0] for name, raw in run.result(length).items()})
     for name, value in case.finished(case.walk().raw).items():
         assert relative_error(pieces[name], value) < 1e-9, name
 

@@ -114,7 +114,7 @@ def attend_with(engine: str | None) -> Callable[..., tuple[Tensor, None]]:
             # An autograd function costs as much as a decoding step's attention.
             output, _, raw = _walk(query, key, value, get_engine(name), visibility, scaling, wanted)
         if recorder is not None:
-            recorder.record(layer, raw)
+            recorder.records.put(layer, raw)
         return cast(Tensor, output), None
 
     return attend

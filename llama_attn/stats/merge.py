@@ -6,6 +6,8 @@ the length that the row has now.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -19,32 +21,32 @@ class Run:
 
     def __init__(self, config: AttentionStatsConfig) -> None:
         self._config = config
-        self._pieces: dict[tuple[str, int], list[Tensor]] = {}
-        self._sums: dict[tuple[str, int], tuple[Tensor, int]] = {}
+        self._pieces: dict[str, list[Tensor]] = {}
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._statistics: dict[str, Statistic] = {}
 
-    def add(self, statistics: tuple[Statistic, ...], recorded: dict[tuple[str, int], Tensor], num_keys: int) -> None:
-        """Add one forward, after which the row has ``num_keys`` tokens."""
+    def add(self, statistics: tuple[Statistic, ...], recorded: Mapping[str, Tensor], num_keys: int) -> None:
+        """Add one forward, by statistic and (layer, …), after which the row has ``num_keys`` tokens."""
         self._statistics |= {statistic.name: statistic for statistic in statistics}
-        for (name, layer), raw in recorded.items():
+        for name, raw in recorded.items():
             statistic = self._statistics[name]
             if _follow_one_another(statistic):
-                self._pieces.setdefault((name, layer), []).append(raw)
-            elif (name, layer) in self._sums:
-                total, before = self._sums[name, layer]
-                self._sums[name, layer] = grow(statistic, total, before, num_keys, self._config) + raw, num_keys
+                self._pieces.setdefault(name, []).append(raw)
+            elif name in self._sums:
+                total, before = self._sums[name]
+                self._sums[name] = grow(statistic, total, before, num_keys, self._config) + raw, num_keys
             else:
-                self._sums[name, layer] = raw, num_keys
+                self._sums[name] = raw, num_keys
 
-    def result(self, num_keys: int) -> dict[tuple[str, int], Tensor]:
-        """The raw numbers of the whole run, by statistic and layer."""
+    def result(self, num_keys: int) -> dict[str, Tensor]:
+        """The raw numbers of the whole run, (layer, …) by statistic."""
         whole = {}
-        for (name, layer), pieces in self._pieces.items():
-            dims = self._statistics[name].dims[1:]
+        for name, pieces in self._pieces.items():
+            dims = self._statistics[name].dims
             axis = dims.index("query") if "query" in dims else dims.index("key")
-            whole[name, layer] = torch.cat(pieces, dim=axis)
-        for (name, layer), (total, before) in self._sums.items():
-            whole[name, layer] = grow(self._statistics[name], total, before, num_keys, self._config)
+            whole[name] = torch.cat(pieces, dim=axis)
+        for name, (total, before) in self._sums.items():
+            whole[name] = grow(self._statistics[name], total, before, num_keys, self._config)
         return whole
 
 

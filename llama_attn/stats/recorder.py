@@ -17,6 +17,7 @@ from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import VISIBILITY_LABELS, AttentionStats, Label
 from llama_attn.stats.parallel import HeadShard
+from llama_attn.stats.records import Records
 from llama_attn.stats.segments import add_generated
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
@@ -84,7 +85,7 @@ class Recorder:
         if self.heads != tuple(range(num_heads)):
             self._chosen = self.heads if shard is None else shard.local(self.heads, num_heads)
         self._statistics: tuple[Statistic, ...] = ()
-        self._recorded: dict[tuple[str, int], Tensor] = {}
+        self.records = Records(self.layers, num_layers, config.offload)
         self._visibility: Visibility | None = None
         self._wanted: Wanted | None = None
         # What each engine measures, by device; the same for every layer.
@@ -135,11 +136,6 @@ class Recorder:
         return self._statistics
 
     @property
-    def recorded(self) -> dict[tuple[str, int], Tensor]:
-        """Raw numbers by statistic and layer."""
-        return self._recorded
-
-    @property
     def visibility(self) -> Visibility:
         """Who sees whom, for the measured queries."""
         if self._visibility is None:
@@ -181,18 +177,12 @@ class Recorder:
             self.engines[engine] = None
         return wanted
 
-    def record(self, layer: int, raw: Mapping[str, Tensor]) -> None:
-        """Keep what was measured in ``layer``."""
-        offload = self.config.offload
-        for name, tensor in raw.items():
-            self._recorded[name, layer] = tensor.detach() if offload is None else tensor.detach().to(offload)
-
     def record_hidden(self, layer: int, states: Tensor) -> None:
         """Measure the residual stream that enters ``layer``; the number of layers stands for the last one's output."""
         if "hidden" not in self._observes or self._closed or (layer != self.num_layers and layer not in self.layers):
             return
         states = _wide(self._strided(states, 1))
-        self.record(layer, {s.name: s.stream(states) for s in self._statistics if s.observes == "hidden"})
+        self.records.put(layer, {s.name: s.stream(states) for s in self._statistics if s.observes == "hidden"})
 
     def observe(
         self,
@@ -228,7 +218,7 @@ class Recorder:
         missing = {
             engine: wanted
             for engine, wanted in self._shares_on(query.device).items()
-            if (wanted.statistics[0].name, layer) not in self._recorded
+            if not self.records.has(wanted.statistics[0].name, layer)
         }
         has_norms = self._observes - {"block", "hidden"}
         if not missing and not has_norms:
@@ -247,7 +237,7 @@ class Recorder:
                     query = query[:, list(self._chosen)]
                     seen = key[:, [head // group for head in self._chosen]]
                 for engine, wanted in missing.items():
-                    self.record(layer, self._walk(engine, query, seen, None, visibility, scaling, wanted).raw)
+                    self.records.put(layer, self._walk(engine, query, seen, None, visibility, scaling, wanted).raw)
                     self.engines[engine] = None
             if not has_norms:
                 return
@@ -259,13 +249,13 @@ class Recorder:
                 keys, values = shard.gather(key, 1), shard.gather(value, 1)
             for statistic in self._statistics:
                 if statistic.observes == "key":
-                    self.record(layer, {statistic.name: statistic.stream(_wide(keys))})
+                    self.records.put(layer, {statistic.name: statistic.stream(_wide(keys))})
                 elif statistic.observes == "value":
-                    self.record(layer, {statistic.name: statistic.stream(_wide(values))})
+                    self.records.put(layer, {statistic.name: statistic.stream(_wide(values))})
                 elif statistic.observes == "value_output":
                     norms = statistic.stream(_wide(value), _wide(output_weight(value.device)))
                     chosen = norms if self._chosen is None else norms[:, list(self._chosen)]
-                    self.record(layer, {statistic.name: chosen})
+                    self.records.put(layer, {statistic.name: chosen})
 
     def _strided(self, tensor: Tensor, axis: int) -> Tensor:
         """The measured queries of ``tensor``, whose ``axis`` holds the tokens of this call."""
@@ -295,12 +285,7 @@ class Recorder:
         of_heads = visibility.of_heads(self.heads)
         values = {}
         for statistic in self._statistics:
-            hidden = statistic.dims[0] == "hidden_layer"
-            layers = (*self.layers, self.num_layers) if hidden else self.layers
-            missing = [layer for layer in layers if (statistic.name, layer) not in self._recorded]
-            if missing:
-                raise RuntimeError(f"{statistic.name}: layers {missing} did not report")
-            tensor = torch.stack([self._recorded.pop((statistic.name, layer)).to(device) for layer in layers])
+            tensor = self.records.take(statistic.name).to(device)
             if self._shard is not None and "head" in statistic.dims:
                 tensor = self._shard.gather_heads(tensor, statistic.dims.index("head"), self.heads, self._num_heads)
             if statistic.finish is not None:
