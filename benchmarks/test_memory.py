@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from fresh_process import NUM_LAYERS, run
 from results import Row
@@ -22,6 +24,8 @@ def peak(backend: str, length: int, *options: str | int) -> float:
     return run(backend, "--length", length, *options)["peak_mib"]
 
 
+# A length that is also half of another is measured once.
+@cache
 def peaks(length: int, *options: str | int) -> tuple[float, float, str]:
     """MiB of stock without statistics and of ours with them, and the engine."""
     measured = run("streaming", "--length", length, "--statistics", *options)
