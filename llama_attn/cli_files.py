@@ -118,7 +118,7 @@ def _load(file: Path) -> AttentionStats:
 def _table(frame: pandas.DataFrame) -> Table:
     import pandas
 
-    from llama_attn.viz.style import readable
+    from llama_attn.token_text import readable
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for heading in ("statistic", "layer", "head", "mean a", "mean b", "b − a", "effect", "largest at"):

@@ -27,7 +27,7 @@ from llama_attn.viz import (
     plot_token_strip,
 )
 from llama_attn.viz.grids import ROLE_COLOURS
-from llama_attn.viz.style import drawable, readable
+from llama_attn.viz.style import drawable
 
 
 def measure(ids, left_padding=None, seed=0, **settings):
