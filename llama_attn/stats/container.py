@@ -18,6 +18,7 @@ from torch import Tensor
 from llama_attn.files import complete_file
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.display import as_html, as_text
+from llama_attn.stats.hub import HubMixin
 from llama_attn.stats.table import DIMENSIONS, Statistic
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ VISIBILITY_LABELS = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttentionStats:
+class AttentionStats(HubMixin):
     """Statistics of every measured head, with what is needed to read them.
 
     ``stats["entropy"]`` is the tensor; `to_xarray` gives the same with named axes, coordinates and units.
