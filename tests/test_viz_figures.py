@@ -14,6 +14,7 @@ from test_viz import TOKENS, Tokenizer, image
 
 from llama_attn import AttentionStatsConfig, viz
 from llama_attn.analysis import classify_heads, compare, layer_evolution
+from llama_attn.token_text import readable
 from llama_attn.viz import (
     plot_comparison,
     plot_distance_histogram,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis import as_dataset, layer_evolution, require
-from llama_attn.viz.style import BLUE, ORANGE, named, new_figure, of_head, pick, pick_head, spiky
+from llama_attn.viz.style import BLUE, ORANGE, heading, named, new_figure, of_head, pick, pick_head, spiky
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def plot_layer_profile(source: Source, *, statistic: str = "entropy", batch: int
     axes.plot(layers, mean, color=BLUE, linewidth=2, marker="o", markersize=4, label=f"mean over {spread}")
     if spiky(np.concatenate([low, mean, high])):
         axes.set_yscale("log")
-    axes.set_title(f"{statistic.replace('_', ' ')} through the layers")
+    axes.set_title(f"{heading(statistic)} through the layers")
     output = ", the last is the output" if axis == "hidden_layer" else ""
     axes.set(xlabel=f"layer{output}", ylabel=named(evolution))
     axes.locator_params(axis="x", integer=True)

@@ -146,6 +146,12 @@ def tokens_of(dataset: xarray.Dataset, axis: Literal["query", "key"]) -> list[st
     return [str(token) for token in dataset[name].values] if name in dataset.coords else None
 
 
+def heading(statistic: str) -> str:
+    """The name of a statistic as a title begins."""
+    words = statistic.replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
 def named(values: xarray.DataArray) -> str:
     """What a statistic is and its unit, for a title or an axis."""
     return f"{str(values.name).replace('_', ' ')} [{values.attrs.get('units', '?')}]"
