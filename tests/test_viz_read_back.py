@@ -1,0 +1,408 @@
+"""Every exported figure, read back from its artists by the labels on its axes, and compared with the statistics."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_hex
+
+from llama_attn import AttentionStats, AttentionStatsConfig, viz
+from llama_attn.analysis import classify_heads
+from llama_attn.viz.activations import CHANNEL_COLOURS
+from llama_attn.viz.grids import ROLE_COLOURS
+
+LENGTH, PADDING = 16, 5
+NAMES = [name for name in viz.__all__ if name.startswith("plot_")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a figure was asked for; `None` for a head is the mean."""
+
+    a: AttentionStats
+    b: AttentionStats
+    layer: int = 0
+    head: int | None = 4
+    batch: int = 1
+    kind: str = "weights"
+    statistic: str = "sink_mass"
+    query_slice: slice = field(default_factory=lambda: slice(6, 15))
+
+    def at(self, name: str, stats: AttentionStats | None = None) -> np.ndarray:
+        """The statistic at the layer and row; the axis of query heads, if there is one, is picked or averaged."""
+        stats = self.a if stats is None else stats
+        dims = stats.labels[name].dims
+        layers = stats.hidden_layers if dims[0] == "hidden_layer" else stats.layers
+        values = stats[name].double().numpy()[layers.index(self.layer), self.batch]
+        if "head" in dims:
+            return values.mean(0) if self.head is None else values[stats.heads.index(self.head)]
+        return values
+
+    def map(self, stats: AttentionStats | None = None) -> np.ndarray:
+        """The map, NaN for pairs of tokens that may not see each other."""
+        seen = np.tril(np.ones((LENGTH, LENGTH), dtype=bool))
+        if self.batch == 0:
+            seen[:PADDING] = seen[:, :PADDING] = False
+        return np.where(seen, self.at(f"{self.kind}_map", stats), np.nan)
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=3e-6, atol=1e-7)
+
+
+def heat(axes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cells of an image, and where the centres of its columns and rows lie."""
+    (image,) = axes.images
+    assert image.origin == "upper"
+    cells = image.get_array().filled(np.nan)
+    left, right, bottom, top = image.get_extent()
+    assert axes.get_xlim() == (left, right), "all of it is shown"
+    assert axes.get_ylim() == (bottom, top)
+    low, high = image.norm.vmin, image.norm.vmax
+    finite = cells[np.isfinite(cells)]
+    assert low <= finite.min()
+    assert finite.max() <= high, "no colour stands for two values"
+    x, y = ((np.arange(n) + 0.5) / n for n in cells.shape[::-1])
+    return cells, left + (right - left) * x, top + (bottom - top) * y
+
+
+def labels(axis) -> dict[float, str]:
+    """What is written where."""
+    pairs = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+    return {float(place): label.get_text() for place, label in pairs}
+
+
+def bar_of(figure) -> str:
+    (label,) = {axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>"}
+    return label
+
+
+def grid_of(axes) -> dict[tuple[str, str], float]:
+    """Cells by what is written beside and below them: layer, head."""
+    cells, x, y = heat(axes)
+    rows, columns = labels(axes.yaxis), labels(axes.xaxis)
+    return {(rows[j], columns[i]): cells[n, m] for n, j in enumerate(y) for m, i in enumerate(x)}
+
+
+def tokens(stats: AttentionStats, asked: Asked) -> dict[float, str]:
+    return dict(enumerate(stats.tokens[asked.batch]))
+
+
+def words(asked: Asked) -> str:
+    return f"layer {asked.layer}, " + ("mean over heads" if asked.head is None else f"head {asked.head}")
+
+
+def read_map(axes, expected, asked):
+    cells, x, y = heat(axes)
+    close(cells, expected)
+    np.testing.assert_allclose(x, range(LENGTH))
+    np.testing.assert_allclose(y, range(LENGTH))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("key [token]", "query [token]")
+    assert labels(axes.xaxis) == labels(axes.yaxis) == tokens(asked.a, asked)
+
+
+def attention_map(figure, asked):
+    read_map(figure.axes[0], asked.map(), asked)
+    assert bar_of(figure) == {"weights": "attention weight [probability]", "logits": "scaled score [logit]"}[asked.kind]
+    assert figure.axes[0].get_title() == f"Attention {asked.kind}, {words(asked)}"
+
+
+def comparison(figure, asked):
+    read_map(figure.axes[0], asked.map(asked.b) - asked.map(asked.a), asked)
+    unit = {"weights": "attention weight, b − a [probability]", "logits": "scaled score, b − a [logit]"}[asked.kind]
+    assert bar_of(figure) == f"difference in {unit}"
+    assert figure.axes[0].get_title() == f"Attention {asked.kind}, b − a, {words(asked)}"
+    (image,) = figure.axes[0].images
+    red, *_, blue = image.cmap([1.0, 0.0])[:, [0, 2]].tolist()
+    assert red[0] > red[1], "more in b is red"
+    assert blue[0] < blue[1], "more in a is blue"
+
+
+def layer_heads(figure, asked):
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+    assert list(panels) == [f"head {head}" for head in asked.a.heads]
+    for head in asked.a.heads:
+        cells, x, y = heat(panels[f"head {head}"])
+        close(cells, replace(asked, head=head).map())
+        np.testing.assert_allclose([x, y], [range(LENGTH)] * 2)
+    assert bar_of(figure) == {"weights": "attention weight [probability]", "logits": "scaled score [logit]"}[asked.kind]
+    assert f"Attention {asked.kind} of layer {asked.layer}" in figure.get_suptitle()
+
+
+def model_view(figure, asked):
+    axes = figure.axes[0]
+    cells, x, y = heat(axes)
+    rows, columns = labels(axes.yaxis), labels(axes.xaxis)
+    assert list(columns.values()) == [str(head) for head in asked.a.heads]
+    assert list(rows.values()) == [str(layer) for layer in sorted(asked.a.layers)]
+    for row, layer in rows.items():
+        for column, head in columns.items():
+            inside = np.ix_(np.abs(y - row) < 0.5, np.abs(x - column) < 0.5)
+            close(cells[inside], replace(asked, layer=int(layer), head=int(head), kind="weights").map())
+    assert bar_of(figure) == "attention weight [probability]"
+    assert "16 × 16 cells of 1 tokens" in axes.get_title()
+
+
+def by_labels(values: np.ndarray, stats: AttentionStats) -> dict[tuple[str, str], float]:
+    """Numbers (layer, head) by the indices as they are written on axes."""
+    return {
+        (str(layer), str(head)): values[i, j]
+        for i, layer in enumerate(stats.layers)
+        for j, head in enumerate(stats.heads)
+    }
+
+
+def read_grid(axes, expected: dict[tuple[str, str], float]):
+    found = grid_of(axes)
+    assert found.keys() == expected.keys()
+    close([found[key] for key in expected], list(expected.values()))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")
+
+
+def head_grid(figure, asked):
+    means = np.nanmean(asked.a[asked.statistic][:, asked.batch].double().numpy(), -1)
+    read_grid(figure.axes[0], by_labels(means, asked.a))
+    assert bar_of(figure) == "sink mass [probability]"
+    assert figure.axes[0].get_title() == "Sink mass, mean over tokens"
+
+
+def head_comparison(figure, asked):
+    first, second = (np.nanmean(run[asked.statistic].double().numpy(), (1, 3)) for run in (asked.a, asked.b))
+    read_grid(figure.axes[0], by_labels(second - first, asked.a))
+    assert bar_of(figure) == "difference in sink mass, b − a [probability]"
+    assert figure.axes[0].get_title() == "Sink mass, b − a, mean over tokens"
+
+
+def head_roles(figure, asked):
+    axes = figure.axes[0]
+    frame = classify_heads(asked.a.select(batch=asked.batch), asked.query_slice).set_index(["layer", "head"])
+    (image,) = axes.images
+    colours = {cell: to_hex(image.cmap(image.norm(value))) for cell, value in grid_of(axes).items()}
+    legend = figure.legends[0]
+    roles = {
+        to_hex(patch.get_facecolor()): text.get_text().partition(":")
+        for patch, text in zip(legend.get_patches(), legend.get_texts(), strict=True)
+    }
+    assert len(roles) == len(ROLE_COLOURS), "no colour stands for two roles"
+    assert len(colours) == len(frame)
+    written = {
+        (labels(axes.yaxis)[y], labels(axes.xaxis)[x]): text.get_text()
+        for text in axes.texts
+        for x, y in [text.get_position()]
+    }
+    scored = {}
+    for (layer, head), line in frame.iterrows():
+        name, _, count = roles[colours[str(layer), str(head)]]
+        assert name == line.role.replace("_", " ")
+        assert int(count) == (frame.role == line.role).sum()
+        if np.isfinite(line.score):
+            scored[str(layer), str(head)] = f"{100 * line.score:.0f}"
+    assert written == scored
+
+
+def layer_profile(figure, asked):
+    axes = figure.axes[0]
+    means = np.nanmean(asked.a[asked.statistic][:, asked.batch].double().numpy(), -1)[np.argsort(asked.a.layers)]
+    layers = sorted(asked.a.layers)
+    (line,) = axes.lines
+    close(line.get_xydata(), np.stack([layers, means.mean(1)], 1))
+    bands = [each for each in axes.collections if isinstance(each, PolyCollection)]
+    low, high, mean, std = means.min(1), means.max(1), means.mean(1), means.std(1)
+    limits = ((low, high), (np.maximum(mean - std, low), np.minimum(mean + std, high)))
+    for band, (below, above) in zip(bands, limits, strict=True):
+        corners = band.get_paths()[0].vertices
+        for layer, *ends in zip(layers, below, above, strict=True):
+            there = corners[corners[:, 0] == layer][:, 1]
+            close([there.min(), there.max()], ends)
+    assert axes.get_ylabel() == "sink mass [probability]"
+    assert axes.get_xlabel() == "layer"
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["smallest to largest of heads", "± standard deviation", "mean over heads"]
+
+
+def distance_histogram(figure, asked):
+    axes = figure.axes[0]
+    names = labels(axes.xaxis)
+    bars = {names[round(bar.get_x() + bar.get_width() / 2, 6)]: bar.get_height() for bar in axes.patches}
+    assert list(bars) == ["0", "1–2", "3–6", "7–14", "15"]
+    close(list(bars.values()), asked.at("distance_histogram"))
+    assert all(bar.get_y() == 0 for bar in axes.patches)
+    assert len(axes.lines) == (0 if asked.head is not None else len(asked.a.heads))
+    for line, head in zip(axes.lines, asked.a.heads, strict=False):
+        close(line.get_xydata(), np.stack([list(names), replace(asked, head=head).at("distance_histogram")], 1))
+    assert axes.get_ylabel() == "attention [probability]"
+    assert axes.get_xlabel() == "distance from query to key [tokens]"
+    assert words(asked) in axes.get_title()
+
+
+def token_strip(figure, asked):
+    panels = {axes.get_ylabel(): axes for axes in figure.axes}
+    assert list(panels) == [
+        "received\n[probability]", "sink mass\n[probability]", "hidden norm\n[activation]", "key norm\n[activation]",
+        "value norm\n[activation]",
+    ]  # fmt: skip
+    for name, axes in zip(("received", "sink_mass"), figure.axes[:2], strict=True):
+        (steps,) = axes.patches
+        heights, edges, baseline = steps.get_data()
+        close(heights, asked.at(name))
+        np.testing.assert_allclose((edges[1:] + edges[:-1]) / 2, range(LENGTH))
+        assert baseline == 0
+    for name, axes in zip(("hidden_norm", "key_norm", "value_norm"), figure.axes[2:], strict=True):
+        (line,) = axes.lines
+        values = asked.at(name)
+        close(line.get_ydata(), values.mean(0) if values.ndim == 2 else values)
+        assert line.get_xdata().tolist() == list(range(LENGTH))
+    assert labels(figure.axes[-1].xaxis) == tokens(asked.a, asked)
+    assert words(asked) in figure.get_suptitle()
+
+
+def massive_activations(figure, asked):
+    left, right = (axes for axes in figure.axes if axes.get_label() != "<colorbar>")
+    cells, x, y = heat(left)
+    largest, channel, median = (
+        asked.a[name][:, asked.batch].double().numpy() for name in ("hidden_max", "hidden_max_channel", "hidden_median")
+    )
+    order = np.argsort(asked.a.hidden_layers)
+    largest, channel, median = largest[order], channel[order], np.nanmedian(median[order], 1)
+    close(cells, largest)
+    np.testing.assert_allclose(x, range(LENGTH))
+    layers = [labels(left.yaxis)[place] for place in y]
+    assert layers == [str(layer) for layer in sorted(asked.a.hidden_layers)]
+    bound = np.maximum(100, 1000 * median)
+    expected = {(row, token, int(channel[row, token])) for row, token in np.argwhere(largest > bound[:, None]).tolist()}
+    assert expected, "there is something to mark"
+    found = {
+        (row, token, int(line.get_label().removeprefix("massive, channel ")))
+        for line in left.lines
+        for token, row in line.get_xydata().tolist()
+    }
+    assert found == expected
+    assert len({line.get_markerfacecolor() for line in left.lines}) == len(left.lines) <= len(CHANNEL_COLOURS)
+    curves = {line.get_label(): line.get_xydata() for line in right.lines}
+    for name, values in (("largest", np.nanmax(largest, 1)), ("median", median), ("massive beyond", bound)):
+        close(curves[name], np.stack([values, y], 1))
+    assert right.get_ylim() == left.get_ylim()
+    assert bar_of(figure) == "largest magnitude [activation]"
+    assert right.get_xlabel() == "magnitude [activation]"
+    assert labels(left.xaxis) == tokens(asked.a, asked)
+
+
+def read_lines(axes, expected, asked):
+    for line, values in zip(axes.lines, expected, strict=True):
+        close(line.get_ydata(), values)
+        assert line.get_xdata().tolist() == list(range(LENGTH))
+    assert axes.get_ylabel() == "L2 norm [activation]"
+    assert axes.get_xlabel() == "position [token]"
+    assert labels(axes.xaxis) == tokens(asked.a, asked)
+    assert axes.get_title().endswith(f"layer {asked.layer}")
+
+
+def hidden_norms(figure, asked):
+    read_lines(figure.axes[0], [asked.at("hidden_norm")], asked)
+
+
+def kv_norms(figure, asked):
+    expected = {
+        f"{name}: {of}": values
+        for name in ("key", "value")
+        for of, values in (
+            ("mean of norms", asked.at(f"{name}_norm").mean(0)),
+            ("norm of mean", asked.at(f"{name}_mean_norm")),
+        )
+    }
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(lines) == list(expected)
+    read_lines(figure.axes[0], expected.values(), asked)
+    for name in ("key", "value"):
+        colours = {lines[label].get_color() for label in lines if label.startswith(name)}
+        assert len(colours) == 1
+
+
+READ_BACK = {
+    f"plot_{read.__name__}": read
+    for read in (
+        attention_map, comparison, distance_histogram, head_comparison, head_grid, head_roles, hidden_norms, kv_norms,
+        layer_heads, layer_profile, massive_activations, model_view, token_strip,
+    )
+}  # fmt: skip
+
+
+class Tokenizer:
+    def convert_ids_to_tokens(self, ids):
+        return [f"t{i}" for i in ids]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Two models on the same two rows, one padded; layers and heads in an order of their own."""
+    ids = torch.arange(3, 3 + 2 * LENGTH).view(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, :PADDING] = 0
+    config = AttentionStatsConfig(statistics="all", norms=True, layers=(2, 0), heads=(4, 1, 0))
+    found = []
+    for seed in (0, 1):
+        with torch.no_grad():
+            stats = tiny_model(seed=seed)(ids, attention_mask=mask, output_attention_stats=config).attention_stats
+        for row, layer, token, channel in ((0, 2, 7, 3), (1, 0, 3, 9), (1, 2, 5, 9), (1, 0, 8, 2)):
+            at = stats.hidden_layers.index(layer)
+            stats["hidden_max"][at, row, token] = 1e5 * (1 + seed)
+            stats["hidden_max_channel"][at, row, token] = channel
+        # Heads with roles, another in each row.
+        stats["sink_mass"][0, :, 1] = 0.9
+        stats["previous_token"][1, 0, 2] = 0.8
+        stats["induction"][1, 1, 2] = 0.7
+        found.append(stats.with_tokens(Tokenizer(), ids))
+    return found
+
+
+def drawn(name: str, asked: Asked):
+    """The figure that the function makes of what was asked."""
+    function = getattr(viz, name)
+    known = inspect.signature(function).parameters
+    settings = ("layer", "head", "batch", "kind", "statistic", "query_slice")
+    sources = (asked.a, asked.b) if "a" in known else (asked.a,)
+    return function(*sources, **{key: getattr(asked, key) for key in settings if key in known})
+
+
+def takes(name: str, parameter: str) -> bool:
+    return parameter in inspect.signature(getattr(viz, name)).parameters
+
+
+def test_every_exported_plot_is_read_back():
+    assert sorted(READ_BACK) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("layer", [2, 0])
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_drawn_was_measured(name, batch, layer, runs):
+    for head in (1, None) if takes(name, "head") else (1,):
+        for kind in ("weights", "logits") if takes(name, "kind") else ("weights",):
+            asked = Asked(*runs, layer=layer, head=head, batch=batch, kind=kind)
+            READ_BACK[name](drawn(name, asked), asked)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reading_back_can_fail(name, runs):
+    """A figure of something else is not taken for the one that was asked for."""
+    asked = Asked(*runs)
+    others = {
+        "a": runs[1],
+        "b": runs[0],
+        "layer": 2,
+        "head": 0,
+        "batch": 0,
+        "kind": "logits",
+        "query_slice": slice(0, 4),
+    }
+    changes = {key: value for key, value in others.items() if takes(name, key)} | {"a": runs[1]}
+    for key, value in changes.items():
+        other = replace(asked, **{key: value})
+        with pytest.raises(AssertionError):
+            READ_BACK[name](drawn(name, other), asked)
