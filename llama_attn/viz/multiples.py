@@ -99,7 +99,8 @@ def plot_model_view(source: Source, *, batch: int = 0) -> Figure:
     label_grid(axes, row["layer"].values, row["head"].values, "head")
     unit = row.weights_map.attrs["units"]
     figure.colorbar(image, ax=axes, label=f"attention weight [{unit}]", shrink=0.5, ticks=square_root_ticks(1.0))
-    axes.set_title(f"Attention of every head ({cells} × {cells} cells of {bin_width(row) * _factor(row)} tokens)")
+    width = bin_width(row) * _factor(row)
+    axes.set_title(f"Attention of every head ({cells} × {cells} cells of {width} token{'s' if width > 1 else ''})")
     return figure
 
 

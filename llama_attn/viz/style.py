@@ -66,6 +66,12 @@ def explain_no_data(figure: Figure, cells: np.ndarray) -> None:
         figure.legend(handles=[Patch(facecolor=NO_DATA, edgecolor="grey", label="no data")], loc="outside lower right")
 
 
+def say_no_data(axes: Axes, values: np.ndarray) -> None:
+    """Write so in axes of lines or bars, if there is nothing to draw in them."""
+    if not np.isfinite(values).any():
+        axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color="grey")
+
+
 def spiky(values: np.ndarray) -> bool:
     """Whether a logarithmic axis shows these numbers better."""
     finite = values[np.isfinite(values)]
