@@ -172,6 +172,8 @@ def read_grid(axes, expected: dict[tuple[str, str], float]):
     assert found.keys() == expected.keys()
     close([found[key] for key in expected], list(expected.values()))
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")
+    layers = [int(label) for label in labels(axes.yaxis).values()]
+    assert layers == sorted(layers)
 
 
 def head_grid(figure, asked):
@@ -368,7 +370,7 @@ def runs():
     ids = torch.arange(3, 3 + 2 * LENGTH).view(2, LENGTH)
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
-    config = AttentionStatsConfig(statistics="all", norms=True, layers=(2, 0), heads=(4, 1, 0))
+    config = AttentionStatsConfig(statistics="all", norms=True, layers=(1, 2, 0), heads=(4, 1, 0))
     found = []
     for seed in (0, 1):
         with torch.no_grad():
