@@ -96,6 +96,8 @@ def grid_of(axes) -> dict[tuple[str, str], float]:
     """Cells by what is written beside and below them: layer, head."""
     cells, x, y = heat(axes)
     rows, columns = labels(axes.yaxis), labels(axes.xaxis)
+    layers = [int(rows[place]) for place in y]
+    assert layers == sorted(layers)
     return {(rows[j], columns[i]): cells[n, m] for n, j in enumerate(y) for m, i in enumerate(x)}
 
 
@@ -172,8 +174,6 @@ def read_grid(axes, expected: dict[tuple[str, str], float]):
     assert found.keys() == expected.keys()
     close([found[key] for key in expected], list(expected.values()))
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")
-    layers = [int(label) for label in labels(axes.yaxis).values()]
-    assert layers == sorted(layers)
 
 
 def head_grid(figure, asked):
