@@ -97,7 +97,7 @@ def compare(
     if out is not None:
         try:
             with complete_file(out) as unfinished:
-                frame.to_csv(unfinished, index=False)
+                frame.to_csv(unfinished, index=False, errors="backslashreplace")
         except OSError as error:
             fail(f"--out: {first_line(error)}")
     if plot is not None:
