@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import tiny_model
 from matplotlib.text import Text
+from read_back import NAMES, READ_BACK, Asked, drawn, takes
 from test_viz import TOKENS, Tokenizer
-from test_viz_read_back import NAMES, READ_BACK, Asked, drawn, takes
 
 from llama_attn import AttentionStatsConfig, viz
 
