@@ -9,7 +9,7 @@ from measured_runs import REPEATED, ROWS, Runs
 
 from llama_attn import analysis
 from llama_attn.analysis.heads import THRESHOLDS
-from llama_attn.viz.style import readable
+from llama_attn.token_text import readable
 
 if TYPE_CHECKING:
     import pandas
@@ -33,7 +33,7 @@ mean of A_ik over the queries that may see k.
 | How does it change through the layers? | `layer_evolution(ds)` | mean, standard deviation, smallest and largest over heads of every statistic; norms over tokens | | `plot_layer_profile` |
 | What does each head do? | `classify_heads(ds, query_slice=None)` | scores and a role per head, see below | TransformerLens, head_detector; Olsson et al., arXiv 2209.11895; Gu et al. | `plot_head_roles` |
 | Where are the massive activations? | `massive_activations(ds, magnitude=100, ratio=1000)` | tokens whose largest number exceeds 100 and 1,000 × the median of the state; channel, layers where they appear and disappear, share of heads for which the token is a sink | Sun et al., arXiv 2402.17762 | `plot_massive_activations` |
-| What differs between two runs? | `compare(a, b)` | per statistic, layer and head: difference of the means over aligned tokens, and effect = root mean square difference / standard deviation of the statistic | | `plot_comparison`, `plot_head_comparison` |
+| What differs between two runs? | `compare(a, b)` | per statistic, layer and head: difference of the means over aligned tokens, and effect = root mean square difference / standard deviation of the statistic, or its rounding error where that is larger | | `plot_comparison`, `plot_head_comparison` |
 | All of it in one line per layer? | `summarize_layers(ds)` | sink mass, strongest sink, largest activation | Gu et al.; Sun et al. | what `llama-attn demo` prints |
 
 `head_means(ds, statistic)` is the (layer, head) table behind `plot_head_grid`.

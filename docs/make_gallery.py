@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 DOCS = Path(__file__).parent
 IMAGES = DOCS / "images" / "gallery"
+# The labels of tokens are readable, and no picture is larger than 200 kB.
+DPI = 110
 INTRODUCTION = """# Gallery
 
 Every figure, drawn from SmolLM2-135M-Instruct on the opening of *Moby-Dick*. `text`, `beginning`, `other` and
@@ -79,7 +81,7 @@ ENTRIES = (
         f"plot_head_roles(repeated, query_slice=slice({REPEATED + 1}, None))",
         lambda runs: viz.plot_head_roles(runs.repeated, query_slice=slice(REPEATED + 1, None)),
         "The colour is what a head does while the random sequence is read for the second time, the number its score in "
-        "hundredths. Induction heads (green) need previous-token heads (red) in some earlier layer.",
+        "hundredths. Induction heads (green) need previous-token heads (dark orange) in some earlier layer.",
     ),
     Entry(
         "layer_profile",
@@ -159,7 +161,7 @@ def main() -> None:
     runs = measure()
     IMAGES.mkdir(parents=True, exist_ok=True)
     for entry in ENTRIES:
-        entry.draw(runs).savefig(IMAGES / f"{entry.name}.png", dpi=80)
+        entry.draw(runs).savefig(IMAGES / f"{entry.name}.png", dpi=DPI, pil_kwargs={"optimize": True})
     (DOCS / "gallery.md").write_text(gallery_page())
     (DOCS / "analysis.md").write_text(analysis_page(runs))
 

@@ -24,43 +24,37 @@ FORMATS = (".png", ".svg", ".pdf")
 Saved = Annotated[
     Path, typer.Argument(help="What AttentionStats.save wrote, e.g. stats.safetensors.", show_default=False)
 ]
+Layer = Annotated[int | None, typer.Option(help="Index of the layer.")]
+Head = Annotated[int | None, typer.Option(help="Index of the head; without it, the mean over heads.")]
+Batch = Annotated[int | None, typer.Option(help="Row of the batch.")]
+Kind = Annotated[str | None, typer.Option(help="What maps show: weights or logits.")]
+Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Dots per inch.")]
 
 
 def plot(
     file: Saved,
     what: Annotated[str, typer.Option(help="Which picture; an unknown name lists them.")] = "attention-map",
-    layer: Annotated[int | None, typer.Option(help="Index of the layer.")] = None,
-    head: Annotated[int | None, typer.Option(help="Index of the head; without it, the mean over heads.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Row of the batch.")] = None,
-    kind: Annotated[str | None, typer.Option(help="What maps show: weights or logits.")] = None,
+    layer: Layer = None,
+    head: Head = None,
+    batch: Batch = None,
+    kind: Kind = None,
     statistic: Annotated[str | None, typer.Option(help="Statistic of grids and profiles, e.g. sink_mass.")] = None,
+    query_slice: Annotated[
+        str | None, typer.Option(help="Queries that roles of heads count, e.g. 65: or 65:129.", metavar="START:STOP")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Picture to write, .png, .svg or .pdf; by default beside FILE.")
     ] = None,
-    dpi: Annotated[int, typer.Option(min=20, max=1200, help="Dots per inch.")] = 120,
+    dpi: Dpi = 120,
 ) -> None:
     """Draw saved statistics."""
     check_pictures()
-    pictures = _pictures()
-    if what not in pictures:
-        fail(f"--what: expected one of {', '.join(pictures)}, got {what!r}")
-    options = {"layer": layer, "head": head, "batch": batch, "kind": kind, "statistic": statistic}
-    given = {name: value for name, value in options.items() if value is not None}
-    taken = [name for name in inspect.signature(pictures[what]).parameters if name in options]
-    for name in given:
-        if name not in taken:
-            fail(f"--{name}: {what} takes {', '.join(f'--{each}' for each in taken)}")
+    options: dict[str, Any] = {"layer": layer, "head": head, "batch": batch, "kind": kind, "statistic": statistic}
+    options["query_slice"] = None if query_slice is None else _slice(query_slice)
+    picture, given = _picture(what, _pictures("source"), options)
     target = file.with_name(f"{file.stem}_{what}.png") if out is None else out
-    if target.suffix not in FORMATS:
-        fail(f"--out: expected a name that ends in {', '.join(FORMATS)}, got {target.name!r}")
-    stats = _load(file)
-    try:
-        figure = pictures[what](stats, **given)
-        with complete_file(target) as unfinished:
-            figure.savefig(unfinished, format=target.suffix[1:], dpi=dpi)
-    except (ValueError, OSError) as error:
-        fail(first_line(error))
-    console.print(f"{target}", highlight=False, markup=False, soft_wrap=True)
+    _check_format("--out", target)
+    _draw(picture, (_load(file),), given, target, dpi)
 
 
 def compare(
@@ -69,43 +63,103 @@ def compare(
     top: Annotated[int, typer.Option(min=1, help="How many lines to show.")] = 20,
     statistic: Annotated[str | None, typer.Option(help="Show one statistic only.")] = None,
     out: Annotated[Path | None, typer.Option(help="CSV file for all lines.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the differences, .png, .svg or .pdf.")] = None,
+    what: Annotated[
+        str, typer.Option(help="What --plot shows: heads by --statistic (head-comparison), or maps (comparison).")
+    ] = "head-comparison",
+    layer: Layer = None,
+    head: Head = None,
+    batch: Batch = None,
+    kind: Kind = None,
+    dpi: Dpi = 120,
 ) -> None:
     """Show what differs between two runs, largest first; b − a, tokens aligned."""
     check_pictures()
     from llama_attn import analysis
 
+    options = {"layer": layer, "head": head, "batch": batch, "kind": kind}
+    picture, given = _picture(what, _pictures("a"), options)
+    if plot is not None:
+        _check_format("--plot", plot)
+    elif given:
+        fail(f"--{next(iter(given))}: it is for the picture; name a file with --plot")
+    runs = _load(a), _load(b)
     try:
-        frame = analysis.compare(_load(a), _load(b))
+        frame = analysis.compare(*runs)
     except ValueError as error:
         fail(first_line(error))
+    if statistic is not None:
+        names = sorted(frame.statistic.unique())
+        if statistic not in names:
+            fail(f"--statistic: expected one of {', '.join(names)}, got {statistic!r}")
+        if "statistic" in inspect.signature(picture).parameters:
+            given["statistic"] = statistic
     if out is not None:
         try:
             with complete_file(out) as unfinished:
-                frame.to_csv(unfinished, index=False)
+                frame.to_csv(unfinished, index=False, errors="backslashreplace")
         except OSError as error:
             fail(f"--out: {first_line(error)}")
-    if statistic is not None:
-        names = sorted(frame.statistic.unique())
-        frame = frame[frame.statistic == statistic]
-        if frame.empty:
-            fail(f"--statistic: expected one of {', '.join(names)}, got {statistic!r}")
-    console.print(_table(frame.head(top)))
-    shown = min(top, len(frame))
+    if plot is not None:
+        _draw(picture, runs, given, plot, dpi)
+    shown = frame if statistic is None else frame[frame.statistic == statistic]
+    console.print(_table(shown.head(top)))
     console.print(
-        f"{shown} of {len(frame)} lines" + (f", all are in {out}" if out else ""), highlight=False, markup=False
-    )
+        f"{min(top, len(shown))} of {len(shown)} lines" + (f", all are in {out}" if out else ""),
+        highlight=False, markup=False,
+    )  # fmt: skip
 
 
-def _pictures() -> dict[str, Callable[..., Figure]]:
-    """Every picture of one run, by the name of its function."""
+def _pictures(parameter: str) -> dict[str, Callable[..., Figure]]:
+    """Every picture whose function has the parameter: ``source`` of one run, ``a`` of two; by the function's name."""
     from llama_attn import viz
 
     functions = {name: getattr(viz, name) for name in viz.__all__ if name.startswith("plot_")}
     return {
         name.removeprefix("plot_").replace("_", "-"): function
         for name, function in functions.items()
-        if "source" in inspect.signature(function).parameters
+        if parameter in inspect.signature(function).parameters
     }
+
+
+def _picture(
+    what: str, pictures: dict[str, Callable[..., Figure]], options: dict[str, Any]
+) -> tuple[Callable[..., Figure], dict[str, Any]]:
+    """The function of a picture, and the options that were given, all of which it takes."""
+    if what not in pictures:
+        fail(f"--what: expected one of {', '.join(pictures)}, got {what!r}")
+    taken = [name for name in inspect.signature(pictures[what]).parameters if name in options]
+    given = {name: value for name, value in options.items() if value is not None}
+    flags = [f"--{name.replace('_', '-')}" for name in taken]
+    for name in given:
+        if name not in taken:
+            fail(f"--{name.replace('_', '-')}: {what} takes {', '.join(flags) or 'no such option'}")
+    return pictures[what], given
+
+
+def _slice(text: str) -> slice:
+    start, colon, stop = text.partition(":")
+    if not colon or not all(part == "" or part.isdecimal() for part in (start, stop)):
+        fail(f"--query-slice: expected positions like 65: or 65:129, got {text!r}")
+    return slice(int(start) if start else None, int(stop) if stop else None)
+
+
+def _check_format(option: str, target: Path) -> None:
+    if target.suffix not in FORMATS:
+        fail(f"{option}: expected a name that ends in {', '.join(FORMATS)}, got {target.name!r}")
+
+
+def _draw(
+    picture: Callable[..., Figure], runs: tuple[AttentionStats, ...], given: dict[str, Any], target: Path, dpi: int
+) -> None:
+    """Draw a picture and write it."""
+    try:
+        figure = picture(*runs, **given)
+        with complete_file(target) as unfinished:
+            figure.savefig(unfinished, format=target.suffix[1:], dpi=dpi)
+    except (ValueError, OSError) as error:
+        fail(first_line(error))
+    console.print(f"{target}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _load(file: Path) -> AttentionStats:
@@ -118,7 +172,7 @@ def _load(file: Path) -> AttentionStats:
 def _table(frame: pandas.DataFrame) -> Table:
     import pandas
 
-    from llama_attn.viz.style import readable
+    from llama_attn.token_text import readable
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for heading in ("statistic", "layer", "head", "mean a", "mean b", "b − a", "effect", "largest at"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import re
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -12,7 +14,7 @@ from conftest import tiny_model
 from test_cli import invoke
 from test_viz import Tokenizer
 
-from llama_attn import AttentionStatsConfig, viz
+from llama_attn import AttentionStats, AttentionStatsConfig, viz
 from llama_attn.analysis import compare
 from llama_attn.cli_files import _pictures
 
@@ -34,8 +36,8 @@ def words(result) -> str:
 
 def test_every_picture_can_be_named(saved):
     names = {name for name in viz.__all__ if name.startswith("plot_")} - {"plot_comparison", "plot_head_comparison"}
-    assert {f"plot_{name.replace('-', '_')}" for name in _pictures()} == names
-    for what in _pictures():
+    assert {f"plot_{name.replace('-', '_')}" for name in _pictures("source")} == names
+    for what in _pictures("source"):
         result = invoke("plot", saved / "a.safetensors", "--what", what, "--dpi", 30)
         assert result.exit_code == 0, result.output
         assert matplotlib.image.imread(saved / f"a_{what}.png").size > 0
@@ -60,6 +62,13 @@ def test_plot_takes_options(suffix, saved):
         (["--what", "map"], "--what: expected one of attention-map, distance-histogram, head-grid"),
         (["--what", "head-grid", "--head", "1"], "--head: head-grid takes --statistic, --batch"),
         (["--what", "head-grid", "--statistic", "entropie"], "AttentionStatsConfig(statistics="),
+        (["--query-slice", "5:"], "--query-slice: attention-map takes --layer, --head, --batch, --kind"),
+        (
+            ["--what", "head-roles", "--query-slice", "5"],
+            "--query-slice: expected positions like 65: or 65:129, got '5'",
+        ),
+        (["--what", "head-roles", "--query-slice", "-5:"], "--query-slice: expected positions like"),
+        (["--what", "head-roles", "--query-slice", "99:"], "query_slice: "),
         (["--layer", "9"], "layer: 9 was not measured; there are [0, 1, 2]"),
         (["--kind", "scores"], "kind: expected one of"),
         (["--out", "picture.bmp"], "--out: expected a name that ends in .png, .svg, .pdf, got 'picture.bmp'"),
@@ -119,3 +128,78 @@ def test_compare_what_cannot_be_compared(saved, ids):
     result = invoke("compare", saved / "a.safetensors", saved / "c.safetensors")
     assert result.exit_code == 2
     assert "b: expected 2 rows as in a, got 1" in words(result)
+
+
+def captured(monkeypatch, name):
+    """What a picture was asked for; it draws as ever."""
+    calls = []
+    function = getattr(viz, name)
+
+    @functools.wraps(function)
+    def remember(*sources, **options):
+        calls.append((sources, options))
+        return function(*sources, **options)
+
+    monkeypatch.setattr(viz, name, remember)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("20:", slice(20, None)), (":9", slice(None, 9)), ("5:9", slice(5, 9)), (":", slice(None))]
+)
+def test_roles_of_some_queries(text, expected, saved, monkeypatch):
+    calls = captured(monkeypatch, "plot_head_roles")
+    result = invoke("plot", saved / "a.safetensors", "--what", "head-roles", "--query-slice", text)
+    assert result.exit_code == 0, result.output
+    assert calls[0][1] == {"query_slice": expected}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "options"),
+    [
+        ([], "plot_head_comparison", {}),
+        (["--statistic", "sink_mass"], "plot_head_comparison", {"statistic": "sink_mass"}),
+        (["--what", "comparison", "--statistic", "sink_mass"], "plot_comparison", {}),
+        (
+            ["--what", "comparison", "--layer", "2", "--head", "1", "--batch", "1", "--kind", "logits"],
+            "plot_comparison",
+            {"layer": 2, "head": 1, "batch": 1, "kind": "logits"},
+        ),
+    ],
+    ids=str,
+)
+def test_compare_draws(arguments, name, options, saved, monkeypatch):
+    calls = captured(monkeypatch, name)
+    a, b, picture = saved / "a.safetensors", saved / "b.safetensors", saved / "difference.png"
+    result = invoke("compare", a, b, "--plot", picture, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "difference.png" in result.output
+    assert " lines" in result.output
+    assert matplotlib.image.imread(picture).size > 0
+    ((sources, given),) = calls
+    assert given == options
+    for source, path in zip(sources, (a, b), strict=True):
+        assert (source["entropy"] == AttentionStats.load(path)["entropy"]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layer", "2"], "--layer: head-comparison takes no such option"),
+        (["--what", "comparison", "--layer", "2"], "--layer: it is for the picture; name a file with --plot"),
+        (["--what", "head-grid"], "--what: expected one of comparison, head-comparison, got 'head-grid'"),
+        (["--plot", "a.jpg"], "--plot: expected a name that ends in .png, .svg, .pdf, got 'a.jpg'"),
+        (["--plot", "/missing/a.png"], "the folder '/missing' does not exist"),
+        (["--plot", "a.png", "--what", "comparison", "--layer", "9"], "layer: 9 was not measured; there are [0, 1, 2]"),
+        (["--plot", "a.png", "--statistic", "hidden_norm"], "statistic: expected one with heads, got 'hidden_norm'"),
+        (["--plot", "a.png", "--statistic", "entropie"], "--statistic: expected one of distance_histogram,"),
+    ],
+    ids=str,
+)
+def test_bad_pictures_of_comparisons(arguments, message, saved):
+    before = sorted(saved.iterdir())
+    result = invoke("compare", saved / "a.safetensors", saved / "b.safetensors", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in words(result)
+    assert sorted(saved.iterdir()) == before
+    assert not Path("a.png").exists()

@@ -121,3 +121,17 @@ def test_compare_what_both_have(padded, ids, left_padding):
         compare(
             padded.stats.select(layers=1), Written(ids, left_padding, part).ds.drop_vars("hidden_norm", errors="ignore")
         )
+
+
+def test_rounding_is_no_effect(ids):
+    """The local mass of a text within the window is 1 but for rounding, which differs between runs."""
+    runs = []
+    for seed in (0, 1):
+        with torch.no_grad():
+            runs.append(tiny_model(seed=seed)(ids, output_attention_stats=True).attention_stats)
+    first, second = (run["local_mass"] for run in runs)
+    assert not torch.equal(first, second)
+    assert (first - 1).abs().max() < 1e-6
+    frame = compare(*runs)
+    assert frame[frame.statistic == "local_mass"].effect.max() < 0.1
+    assert frame[frame.statistic == "entropy"].effect.min() > 0.1

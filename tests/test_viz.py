@@ -15,8 +15,9 @@ from matplotlib.image import AxesImage
 
 from llama_attn import AttentionStatsConfig
 from llama_attn.analysis import summarize_layers
+from llama_attn.token_text import readable
 from llama_attn.viz import plot_attention_map, plot_hidden_norms, plot_kv_norms, save_seed_figures
-from llama_attn.viz.style import NO_DATA, readable
+from llama_attn.viz.style import NO_DATA
 
 TOKENS = [
     "<|im_start|>",
@@ -31,6 +32,15 @@ TOKENS = [
     "_^{",
     "%s",
     "\\alpha",
+    "",
+    "\"'<b>&amp;",
+    "e\u0301\u0302\u0303" * 5,
+    "\u202eabc\u200b",
+    "\ud800",
+    "$",
+    "👩‍👩‍👧",
+    "नमस्ते",
+    "$_^{$",
 ]
 
 

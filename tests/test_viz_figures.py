@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import io
-
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
 from matplotlib.colors import to_rgb
-from test_viz import TOKENS, Tokenizer, image
+from test_viz import Tokenizer, image
 
 from llama_attn import AttentionStatsConfig, viz
 from llama_attn.analysis import classify_heads, compare, layer_evolution
+from llama_attn.token_text import readable
 from llama_attn.viz import (
     plot_comparison,
     plot_distance_histogram,
@@ -27,7 +25,7 @@ from llama_attn.viz import (
     plot_token_strip,
 )
 from llama_attn.viz.grids import ROLE_COLOURS
-from llama_attn.viz.style import drawable, readable
+from llama_attn.viz.style import drawable
 
 
 def measure(ids, left_padding=None, seed=0, **settings):
@@ -294,59 +292,6 @@ def test_identical_runs_have_no_difference(stats):
     assert (drawn(plot_head_comparison(stats, stats)) == 0).all()
 
 
-PLOTS = [getattr(viz, name) for name in viz.__all__ if name.startswith("plot_")]
-
-
-def draw(plot, stats, render=True, **settings):
-    """Any plot, of one run or of twice the same; rendered, since warnings are errors and a missing glyph is one."""
-    pair = (stats, stats) if "a" in inspect.signature(plot).parameters else (stats,)
-    known = inspect.signature(plot).parameters
-    figure = plot(*pair, **{name: value for name, value in settings.items() if name in known})
-    if render:
-        figure.savefig(io.BytesIO(), dpi=40)
-    return figure
-
-
-@pytest.mark.parametrize("plot", PLOTS)
-def test_every_plot_takes_hostile_tokens_and_another_row(plot, stats):
-    draw(plot, stats.with_tokens(Tokenizer(), torch.arange(74).view(2, 37)), layer=2, batch=1)
-
-
-@pytest.mark.parametrize("plot", PLOTS)
-def test_every_plot_of_one_token(plot, ids):
-    draw(plot, measure(ids[:1, :1]).with_tokens(Tokenizer(), ids[:1, :1]))
-
-
-@pytest.mark.parametrize("plot", PLOTS)
-def test_every_plot_of_a_layer_without_data(plot, stats):
-    for tensor in stats.values.values():
-        if tensor.is_floating_point():
-            tensor[1] = torch.nan
-    figure = draw(plot, stats, layer=1, batch=1)
-    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images and axes.get_label() != "<colorbar>"]
-    assert all(np.ma.getmaskarray(cells).any() for cells in shown)
-    legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-    if plot in (plot_head_grid, plot_head_roles, plot_head_comparison, plot_massive_activations):
-        assert "no data" in legends
-
-
-@pytest.mark.parametrize("plot", PLOTS)
-def test_every_plot_of_selected_layers_and_one_head(plot, ids):
-    draw(plot, measure(ids, layers=(2, 0), heads=(4,)), layer=2, render=False)
-
-
-@pytest.mark.parametrize("plot", PLOTS)
-def test_every_plot_refuses_what_was_not_measured(plot, ids):
-    stats = measure(ids, layers=(2, 0))
-    known = inspect.signature(plot).parameters
-    for name, wanted in (("layer", 1), ("batch", 2), ("head", 9)):
-        if name in known:
-            with pytest.raises(ValueError, match=f"{name}: {wanted} was not measured; there are"):
-                draw(plot, stats, **{"layer": 2, name: wanted})
-    with pytest.raises(ValueError, match=r"AttentionStatsConfig\(statistics=\(…, "):
-        draw(plot, measure(ids, statistics="topk_weight", norms=False))
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -375,8 +320,3 @@ def test_tokens_that_fonts_lack_are_boxes():
 )  # fmt: skip
 def test_byte_level_tokens_are_read(token, shown):
     assert readable(token) == shown
-
-
-def test_hostile_tokens_are_hostile():
-    assert any(len(token) > 9999 for token in TOKENS)
-    assert any(ord(character) < 32 for token in TOKENS for character in token)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 LAYER_DIMS, HEAD_DIMS = ("layer", "hidden_layer"), ("head", "kv_head")
 # Axes that mean the same in both runs only if the texts are the same.
 TEXT_DIMS = ("query_bin", "key_bin", "distance_bin")
+# What a statistic in float32 may be off by, as |a − b| / (1 + |b|): docs/error_budget.md.
+ERROR = 1e-5
 
 Pairs = list[tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"]]]
 
@@ -41,7 +43,7 @@ def compare(a: Source, b: Source) -> pandas.DataFrame:
         values; none where the statistic has no heads): ``statistic, layer, head``; ``mean_a, mean_b`` and
         ``difference`` = mean_b − mean_a over the aligned tokens [the statistic's unit]; ``effect``, the root mean
         square of the token-by-token difference over the standard deviation of the statistic, taken over all layers,
-        heads and aligned tokens of both runs [ratio]; ``largest``, the token-by-token difference of largest
+        heads and aligned tokens of both runs, or over its rounding error where that is larger [ratio]; ``largest``, the token-by-token difference of largest
         magnitude, with its ``batch``, its ``position`` in a and its ``token``. Sorted by effect; lines without data
         come last.
 
@@ -171,8 +173,9 @@ def _measures(
     tokens: np.ndarray | None,
 ) -> list[dict[str, object]]:
     known = np.isfinite(a) & np.isfinite(b)
-    # One unit of effect: how much the statistic varies at all.
-    scale = np.std(np.concatenate([a[known], b[known]])) if known.any() else np.nan
+    # One unit of effect: how much the statistic varies at all, or, if it hardly does, how exact it is.
+    both = np.concatenate([a[known], b[known]])
+    scale = max(np.std(both), ERROR * (1 + np.abs(both).mean())) if known.any() else np.nan
     lines = []
     for (layer, head), of_a, of_b, here in zip(labels, a, b, known, strict=True):
         line: dict[str, object] = {"statistic": name, "layer": layer, "head": head}

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from llama_attn.files import complete_file
 from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.display import as_html, as_text
+from llama_attn.stats.hub import HubMixin
 from llama_attn.stats.table import DIMENSIONS, Statistic
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ VISIBILITY_LABELS = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttentionStats:
+class AttentionStats(HubMixin):
     """Statistics of every measured head, with what is needed to read them.
 
     ``stats["entropy"]`` is the tensor; `to_xarray` gives the same with named axes, coordinates and units.
@@ -144,20 +146,10 @@ class AttentionStats:
         return len(self.names)
 
     def __repr__(self) -> str:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self.values.values())
-        lines = [
-            f"AttentionStats: {len(self.layers)} layers × {len(self.heads)} heads, batch {self.batch}, "
-            f"{len(self.queries)} queries, {self.num_keys} keys, {size / 2**20:.1f} MiB",
-            f"  measured by {self.engine!r} on backend {self.backend!r}"
-            + (f" of {self.model}" if self.model else "")
-            + ("" if self.tokens is None else ", with tokens"),
-        ]
-        width = max((len(name) for name in self.values), default=0)
-        for name, tensor in self.values.items():
-            label = self.labels[name]
-            axes = ", ".join(f"{dim}: {size}" for dim, size in zip(label.dims, tensor.shape, strict=True))
-            lines.append(f"  {name:<{width}}  ({axes})  [{label.unit}]")
-        return "\n".join(lines)
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def with_tokens(self, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor | Sequence[Any]) -> AttentionStats:
         """A copy that knows its token strings, which pictures use as labels.

@@ -53,7 +53,9 @@ def plot_massive_activations(source: Source, *, batch: int = 0) -> Figure:
     found = massive_activations(dataset.sel(batch=[batch])).isel(batch=0).sortby("hidden_layer")
     layers = found["hidden_layer"].values
     length = found.sizes["query"]
-    figure = empty_figure((float(np.clip(5 + 0.08 * length, 9, 17)), float(np.clip(2 + 0.17 * len(layers), 4, 20))))
+    # As wide as the labels of all tokens need, if they are written.
+    width = max(9, 4.5 + 0.115 * length) if length <= MOST_TOKENS else 17
+    figure = empty_figure((width, float(np.clip(2 + 0.17 * len(layers), 4, 20))))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
     _draw_tokens(figure, left, found)
     label_tokens(left, "x", found["query"].values.tolist(), tokens_of(found, "query"), most=MOST_TOKENS)
@@ -66,6 +68,7 @@ def plot_massive_activations(source: Source, *, batch: int = 0) -> Figure:
     if np.isfinite(largest).any() and np.nanmin([largest, median]) > 0:
         right.set_xscale("log")
     right.set(xlabel="magnitude [activation]")
+    right.tick_params(labelleft=True)
     right.grid(alpha=0.4)
     handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))

@@ -9,7 +9,7 @@ import numpy as np
 from llama_attn.analysis import as_dataset, compare, require
 from llama_attn.viz.attention import KINDS, WORDS, check_kind, draw_map, drawn_cells, pooled
 from llama_attn.viz.grids import grid_size, label_grid
-from llama_attn.viz.style import DIVERGING, explain_no_data, heat_map, new_figure, of_head, pick
+from llama_attn.viz.style import DIVERGING, explain_no_data, heading, heat_map, new_figure, of_head, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,7 +101,7 @@ def plot_head_comparison(a: Source, b: Source, *, statistic: str = "entropy") ->
         "KV head" if "kv_head" in first[statistic].dims else "head",
     )
     figure.colorbar(image, ax=axes, label=f"difference in {statistic.replace('_', ' ')}, b − a [{unit}]")
-    axes.set_title(f"{statistic.replace('_', ' ')}, b − a, mean over tokens")
+    axes.set_title(f"{heading(statistic)}, b − a, mean over tokens")
     explain_no_data(figure, cells)
     return figure
 

@@ -16,6 +16,7 @@ from llama_attn.viz.style import (
     PINK,
     SKY,
     explain_no_data,
+    heading,
     heat_map,
     named,
     new_figure,
@@ -52,7 +53,7 @@ def plot_head_grid(source: Source, *, statistic: str = "entropy", batch: int = 0
     image = heat_map(axes, means.values)
     label_grid(axes, means["layer"].values, means[means.dims[1]].values, str(means.dims[1]))
     figure.colorbar(image, ax=axes, label=named(means))
-    axes.set_title(f"{statistic.replace('_', ' ')}, mean over tokens")
+    axes.set_title(f"{heading(statistic)}, mean over tokens")
     explain_no_data(figure, means.values)
     return figure
 
@@ -86,7 +87,7 @@ def plot_head_roles(source: Source, *, query_slice: slice | None = None, batch: 
             if isinstance(line.role, str):
                 cells[row, column] = names.index(line.role)
             # Beyond this many heads the numbers would overlap.
-            ink = "white" if line.role in ("sink", "previous_token") else "black"
+            ink = "white" if line.role == "sink" else "black"
             if np.isfinite(line.score) and len(heads) <= 16:
                 axes.text(column, row, f"{100 * line.score:.0f}", ha="center", va="center", fontsize=7, color=ink)
     bounds = np.arange(len(names) + 1) - 0.5

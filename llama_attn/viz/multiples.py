@@ -14,6 +14,7 @@ from llama_attn.viz.style import empty_figure, heat_map, new_figure, pick
 
 if TYPE_CHECKING:
     import xarray
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     from llama_attn.analysis.dataset import Source
@@ -38,7 +39,7 @@ def plot_layer_heads(
     Raises:
         ValueError: The map, layer or row was not measured.
     """
-    from matplotlib.colors import Normalize, PowerNorm
+    from matplotlib.colors import Normalize
 
     check_kind(kind)
     dataset = as_dataset(source)
@@ -48,7 +49,8 @@ def plot_layer_heads(
     maps = [drawn_cells(row, kind, head) for head in heads]
     finite = np.concatenate([cells[np.isfinite(cells)] for cells in maps])
     high = finite.max(initial=0.0) or 1.0
-    norm = PowerNorm(0.5, 0, high) if kind == "weights" else Normalize(finite.min(initial=high), high)
+    weights = kind == "weights"
+    norm = square_root_norm(high) if weights else Normalize(finite.min(initial=high), high)
     columns = int(np.ceil(np.sqrt(len(heads))))
     lines = -(-len(heads) // columns)
     figure = empty_figure((min(1.5 + 2.3 * columns, 24), min(0.8 + 2.1 * lines, 24)))
@@ -60,7 +62,8 @@ def plot_layer_heads(
     for axes in grid.flat[len(heads) :]:
         axes.set_axis_off()
     unit = row[KINDS[kind]].attrs["units"]
-    figure.colorbar(image, ax=grid, label=f"{WORDS[kind]} [{unit}]", aspect=40)
+    ticks = square_root_ticks(high) if weights else None
+    figure.colorbar(image, ax=grid, label=f"{WORDS[kind]} [{unit}]", aspect=40, ticks=ticks)
     figure.suptitle(f"Attention {kind} of layer {layer}{pooled(row)}")
     figure.supxlabel("key [token]", fontsize=10)
     figure.supylabel("query [token]", fontsize=10)
@@ -80,8 +83,6 @@ def plot_model_view(source: Source, *, batch: int = 0) -> Figure:
     Raises:
         ValueError: The map or row was not measured.
     """
-    from matplotlib.colors import PowerNorm
-
     dataset = as_dataset(source)
     require(dataset, "weights_map")
     row = pick(dataset, batch=batch).sortby("layer")
@@ -92,14 +93,28 @@ def plot_model_view(source: Source, *, batch: int = 0) -> Figure:
     size = np.clip(MINIATURE * np.array([heads, layers]) + [1.8, 1.0], [5, 3], 24)
     figure, axes = new_figure((float(size[0]), float(size[1])))
     extent = (-0.5, heads - 0.5, layers - 0.5, -0.5)
-    image = heat_map(axes, mosaic, extent=extent, norm=PowerNorm(0.5, 0, 1))
+    image = heat_map(axes, mosaic, extent=extent, norm=square_root_norm(1.0))
     axes.hlines(np.arange(layers - 1) + 0.5, *extent[:2], color="white", linewidth=3)
     axes.vlines(np.arange(heads - 1) + 0.5, *extent[2:], color="white", linewidth=3)
     label_grid(axes, row["layer"].values, row["head"].values, "head")
     unit = row.weights_map.attrs["units"]
-    figure.colorbar(image, ax=axes, label=f"attention weight [{unit}]", shrink=0.5)
-    axes.set_title(f"Attention of every head ({cells} × {cells} cells of {bin_width(row) * _factor(row)} tokens)")
+    figure.colorbar(image, ax=axes, label=f"attention weight [{unit}]", shrink=0.5, ticks=square_root_ticks(1.0))
+    width = bin_width(row) * _factor(row)
+    axes.set_title(f"Attention of every head ({cells} × {cells} cells of {width} token{'s' if width > 1 else ''})")
     return figure
+
+
+def square_root_norm(high: float) -> PowerNorm:
+    """Colours that follow the square root, from 0 to ``high``."""
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, 0, high)
+
+
+def square_root_ticks(high: float) -> list[float]:
+    """What to write beside such colours: 0 and 1, 2, 5 of the two decades below ``high``, so that all are apart."""
+    series = [digit * 10.0**power for power in range(-8, 4) for digit in (1, 2, 5)]
+    return [0.0, *(tick for tick in series if high / 100 <= tick <= high)]
 
 
 def _factor(row: xarray.Dataset) -> int:

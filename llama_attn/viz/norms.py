@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis import as_dataset, require
-from llama_attn.viz.style import BLUE, ORANGE, label_tokens, new_figure, pick, spiky, tokens_of
+from llama_attn.viz.style import BLUE, ORANGE, label_tokens, new_figure, pick, say_no_data, spiky, tokens_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,6 +74,7 @@ def plot_kv_norms(source: Source, *, layer: int = 0, batch: int = 0) -> Figure:
 def _along_text(axes: Axes, drawn: np.ndarray, positions: list[int], tokens: list[str] | None) -> None:
     axes.grid(alpha=0.4)
     axes.set_xlabel("position [token]")
+    say_no_data(axes, drawn)
     if spiky(drawn):
         axes.set_yscale("log")
     label_tokens(axes, "x", positions, tokens)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis import as_dataset, layer_evolution, require
-from llama_attn.viz.style import BLUE, ORANGE, named, new_figure, of_head, pick, pick_head, spiky
+from llama_attn.viz.style import BLUE, ORANGE, heading, named, new_figure, of_head, pick, pick_head, say_no_data, spiky
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,8 @@ def plot_layer_profile(source: Source, *, statistic: str = "entropy", batch: int
     axes.plot(layers, mean, color=BLUE, linewidth=2, marker="o", markersize=4, label=f"mean over {spread}")
     if spiky(np.concatenate([low, mean, high])):
         axes.set_yscale("log")
-    axes.set_title(f"{statistic.replace('_', ' ')} through the layers")
+    say_no_data(axes, mean)
+    axes.set_title(f"{heading(statistic)} through the layers")
     output = ", the last is the output" if axis == "hidden_layer" else ""
     axes.set(xlabel=f"layer{output}", ylabel=named(evolution))
     axes.locator_params(axis="x", integer=True)
@@ -85,8 +86,7 @@ def plot_distance_histogram(source: Source, *, layer: int = 0, head: int | None 
         for number, each in enumerate(histogram.transpose("head", ...).values):
             axes.plot(places, each, color=ORANGE, alpha=0.5, linewidth=1, label=None if number else "each head")
         figure.legend(loc="outside lower center", ncols=2)
-    if not np.isfinite(shown).all():
-        axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color="grey")
+    say_no_data(axes, shown.values)
     # The last bin ends with the text.
     lasts = np.minimum(2 * starts, row.sizes["key"] - 1)
     axes.set_xticks(places, [f"{a}" if a == b else f"{a}–{b}" for a, b in zip(starts, lasts, strict=True)])

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from llama_attn.token_text import readable as readable
+
 if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
@@ -24,7 +26,6 @@ DIVERGING = "RdBu_r"
 NO_DATA = "#e6e6e6"
 # More labels than this cannot be read at `SIZE`.
 MOST_LABELS = 64
-LONGEST_LABEL = 14
 # Stands for a character that the font does not have.
 MISSING = "□"
 # Beyond this ratio of largest to median, a linear axis would show one spike and a flat line.
@@ -32,16 +33,16 @@ LOG_FROM = 30.0
 
 
 def empty_figure(size: tuple[float, float] = SIZE) -> Figure:
-    """A figure that belongs to its caller: pyplot does not know it, so nothing is shown and nothing needs closing.
+    """A figure that belongs to its caller: pyplot does not know it, so nothing opens a window and nothing needs closing.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        from llama_attn.viz.figure import NotebookFigure
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'llama_attn[viz]'") from error
-    return Figure(figsize=size, layout="constrained")
+    return NotebookFigure(figsize=size, layout="constrained")
 
 
 def new_figure(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
@@ -65,19 +66,16 @@ def explain_no_data(figure: Figure, cells: np.ndarray) -> None:
         figure.legend(handles=[Patch(facecolor=NO_DATA, edgecolor="grey", label="no data")], loc="outside lower right")
 
 
+def say_no_data(axes: Axes, values: np.ndarray) -> None:
+    """Write so in axes of lines or bars, if there is nothing to draw in them."""
+    if not np.isfinite(values).any():
+        axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color="grey")
+
+
 def spiky(values: np.ndarray) -> bool:
     """Whether a logarithmic axis shows these numbers better."""
     finite = values[np.isfinite(values)]
     return bool(finite.size and finite.min() > 0 and finite.max() > LOG_FROM * np.median(finite))
-
-
-def readable(token: str) -> str:
-    """A token as a person reads it: spaces and line breaks of the tokenizer's alphabet made visible, long ones cut."""
-    token = _decoded(token)
-    for character, sign in ((" ", "␣"), ("Ġ", "␣"), ("▁", "␣"), ("\n", "⏎"), ("Ċ", "⏎"), ("\t", "⇥"), ("ĉ", "⇥")):
-        token = token.replace(character, sign)
-    token = "".join(character if character.isprintable() else "·" for character in token)
-    return token if len(token) <= LONGEST_LABEL else token[: LONGEST_LABEL - 1] + "…"
 
 
 def drawable(token: str) -> str:
@@ -154,28 +152,15 @@ def tokens_of(dataset: xarray.Dataset, axis: Literal["query", "key"]) -> list[st
     return [str(token) for token in dataset[name].values] if name in dataset.coords else None
 
 
+def heading(statistic: str) -> str:
+    """The name of a statistic as a title begins."""
+    words = statistic.replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
 def named(values: xarray.DataArray) -> str:
     """What a statistic is and its unit, for a title or an axis."""
     return f"{str(values.name).replace('_', ' ')} [{values.attrs.get('units', '?')}]"
-
-
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level tokenizers write for bytes: Ġ for a space, Ċ for a line break, Ã© for é."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
-def _decoded(token: str) -> str:
-    """The text that a byte-level token stands for; what is not one, or only part of a character, stays as it is."""
-    alphabet = _byte_alphabet()
-    if not all(character in alphabet for character in token):
-        return token
-    try:
-        return bytes(alphabet[character] for character in token).decode()
-    except UnicodeDecodeError:
-        return token
 
 
 @cache

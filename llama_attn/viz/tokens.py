@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis import as_dataset, require
-from llama_attn.viz.style import BLUE, ORANGE, empty_figure, label_tokens, of_head, pick, pick_head, spiky, tokens_of
+from llama_attn.viz.style import (
+    BLUE,
+    ORANGE,
+    empty_figure,
+    label_tokens,
+    of_head,
+    pick,
+    pick_head,
+    say_no_data,
+    spiky,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     import xarray
@@ -67,8 +78,7 @@ def plot_token_strip(
                 axes.set_yscale("log")
         axes.set_ylabel(f"{name.replace('_', ' ')}\n[{along.attrs.get('units', '?')}]", fontsize=9)
         axes.grid(alpha=0.4)
-        if not np.isfinite(along.values).any():
-            axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color="grey")
+        say_no_data(axes, along.values)
     panels[-1].set_xlim(-0.7, length - 0.3)
     panels[-1].set_xlabel("position [token]")
     label_tokens(panels[-1], "x", range(length), tokens_of(row, "key"), most=MOST_TOKENS)

@@ -1,0 +1,41 @@
+"""Time of the 30 original figures, which is to stay below 15 s, and of what a notebook shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from llama_attn import AttentionStatsConfig
+from llama_attn.demo import SYSTEM, USER, demo_checkpoint
+from llama_attn.viz import save_seed_figures
+
+
+@pytest.fixture(scope="module", params=["demo chat", 4096], ids=str)
+def stats(request, model, text):
+    """What `llama-attn demo` measures, of its chat and of a long text."""
+    checkpoint = demo_checkpoint()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file)
+    if request.param == "demo chat":
+        chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    else:
+        ids = text(request.param)
+    model.set_attn_implementation("streaming")
+    config = AttentionStatsConfig(statistics=("sink_mass", "received", "weights_map"), norms=True)
+    with torch.no_grad():
+        measured = model(ids, use_cache=False, logits_to_keep=1, output_attention_stats=config).attention_stats
+    return measured.with_tokens(tokenizer, ids)
+
+
+def test_seed_figures(stats, benchmark, tmp_path):
+    benchmark.group = "figures"
+    written = benchmark.pedantic(save_seed_figures, args=(stats, tmp_path), rounds=3, warmup_rounds=1)
+    benchmark.extra_info.update(tokens=stats.num_keys, figures=len(written))
+    assert len(written) == 30
+    assert benchmark.stats.stats.max <= 15, f"{benchmark.stats.stats.max:.1f} s for 30 figures"
+
+
+def test_html(stats, benchmark):
+    benchmark.group = "figures"
+    assert benchmark(stats._repr_html_)

@@ -1,0 +1,35 @@
+"""Tokens as a person reads them, in pictures, tables and notebooks."""
+
+from __future__ import annotations
+
+from functools import cache
+
+LONGEST = 14
+
+
+def readable(token: str) -> str:
+    """A token as a person reads it: spaces and line breaks of the tokenizer's alphabet made visible, long ones cut."""
+    token = _decoded(token)
+    for character, sign in ((" ", "␣"), ("Ġ", "␣"), ("▁", "␣"), ("\n", "⏎"), ("Ċ", "⏎"), ("\t", "⇥"), ("ĉ", "⇥")):
+        token = token.replace(character, sign)
+    token = "".join(character if character.isprintable() else "·" for character in token)
+    return token if len(token) <= LONGEST else token[: LONGEST - 1] + "…"
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level tokenizers write for bytes: Ġ for a space, Ċ for a line break, Ã© for é."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _decoded(token: str) -> str:
+    """The text that a byte-level token stands for; what is not one, or only part of a character, stays as it is."""
+    alphabet = _byte_alphabet()
+    if not all(character in alphabet for character in token):
+        return token
+    try:
+        return bytes(alphabet[character] for character in token).decode()
+    except UnicodeDecodeError:
+        return token

@@ -1,0 +1,369 @@
+"""One function per figure that reads it back from its artists, by the labels on its axes, and compares it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_hex
+
+from llama_attn import AttentionStats, viz
+from llama_attn.analysis import classify_heads
+from llama_attn.viz.activations import CHANNEL_COLOURS
+from llama_attn.viz.style import drawable
+
+NAMES = [name for name in viz.__all__ if name.startswith("plot_")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a figure was asked for; `None` for a head is the mean."""
+
+    a: AttentionStats
+    b: AttentionStats
+    layer: int = 0
+    head: int | None = 4
+    batch: int = 1
+    kind: str = "weights"
+    statistic: str = "sink_mass"
+    query_slice: slice = field(default_factory=lambda: slice(6, 15))
+
+    @property
+    def positions(self) -> list[int]:
+        return list(range(self.a.num_keys))
+
+    def at(self, name: str, stats: AttentionStats | None = None) -> np.ndarray:
+        """The statistic at the layer and row; the axis of query heads, if there is one, is picked or averaged."""
+        stats = self.a if stats is None else stats
+        dims = stats.labels[name].dims
+        layers = stats.hidden_layers if dims[0] == "hidden_layer" else stats.layers
+        values = stats[name].double().numpy()[layers.index(self.layer), self.batch]
+        if "head" in dims:
+            return values.mean(0) if self.head is None else values[stats.heads.index(self.head)]
+        return values
+
+    def map(self, stats: AttentionStats | None = None) -> np.ndarray:
+        """The map, NaN for pairs of tokens that may not see each other."""
+        real = self.a.visible_queries[self.batch].numpy() > 0
+        seen = np.tril(real[:, None] & real)
+        return np.where(seen, self.at(f"{self.kind}_map", stats), np.nan)
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=3e-6, atol=1e-7)
+
+
+def average(values: torch.Tensor | np.ndarray, axis=-1) -> np.ndarray:
+    """The mean of what there is, NaN where there is nothing."""
+    values = np.asarray(values, dtype=np.float64)
+    count = np.isfinite(values).sum(axis)
+    return np.where(count, np.nansum(values, axis), np.nan) / np.maximum(count, 1)
+
+
+def heat(axes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cells of an image, and where the centres of its columns and rows lie."""
+    (image,) = axes.images
+    assert image.origin == "upper"
+    cells = image.get_array().filled(np.nan)
+    left, right, bottom, top = image.get_extent()
+    assert axes.get_xlim() == (left, right), "all of it is shown"
+    assert axes.get_ylim() == (bottom, top)
+    low, high = image.norm.vmin, image.norm.vmax
+    finite = cells[np.isfinite(cells)]
+    assert not finite.size or low <= finite.min() <= finite.max() <= high, "no colour stands for two values"
+    x, y = ((np.arange(n) + 0.5) / n for n in cells.shape[::-1])
+    return cells, left + (right - left) * x, top + (bottom - top) * y
+
+
+def labels(axis) -> dict[float, str]:
+    """What is written where."""
+    pairs = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+    return {float(place): label.get_text() for place, label in pairs}
+
+
+def bar_of(figure) -> str:
+    (label,) = {axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>"}
+    return label
+
+
+def grid_of(axes) -> dict[tuple[str, str], float]:
+    """Cells by what is written beside and below them: layer, head."""
+    cells, x, y = heat(axes)
+    rows, columns = labels(axes.yaxis), labels(axes.xaxis)
+    layers = [int(rows[place]) for place in y]
+    assert layers == sorted(layers)
+    return {(rows[j], columns[i]): cells[n, m] for n, j in enumerate(y) for m, i in enumerate(x)}
+
+
+def tokens(stats: AttentionStats, asked: Asked) -> dict[float, str]:
+    return {place: drawable(token) for place, token in enumerate(stats.tokens[asked.batch])}
+
+
+def words(asked: Asked) -> str:
+    return f"layer {asked.layer}, " + ("mean over heads" if asked.head is None else f"head {asked.head}")
+
+
+def read_map(axes, expected, asked):
+    cells, x, y = heat(axes)
+    close(cells, expected)
+    np.testing.assert_allclose(x, asked.positions)
+    np.testing.assert_allclose(y, asked.positions)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("key [token]", "query [token]")
+    assert labels(axes.xaxis) == labels(axes.yaxis) == tokens(asked.a, asked)
+
+
+def attention_map(figure, asked):
+    read_map(figure.axes[0], asked.map(), asked)
+    assert bar_of(figure) == {"weights": "attention weight [probability]", "logits": "scaled score [logit]"}[asked.kind]
+    assert figure.axes[0].get_title() == f"Attention {asked.kind}, {words(asked)}"
+
+
+def comparison(figure, asked):
+    read_map(figure.axes[0], asked.map(asked.b) - asked.map(asked.a), asked)
+    unit = {"weights": "attention weight, b − a [probability]", "logits": "scaled score, b − a [logit]"}[asked.kind]
+    assert bar_of(figure) == f"difference in {unit}"
+    assert figure.axes[0].get_title() == f"Attention {asked.kind}, b − a, {words(asked)}"
+    (image,) = figure.axes[0].images
+    red, *_, blue = image.cmap([1.0, 0.0])[:, [0, 2]].tolist()
+    assert red[0] > red[1], "more in b is red"
+    assert blue[0] < blue[1], "more in a is blue"
+
+
+def layer_heads(figure, asked):
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+    assert list(panels) == [f"head {head}" for head in asked.a.heads]
+    for head in asked.a.heads:
+        cells, x, y = heat(panels[f"head {head}"])
+        close(cells, replace(asked, head=head).map())
+        np.testing.assert_allclose([x, y], [asked.positions] * 2)
+    assert bar_of(figure) == {"weights": "attention weight [probability]", "logits": "scaled score [logit]"}[asked.kind]
+    assert f"Attention {asked.kind} of layer {asked.layer}" in figure.get_suptitle()
+
+
+def model_view(figure, asked):
+    axes = figure.axes[0]
+    cells, x, y = heat(axes)
+    rows, columns = labels(axes.yaxis), labels(axes.xaxis)
+    assert list(columns.values()) == [str(head) for head in asked.a.heads]
+    assert list(rows.values()) == [str(layer) for layer in sorted(asked.a.layers)]
+    for row, layer in rows.items():
+        for column, head in columns.items():
+            inside = np.ix_(np.abs(y - row) < 0.5, np.abs(x - column) < 0.5)
+            close(cells[inside], replace(asked, layer=int(layer), head=int(head), kind="weights").map())
+    assert bar_of(figure) == "attention weight [probability]"
+    assert f"{asked.a.num_keys} × {asked.a.num_keys} cells of 1 token" in axes.get_title()
+
+
+def by_labels(values: np.ndarray, stats: AttentionStats) -> dict[tuple[str, str], float]:
+    """Numbers (layer, head) by the indices as they are written on axes."""
+    return {
+        (str(layer), str(head)): values[i, j]
+        for i, layer in enumerate(stats.layers)
+        for j, head in enumerate(stats.heads)
+    }
+
+
+def read_grid(axes, expected: dict[tuple[str, str], float]):
+    found = grid_of(axes)
+    assert found.keys() == expected.keys()
+    close([found[key] for key in expected], list(expected.values()))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")
+
+
+def head_grid(figure, asked):
+    means = average(asked.a[asked.statistic][:, asked.batch])
+    read_grid(figure.axes[0], by_labels(means, asked.a))
+    assert bar_of(figure) == "sink mass [probability]"
+    assert figure.axes[0].get_title() == "Sink mass, mean over tokens"
+
+
+def head_comparison(figure, asked):
+    first, second = (average(run[asked.statistic], (1, 3)) for run in (asked.a, asked.b))
+    read_grid(figure.axes[0], by_labels(second - first, asked.a))
+    assert bar_of(figure) == "difference in sink mass, b − a [probability]"
+    assert figure.axes[0].get_title() == "Sink mass, b − a, mean over tokens"
+
+
+def head_roles(figure, asked):
+    axes = figure.axes[0]
+    frame = classify_heads(asked.a.select(batch=asked.batch), asked.query_slice).set_index(["layer", "head"])
+    (image,) = axes.images
+    found = grid_of(axes)
+    colours = {cell: to_hex(image.cmap(image.norm(value))) for cell, value in found.items() if np.isfinite(value)}
+    legend = figure.legends[0]
+    roles = {
+        to_hex(patch.get_facecolor()): text.get_text().partition(":")
+        for patch, text in zip(legend.get_patches(), legend.get_texts(), strict=True)
+    }
+    assert len(roles) == len(legend.get_patches()), "no colour stands for two roles"
+    assert len(found) == len(frame)
+    assert any("no data" in role for role in roles.values()) == bool(frame.role.isna().any())
+    written = {
+        (labels(axes.yaxis)[y], labels(axes.xaxis)[x]): text.get_text()
+        for text in axes.texts
+        for x, y in [text.get_position()]
+    }
+    scored = {}
+    for (layer, head), line in frame.iterrows():
+        if not isinstance(line.role, str):
+            assert (str(layer), str(head)) not in colours
+            continue
+        name, _, count = roles[colours[str(layer), str(head)]]
+        assert name == line.role.replace("_", " ")
+        assert int(count) == (frame.role == line.role).sum()
+        if np.isfinite(line.score):
+            scored[str(layer), str(head)] = f"{100 * line.score:.0f}"
+    assert written == scored
+
+
+def layer_profile(figure, asked):
+    axes = figure.axes[0]
+    means = average(asked.a[asked.statistic][:, asked.batch])[np.argsort(asked.a.layers)]
+    layers = sorted(asked.a.layers)
+    (line,) = axes.lines
+    close(line.get_xydata(), np.stack([layers, means.mean(1)], 1))
+    bands = [each for each in axes.collections if isinstance(each, PolyCollection)]
+    low, high, mean, std = means.min(1), means.max(1), means.mean(1), means.std(1)
+    limits = ((low, high), (np.maximum(mean - std, low), np.minimum(mean + std, high)))
+    for band, (below, above) in zip(bands, limits, strict=True):
+        corners = np.concatenate([np.empty((0, 2)), *(path.vertices for path in band.get_paths())])
+        for layer, *ends in zip(layers, below, above, strict=True):
+            there = corners[corners[:, 0] == layer][:, 1]
+            close([there.min(), there.max()] if there.size else [np.nan] * 2, ends)
+    assert axes.get_ylabel() == "sink mass [probability]"
+    assert axes.get_xlabel() == "layer"
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["smallest to largest of heads", "± standard deviation", "mean over heads"]
+
+
+def distance_histogram(figure, asked):
+    axes = figure.axes[0]
+    names = labels(axes.xaxis)
+    bars = {names[round(bar.get_x() + bar.get_width() / 2, 6)]: bar.get_height() for bar in axes.patches}
+    last = asked.a.num_keys - 1
+    starts = [2**b - 1 for b in range(asked.a.num_keys.bit_length())]
+    ends = [min(2 * start, last) for start in starts]
+    assert list(bars) == [f"{a}–{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True)]
+    close(list(bars.values()), asked.at("distance_histogram"))
+    assert all(bar.get_y() == 0 for bar in axes.patches)
+    assert len(axes.lines) == (0 if asked.head is not None else len(asked.a.heads))
+    for line, head in zip(axes.lines, asked.a.heads, strict=False):
+        close(line.get_xydata(), np.stack([list(names), replace(asked, head=head).at("distance_histogram")], 1))
+    assert axes.get_ylabel() == "attention [probability]"
+    assert axes.get_xlabel() == "distance from query to key [tokens]"
+    assert words(asked) in axes.get_title()
+
+
+def token_strip(figure, asked):
+    panels = {axes.get_ylabel(): axes for axes in figure.axes}
+    assert list(panels) == [
+        "received\n[probability]", "sink mass\n[probability]", "hidden norm\n[activation]", "key norm\n[activation]",
+        "value norm\n[activation]",
+    ]  # fmt: skip
+    for name, axes in zip(("received", "sink_mass"), figure.axes[:2], strict=True):
+        (steps,) = axes.patches
+        heights, edges, baseline = steps.get_data()
+        close(heights, asked.at(name))
+        np.testing.assert_allclose((edges[1:] + edges[:-1]) / 2, asked.positions)
+        assert baseline == 0
+    for name, axes in zip(("hidden_norm", "key_norm", "value_norm"), figure.axes[2:], strict=True):
+        (line,) = axes.lines
+        values = asked.at(name)
+        close(line.get_ydata(), values.mean(0) if values.ndim == 2 else values)
+        assert line.get_xdata().tolist() == asked.positions
+    assert labels(figure.axes[-1].xaxis) == tokens(asked.a, asked)
+    assert words(asked) in figure.get_suptitle()
+
+
+def massive_activations(figure, asked):
+    left, right = (axes for axes in figure.axes if axes.get_label() != "<colorbar>")
+    cells, x, y = heat(left)
+    largest, channel, median = (
+        asked.a[name][:, asked.batch].double().numpy() for name in ("hidden_max", "hidden_max_channel", "hidden_median")
+    )
+    order = np.argsort(asked.a.hidden_layers)
+    largest, channel, median = (
+        largest[order],
+        channel[order],
+        np.array([np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in median[order]]),
+    )
+    close(cells, largest)
+    np.testing.assert_allclose(x, asked.positions)
+    layers = [labels(left.yaxis)[place] for place in y]
+    assert layers == [str(layer) for layer in sorted(asked.a.hidden_layers)]
+    bound = np.maximum(100, 1000 * median)
+    expected = {(row, token, int(channel[row, token])) for row, token in np.argwhere(largest > bound[:, None]).tolist()}
+    found = {
+        (row, token, int(line.get_label().removeprefix("massive, channel ")))
+        for line in left.lines
+        for token, row in line.get_xydata().tolist()
+    }
+    assert found == expected
+    assert len({line.get_markerfacecolor() for line in left.lines}) == len(left.lines) <= len(CHANNEL_COLOURS)
+    curves = {line.get_label(): line.get_xydata() for line in right.lines}
+    for name, values in (
+        ("largest", np.where(np.isfinite(largest).any(1), np.nan_to_num(largest, nan=-np.inf).max(1), np.nan)),
+        ("median", median),
+        ("massive beyond", bound),
+    ):
+        close(curves[name], np.stack([values, y], 1))
+    assert right.get_ylim() == left.get_ylim()
+    assert bar_of(figure) == "largest magnitude [activation]"
+    assert right.get_xlabel() == "magnitude [activation]"
+    assert labels(left.xaxis) == tokens(asked.a, asked)
+
+
+def read_lines(axes, expected, asked):
+    for line, values in zip(axes.lines, expected, strict=True):
+        close(line.get_ydata(), values)
+        assert line.get_xdata().tolist() == asked.positions
+    assert axes.get_ylabel() == "L2 norm [activation]"
+    assert axes.get_xlabel() == "position [token]"
+    assert labels(axes.xaxis) == tokens(asked.a, asked)
+    assert axes.get_title().endswith(f"layer {asked.layer}")
+
+
+def hidden_norms(figure, asked):
+    read_lines(figure.axes[0], [asked.at("hidden_norm")], asked)
+
+
+def kv_norms(figure, asked):
+    expected = {
+        f"{name}: {of}": values
+        for name in ("key", "value")
+        for of, values in (
+            ("mean of norms", asked.at(f"{name}_norm").mean(0)),
+            ("norm of mean", asked.at(f"{name}_mean_norm")),
+        )
+    }
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(lines) == list(expected)
+    read_lines(figure.axes[0], expected.values(), asked)
+    for name in ("key", "value"):
+        colours = {lines[label].get_color() for label in lines if label.startswith(name)}
+        assert len(colours) == 1
+
+
+READ_BACK = {
+    f"plot_{read.__name__}": read
+    for read in (
+        attention_map, comparison, distance_histogram, head_comparison, head_grid, head_roles, hidden_norms, kv_norms,
+        layer_heads, layer_profile, massive_activations, model_view, token_strip,
+    )
+}  # fmt: skip
+
+
+def drawn(name: str, asked: Asked):
+    """The figure that the function makes of what was asked."""
+    function = getattr(viz, name)
+    known = inspect.signature(function).parameters
+    settings = ("layer", "head", "batch", "kind", "statistic", "query_slice")
+    sources = (asked.a, asked.b) if "a" in known else (asked.a,)
+    return function(*sources, **{key: getattr(asked, key) for key in settings if key in known})
+
+
+def takes(name: str, parameter: str) -> bool:
+    return parameter in inspect.signature(getattr(viz, name)).parameters

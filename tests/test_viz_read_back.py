@@ -1,0 +1,78 @@
+"""Every exported figure shows what was measured: in every layer, row and head, read back from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_model
+from read_back import NAMES, READ_BACK, Asked, drawn, takes
+
+from llama_attn import AttentionStatsConfig
+
+LENGTH, PADDING = 16, 5
+
+
+class Tokenizer:
+    def convert_ids_to_tokens(self, ids):
+        return [f"t{i}" for i in ids]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Two models on the same two rows, one padded; layers and heads in an order of their own."""
+    ids = torch.arange(3, 3 + 2 * LENGTH).view(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, :PADDING] = 0
+    config = AttentionStatsConfig(statistics="all", norms=True, layers=(1, 2, 0), heads=(4, 1, 0))
+    found = []
+    for seed in (0, 1):
+        with torch.no_grad():
+            stats = tiny_model(seed=seed)(ids, attention_mask=mask, output_attention_stats=config).attention_stats
+        for row, layer, token, channel in ((0, 2, 7, 3), (1, 0, 3, 9), (1, 2, 5, 9), (1, 0, 8, 2)):
+            at = stats.hidden_layers.index(layer)
+            stats["hidden_max"][at, row, token] = 1e5 * (1 + seed)
+            stats["hidden_max_channel"][at, row, token] = channel
+        # Heads with roles, another in each row.
+        stats["sink_mass"][0, :, 1] = 0.9
+        stats["previous_token"][1, 0, 2] = 0.8
+        stats["induction"][1, 1, 2] = 0.7
+        found.append(stats.with_tokens(Tokenizer(), ids))
+    return found
+
+
+def test_every_exported_plot_is_read_back():
+    assert sorted(READ_BACK) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("layer", [2, 0])
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_drawn_was_measured(name, batch, layer, runs):
+    for head in (1, None) if takes(name, "head") else (1,):
+        for kind in ("weights", "logits") if takes(name, "kind") else ("weights",):
+            asked = Asked(*runs, layer=layer, head=head, batch=batch, kind=kind)
+            figure = drawn(name, asked)
+        READ_BACK[name](figure, asked)
+        assert name != "plot_massive_activations" or figure.axes[0].lines, "there is something to mark"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reading_back_can_fail(name, runs):
+    """A figure of something else is not taken for the one that was asked for."""
+    asked = Asked(*runs)
+    others = {
+        "a": runs[1],
+        "b": runs[0],
+        "layer": 2,
+        "head": 0,
+        "batch": 0,
+        "kind": "logits",
+        "query_slice": slice(0, 4),
+    }
+    changes = {key: value for key, value in others.items() if takes(name, key)} | {"a": runs[1]}
+    for key, value in changes.items():
+        other = replace(asked, **{key: value})
+        with pytest.raises(AssertionError):
+            READ_BACK[name](drawn(name, other), asked)
