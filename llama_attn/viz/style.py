@@ -71,13 +71,18 @@ def spiky(values: np.ndarray) -> bool:
     return bool(finite.size and finite.min() > 0 and finite.max() > LOG_FROM * np.median(finite))
 
 
-def readable(token: str) -> str:
-    """A token as a person reads it: spaces and line breaks of the tokenizer's alphabet made visible, long ones cut."""
+def readable(token: str, longest: int = LONGEST_LABEL) -> str:
+    """A token as a person reads it: spaces and line breaks of the tokenizer's alphabet made visible, long ones cut.
+
+    Args:
+        token: As the tokenizer writes it.
+        longest: More characters than this are cut.
+    """
     token = _decoded(token)
     for character, sign in ((" ", "␣"), ("Ġ", "␣"), ("▁", "␣"), ("\n", "⏎"), ("Ċ", "⏎"), ("\t", "⇥"), ("ĉ", "⇥")):
         token = token.replace(character, sign)
     token = "".join(character if character.isprintable() else "·" for character in token)
-    return token if len(token) <= LONGEST_LABEL else token[: LONGEST_LABEL - 1] + "…"
+    return token if len(token) <= longest else token[: longest - 1] + "…"
 
 
 def drawable(token: str) -> str:
