@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(cli_files.plot)
+app.command()(cli_files.report)
 app.command()(cli_files.compare)
 DTYPES = {
     "auto": "auto",
@@ -44,8 +45,12 @@ DTYPES = {
 }
 SEED_LAYERS = range(10)
 MOST_LAYERS = 9999
+# What the report shows besides the default statistics.
+OF_REPORT = (
+    "weights_map", "topk_weight", "topk_position", "distance_histogram", "previous_token", "duplicate_token", "induction",
+)  # fmt: skip
 
-Out = Annotated[Path, typer.Option(help="Folder for the pictures and stats.safetensors.")]
+Out = Annotated[Path, typer.Option(help="Folder for the pictures, report.html and stats.safetensors.")]
 Attn = Annotated[str, typer.Option(help="Attention backend, see `llama-attn backends`.")]
 Layers = Annotated[str, typer.Option(help="Layers to draw and measure: 0-9, 3,5,7 or all.")]
 Kind = Annotated[str, typer.Option(help="What the attention map shows: weights or logits.")]
@@ -92,7 +97,7 @@ def run(
     ] = "auto",
     layers: Layers = "0-9",
     statistics: Annotated[
-        str | None, typer.Option(help="Names with commas, or all; added to those of the pictures.")
+        str | None, typer.Option(help="Names with commas, or all; added to those of the pictures and the report.")
     ] = None,
     kind: Kind = "weights",
     gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the folder.")] = None,
@@ -210,8 +215,8 @@ def _parse_layers(layers: str) -> list[int] | None:
 
 
 def _stats_config(statistics: str | None, kind: str, layers: list[int] | None) -> AttentionStatsConfig:
-    """What the pictures and the table need, and what was asked for besides."""
-    needed = [*default_statistics(), f"{kind}_map"]
+    """What the pictures, the report and the table need, and what was asked for besides."""
+    needed = [*default_statistics(), f"{kind}_map", *OF_REPORT]
     asked: tuple[str, ...] | str
     if "segment_mass" in (statistics or ""):
         _fail("--statistics: segment_mass needs segments, which only the Python interface takes")
@@ -265,7 +270,7 @@ def _measure_and_show(
     layers: list[int],
     kind: str,
 ) -> None:
-    from llama_attn.viz import save_seed_figures
+    from llama_attn.viz import report, save_seed_figures
 
     length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if length > context:
@@ -284,8 +289,11 @@ def _measure_and_show(
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("drawing", total=3 * len(layers))
         save_seed_figures(stats, out, layers, kind=kind, on_saved=lambda path: progress.advance(task))  # type: ignore[arg-type]
+    report(stats, out / "report.html")
     console.print(_table(stats))
-    console.print(f"{3 * len(layers)} pictures and stats.safetensors are in {out}", highlight=False)
+    console.print(
+        f"{3 * len(layers)} pictures, report.html and stats.safetensors are in {out}", highlight=False, markup=False
+    )
 
 
 def _table(stats: AttentionStats) -> Table:

@@ -1,4 +1,4 @@
-"""The commands that read saved statistics: ``llama-attn plot`` and ``llama-attn compare``. They need no model."""
+"""The commands that read saved statistics: ``llama-attn plot``, ``report`` and ``compare``. They need no model."""
 
 from __future__ import annotations
 
@@ -58,6 +58,27 @@ def plot(
         figure = pictures[what](stats, **given)
         with complete_file(target) as unfinished:
             figure.savefig(unfinished, format=target.suffix[1:], dpi=dpi)
+    except (ValueError, OSError) as error:
+        fail(first_line(error))
+    console.print(f"{target}", highlight=False, markup=False, soft_wrap=True)
+
+
+def report(
+    file: Saved,
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; by default beside FILE.")] = None,
+    max_megabytes: Annotated[float, typer.Option(min=0.1, help="Largest size; what does not fit is pooled.")] = 12,
+    batch: Annotated[int, typer.Option(help="Row of the batch.")] = 0,
+) -> None:
+    """Write one interactive HTML page about saved statistics, which works offline."""
+    check_pictures()
+    from llama_attn import viz
+
+    target = file.with_suffix(".html") if out is None else out
+    if target.suffix != ".html":
+        fail(f"--out: expected a name that ends in .html, got {target.name!r}")
+    stats = _load(file)
+    try:
+        viz.report(stats, target, max_megabytes=max_megabytes, batch=batch)
     except (ValueError, OSError) as error:
         fail(first_line(error))
     console.print(f"{target}", highlight=False, markup=False, soft_wrap=True)

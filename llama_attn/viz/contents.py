@@ -25,8 +25,10 @@ WORTH_OF_HEADS, WORTH_OF_MAP, WORTH_OF_KEYS = 2, 6, 16
 
 
 def one_row(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
-    """One row of the batch, its layers and heads in the order of the model, and a statistic of its own per segment."""
-    row = dataset.sel(batch=[batch])
+    """One row of the batch: axes as they were measured, layers and heads as in the model, one statistic per segment."""
+    row = dataset.sel(batch=[batch]).transpose(
+        *LAYER_AXES, "batch", *HEAD_AXES, *TOKEN_AXES, ..., missing_dims="ignore"
+    )
     for axis in (*LAYER_AXES, *HEAD_AXES):
         if axis in row.dims:
             row = row.sortby(axis)
@@ -35,7 +37,7 @@ def one_row(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
         # The space sets them apart from names of statistics.
         single = {f"segment_mass {name}": mass.isel(segment=i, drop=True) for i, name in enumerate(mass.segment.values)}
         for array in single.values():
-            array.attrs = mass.attrs | {"long_name": f"{mass.attrs.get('long_name', 'attention mass')}"}
+            array.attrs = mass.attrs
         row = row.drop_vars("segment_mass").assign(single)
     return row
 

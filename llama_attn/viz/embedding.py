@@ -71,7 +71,9 @@ def embed_rounded(values: np.ndarray, bits: int, **about: Any) -> Embedded:
         low, high = (float(bent.min()), float(bent.max())) if bent.size else (0.0, 0.0)
         width = (high - low) / steps
         codes[layer][known] = 1 + np.rint((bent - low) / (width or 1.0))
-        scales.append(scale), lows.append(low), widths.append(width)
+        scales.append(scale)
+        lows.append(low)
+        widths.append(width)
     half = max(widths, default=0.0) / 2
     rounding = float(np.sqrt(2) * np.sinh(half) + np.cosh(half) - 1)
     return embed(codes, scale=scales, low=lows, step=widths, rounding=rounding, bits=bits, **about)
@@ -141,12 +143,16 @@ def fit(parts: Sequence[Part], most: int) -> dict[str, Embedded]:
         ValueError: They do not fit at the coarsest level.
     """
     while True:
-        while sum(part.size for part in parts) > most:
-            left = [part for part in parts if not part.coarsest]
-            if not left:
-                raise ValueError(f"{sum(part.size for part in parts) - most:,.0f} bytes too many")
+        while sum(part.size for part in parts) > most and (left := [part for part in parts if not part.coarsest]):
             max(left, key=lambda part: part.size / part.worth).coarsen()
         for part in parts:
             part.make()
         if sum(part.size for part in parts) <= most:
-            return {name: array for part in parts for name, array in (part.made or {}).items()}
+            return arrays_of(parts)
+        if all(part.coarsest for part in parts):
+            raise ValueError(f"most: {most:,} characters are too few for the coarsest level of all parts")
+
+
+def arrays_of(parts: Sequence[Part]) -> dict[str, Embedded]:
+    """The arrays that were made, by name."""
+    return {name: array for part in parts for name, array in (part.made or {}).items()}

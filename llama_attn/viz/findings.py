@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_attn.analysis import classify_heads, layer_evolution, locality, massive_activations, sink_positions, sink_rate
+from llama_attn.analysis import (
+    classify_heads,
+    layer_evolution,
+    locality,
+    massive_activations,
+    sink_positions,
+    sink_rate,
+)
 from llama_attn.analysis.activations import MAGNITUDE, RATIO
 from llama_attn.analysis.locality import LOCAL_BELOW
 from llama_attn.analysis.sinks import EPSILON
@@ -79,7 +86,7 @@ def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
     received = row.received.isel(batch=0).mean(["layer", "head"])
     strongest = int(received.where(found.heads > 0).fillna(-1).argmax("key"))
     words: Words = [
-        f"The first token, ", {"token": first}, f", is a sink of {_percent(rate)} of the {_heads_of(row)}: it receives "
+        "The first token, ", {"token": first}, f", is a sink of {_percent(rate)} of the {_heads_of(row)}: it receives "
         f"more than {EPSILON:g} of the attention of the queries that see it. ",
     ]  # fmt: skip
     boost = float(found.boost.sel(key=first).mean())
@@ -128,19 +135,30 @@ def _locality(row: xarray.Dataset) -> tuple[str, str, Words]:
 
 
 def _layers(row: xarray.Dataset) -> tuple[str, str, Words]:
-    names = [name for name in ("entropy", "mean_distance", "sink_mass", "hidden_norm") if name in row]
+    asked = {
+        "entropy": ("Mean entropy", " nat"),
+        "mean_distance": ("Mean distance to the attended keys", " tokens"),
+        "sink_mass": ("Attention on the sink tokens", ""),
+        "hidden_norm": ("The norm of the residual stream", ""),
+    }
+    names = [name for name in asked if name in row]
     evolution = layer_evolution(row[names])
     words: Words = []
     for name in names:
+        meaning, unit = asked[name]
         axis = str(evolution[name].dims[0])
         means = evolution[name].sel(summary="mean").dropna(axis)
         if not len(means):
             continue
-        unit = row[name].attrs.get("units", "?")
+        shown = _percent if row[name].attrs.get("units") == "probability" else _number
         low, high = (means[int(getattr(means, f"arg{end}")(axis))] for end in ("min", "max"))
+        at = [
+            "in the output" if layer == row.attrs.get("num_layers") else f"in layer {layer}"
+            for layer in (int(low[axis]), int(high[axis]))
+        ]
         words.append(
-            f"{name.replace('_', ' ').capitalize()} goes from {_number(means[0])} to {_number(means[-1])} {unit}; "
-            f"lowest in layer {int(low[axis])} ({_number(low)}), highest in layer {int(high[axis])} ({_number(high)}). "
+            f"{meaning} goes from {shown(means[0])} to {shown(means[-1])}{unit}; "
+            f"lowest {at[0]} ({shown(low)}), highest {at[1]} ({shown(high)}). "
         )
     entropy = evolution.entropy.sel(summary="mean").dropna("layer")
     ends = f"{_number(entropy[0])} → {_number(entropy[-1])}"
@@ -171,18 +189,17 @@ def _heads(row: xarray.Dataset) -> tuple[str, str, Words]:
 
 def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
     found = massive_activations(row).isel(batch=0)
-    peak = found.isel({axis: int(at) for axis, at in found.magnitude.argmax(["hidden_layer", "query"]).items()})  # type: ignore[union-attr]
+    peak = found.isel({axis: int(at) for axis, at in found.magnitude.argmax(["hidden_layer", "query"]).items()})
     where: Words = [{"token": int(peak["query"])}, f" at {int(peak['query'])}, channel {int(peak.channel)}, "]
-    where.append(f"in what {_enters(row, int(peak.hidden_layer))}")
+    where.append(f"in what {_enters(row, int(peak.hidden_layer))}.")
     tokens = np.flatnonzero(found.massive.any("hidden_layer").values)
     ratio = f"{_number(peak.ratio)} × the median"
     figure, caption = _number(peak.magnitude), f"largest magnitude in the residual stream, {ratio}"
     bound = f"above {MAGNITUDE:g} and {RATIO:,.0f} × the median magnitude"
     if not len(tokens):
-        words = [f"No activation is massive ({bound}). The largest is {_number(peak.magnitude)}, on ", *where, "."]
+        words = [f"No activation is massive ({bound}). The largest is {_number(peak.magnitude)}, on ", *where]
         return figure, caption, words
-    few = "activation" if len(tokens) == 1 else "activations"
-    words = [f"{len(tokens)} {'token has' if len(tokens) == 1 else 'tokens have'} massive {few} ({bound}). "]
+    words = [f"{'One token has' if len(tokens) == 1 else f'{len(tokens)} tokens have'} massive activations ({bound}). "]
     for at in tokens[np.argsort(-found.magnitude.max("hidden_layer").values[tokens])][:EXAMPLES]:
         token = found.isel(query=at)
         inside = token.massive.values
@@ -196,7 +213,7 @@ def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
             share = token.sink_heads.sel(layer=layers).mean()
             words.append(f"; {_percent(share)} of the heads of these layers have their sink here" if layers else "")
         words.append(". ")
-    return figure, caption, [*words, f"The largest, {_number(peak.magnitude)}, is on ", *where, "."]
+    return figure, caption, [*words, f"The largest, {_number(peak.magnitude)}, is on ", *where]
 
 
 def _enters(row: xarray.Dataset, layer: int) -> str:
@@ -223,4 +240,4 @@ def _number(value: Any) -> str:
     value = float(value)
     if not np.isfinite(value):
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"

@@ -16,7 +16,7 @@ from llama_attn.analysis import as_dataset, classify_heads, massive_activations,
 from llama_attn.analysis.activations import MAGNITUDE, RATIO
 from llama_attn.files import complete_file
 from llama_attn.viz.contents import HISTOGRAM, MAP, TOP_KEYS, along_text, described, not_shown, one_row, parts_of
-from llama_attn.viz.embedding import Embedded, Part, embed, fit
+from llama_attn.viz.embedding import Embedded, Part, arrays_of, embed, fit
 from llama_attn.viz.findings import findings
 from llama_attn.viz.style import readable, tokens_of
 
@@ -87,9 +87,11 @@ def _fitting_page(about: dict[str, Any], plotly: Embedded, parts: Sequence[Part]
     while True:
         try:
             page = _page(about, plotly, fit(parts, room))
-        except ValueError as error:
+        except ValueError:
+            # Rounded up, so that the number itself is enough.
+            least = np.ceil(len(_page(about, plotly, arrays_of(parts)).encode()) / MEGABYTE * 100) / 100
             raise ValueError(
-                f"max_megabytes: {most / MEGABYTE:g} are too few for this run, pooled as far as it goes: {error}"
+                f"max_megabytes: {most / MEGABYTE:g} is too small for this run; pooled as far as it goes, it needs {least:g}"
             ) from None
         # What is said of the arrays takes space too, and is known only now.
         excess = len(page.encode()) - most

@@ -1,9 +1,11 @@
 // Charts: drawn by plotly when they come into view, and again when what they show changes.
 
-const drawn = new Map(); // id -> { make, depends, near, stale }
+const drawn = new Map(); // id -> { title, plot, make, depends, near, stale }
 
 function chart(id, depends, make) {
-  const entry = { make, depends, near: false, stale: true };
+  const [title, plot] = [element("p", { class: "chart-title" }), element("div", { class: "plot" })];
+  $(id).replaceChildren(title, plot);
+  const entry = { title, plot, make, depends, near: false, stale: true };
   drawn.set(id, entry);
   new IntersectionObserver(([seen]) => {
     entry.near = seen.isIntersecting;
@@ -15,12 +17,14 @@ async function draw(id) {
   const entry = drawn.get(id);
   entry.stale = false;
   const mine = (entry.request = (entry.request || 0) + 1);
-  const [Plotly, figure] = await Promise.all([charts(), entry.make()]);
+  const [Plotly, figure] = await Promise.all([charts(), entry.make(entry.plot.clientWidth)]);
   if (mine !== entry.request) return;
-  await Plotly.react($(id), figure.data, styled(figure.layout), { displayModeBar: false, responsive: true });
-  if (figure.onclick && !entry.clickable) {
+  entry.title.textContent = figure.title;
+  entry.onclick = figure.onclick;
+  await Plotly.react(entry.plot, figure.data, styled(figure.layout), { displayModeBar: false, responsive: true });
+  if (!entry.clickable) {
     entry.clickable = true;
-    $(id).on("plotly_click", ({ points }) => figure.onclick(points[0]));
+    entry.plot.on("plotly_click", ({ points }) => entry.onclick?.(points[0]));
   }
   $(id).dataset.drawn = mine;
 }
@@ -40,33 +44,35 @@ function styled(layout) {
     ...given, title: { text: given.title, font: { color: ink, size: 12 }, standoff: 8 },
   });
   return {
-    height: 340, hovermode: "closest", ...layout,
-    title: { text: layout.title, font: { size: 14, color: ink }, x: 0, xref: "paper", xanchor: "left", y: 0.98, yref: "container", yanchor: "top" },
+    height: 320, hovermode: "closest", dragmode: layout.grey || matchMedia("(pointer: coarse)").matches ? false : "zoom", ...layout,
     font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", size: 12, color: ink },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: layout.grey ? themed("no-data") : "rgba(0,0,0,0)",
-    margin: { l: 48, r: 12, t: 40, b: 44, ...layout.margin },
+    margin: { l: 48, r: 16, t: 12, b: 44 },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: ink }, ...layout.legend },
     hoverlabel: { font: { family: "system-ui, sans-serif" }, align: "left" },
     xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
   };
 }
 
-const colourBar = (title, ticks) => ({
-  title: { text: title, side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0, tickfont: { size: 11 },
+const colourBar = (ticks) => ({
+  thickness: 12, outlinewidth: 0, tickfont: { size: 11 },
   ...(ticks ? { tickvals: ticks.map(([at]) => at), ticktext: ticks.map(([, text]) => text) } : {}),
 });
 
 const nullable = (values) => Array.from(values, (value) => (Number.isFinite(value) ? value : null));
 
 // Layers as names, so that the axis has one place per measured layer.
-const layerAxis = (names) => ({ title: "layer", type: "category", tickvals: names.filter((_, i) => i % Math.ceil(names.length / 16) === 0).map(String) });
+function layerAxis(names, room) {
+  const every = Math.ceil(names.length / Math.max(4, (room - 100) / 30));
+  return { title: "layer", type: "category", tickangle: 0, tickvals: names.filter((_, i) => i % every === 0).map(String) };
+}
 
 const gridsOf = () => report.statistics.filter(({ name }) => `grid ${name}` in report.arrays);
 
-async function gridChart() {
+async function gridChart(room) {
   const wanted = $("grid-statistic").value;
   const names = report.layers.map(String);
-  if (wanted === "roles") return rolesChart(names);
+  if (wanted === "roles") return rolesChart(names, room);
   const statistic = gridsOf().find(({ name }) => name === wanted);
   const means = await table(`grid ${wanted}`);
   const heads = statistic.headAxis === "head" ? report.heads : report.kvHeads;
@@ -75,17 +81,18 @@ async function gridChart() {
   return {
     data: [{
       type: "heatmap", x: names, y: heads.map(String), z, colorscale: viridisScale, xgap: 1, ygap: 1, hoverongaps: false,
-      hovertemplate: `layer %{x}, ${kind} %{y}<br>%{z:.4g} ${statistic.unit}<extra></extra>`, colorbar: colourBar(`${plain(wanted)} [${statistic.unit}]`),
+      hovertemplate: `layer %{x}, ${kind} %{y}<br>%{z:.4g} ${statistic.unit}<extra></extra>`, colorbar: colourBar(),
     }],
+    title: `${sentence(plain(wanted))} [${statistic.unit}], mean over tokens`,
     layout: {
-      title: `${sentence(plain(wanted))}, mean over tokens`, xaxis: layerAxis(names), grey: true,
-      yaxis: { title: kind, type: "category", autorange: "reversed", showgrid: false }, height: 140 + Math.max(5, Math.min(40, heads.length)) * 22,
+      xaxis: layerAxis(names, room), grey: true,
+      yaxis: { title: kind, type: "category", autorange: "reversed", showgrid: false }, height: 90 + Math.max(5, Math.min(40, heads.length)) * 24,
     },
     onclick: ({ x, y }) => chooseCell(x, y),
   };
 }
 
-function rolesChart(names) {
+function rolesChart(names, room) {
   const roles = Object.keys(ROLES);
   const colours = roles.flatMap((role, i) => [[i / roles.length, ROLES[role]], [(i + 1) / roles.length, ROLES[role]]]);
   const at = (head, layer) => report.roles[layer][head];
@@ -99,9 +106,10 @@ function rolesChart(names) {
     }, ...roles.map((role, i) => ({ // The legend.
       type: "scatter", mode: "markers", x: [null], y: [null], name: `${plain(role)}: ${counts[i]}`, marker: { color: ROLES[role], symbol: "square", size: 11 },
     }))],
+    title: "Role of each head",
     layout: {
-      title: "Role of each head", xaxis: layerAxis(names), grey: true, margin: { t: 70 },
-      yaxis: { title: "head", type: "category", autorange: "reversed", showgrid: false }, height: 170 + Math.max(5, Math.min(40, report.heads.length)) * 22,
+      xaxis: layerAxis(names, room), grey: true,
+      yaxis: { title: "head", type: "category", autorange: "reversed", showgrid: false }, height: 130 + Math.max(5, Math.min(40, report.heads.length)) * 24,
     },
     onclick: ({ x, y }) => chooseCell(x, y),
   };
@@ -113,7 +121,7 @@ function chooseCell(layer, head) {
   if (at >= 0) choose(kv || of < 0 ? { layer: at } : { layer: at, head: of });
 }
 
-async function profileChart() {
+async function profileChart(room) {
   const statistic = report.statistics.find(({ name }) => name === $("profile-statistic").value);
   const summaries = await table(`layers ${statistic.name}`);
   const hidden = statistic.layerAxis === "hidden_layer";
@@ -138,8 +146,9 @@ async function profileChart() {
         hovertemplate: `layer %{x}<br>mean %{y:.4g} ${statistic.unit}<br>std %{customdata[0]:.3g}, from %{customdata[1]:.3g} to %{customdata[2]:.3g}<extra></extra>`,
       },
     ],
+    title: `${sentence(plain(statistic.name))} through the layers`,
     layout: {
-      title: `${sentence(plain(statistic.name))} through the layers`, xaxis: layerAxis(names), margin: { t: 64 },
+      xaxis: layerAxis(names, room), height: 340,
       yaxis: { title: `${plain(statistic.name)} [${statistic.unit}]`, type: isSpiky([...low, ...mean, ...high]) ? "log" : "linear" },
     },
     onclick: ({ pointIndex }) => { const at = report.layers.indexOf(numbers[pointIndex]); if (at >= 0) choose({ layer: at }); },
@@ -184,15 +193,15 @@ async function alongChart(title, names) {
   }
   const all = data.flatMap(({ y }) => y.filter((value) => value !== null));
   return {
-    data, onclick: ({ x }) => choose({ token: x }),
+    data, title, onclick: ({ x }) => choose({ token: x }),
     layout: {
-      title, xaxis: { title: "position [token]" }, height: 320, margin: { t: found.length > 1 ? 64 : 40 }, showlegend: found.length > 1,
+      xaxis: { title: "position [token]" }, height: 300, showlegend: found.length > 1,
       yaxis: { title: `L2 norm [${found[0].unit}]`, type: isSpiky(all) ? "log" : "linear" },
     },
   };
 }
 
-async function massiveChart() {
+async function massiveChart(room) {
   const { largest, median, bound, position, channel } = report.massive;
   const names = report.hiddenLayers.map((layer) => (layer === report.numLayers ? "output" : String(layer)));
   const text = names.map((_, i) => `token ${position[i]} ${forPlotly(position[i])}, channel ${channel[i]}`);
@@ -206,8 +215,9 @@ async function massiveChart() {
       line(median, "median", green),
       line(bound, "massive beyond", orange, { mode: "lines", line: { color: orange, width: 1.5, dash: "dash" } }),
     ],
+    title: "Largest magnitude in the residual stream that enters each layer",
     layout: {
-      title: "Largest magnitude entering each layer", xaxis: layerAxis(names), margin: { t: 64 }, height: 340,
+      xaxis: layerAxis(names, room),
       yaxis: { title: "magnitude [activation]", type: [...largest, ...median].every((value) => value === null || value > 0) ? "log" : "linear" },
     },
   };
@@ -224,7 +234,8 @@ async function distanceChart() {
   });
   return {
     data: [{ type: "bar", x: names, y: nullable(shown), marker: { color: isDark() ? OKABE_ITO.sky : OKABE_ITO.blue }, hovertemplate: "%{x} tokens<br>%{y:.4f} of the attention<extra></extra>" }],
-    layout: { title: `Attention by distance, layer ${layerName()}, ${headName()}`, xaxis: { title: "distance from query to key [tokens]", type: "category" }, yaxis: { title: "attention [probability]", rangemode: "tozero" }, height: 430 },
+    title: `Attention by distance, layer ${layerName()}, ${headName()}`,
+    layout: { xaxis: { title: "distance from query to key [tokens]", type: "category", showgrid: false }, yaxis: { title: "attention [probability]", rangemode: "tozero" }, height: 400 },
   };
 }
 

@@ -1,6 +1,6 @@
 // Which tokens the chosen one attends to, and which attend to it: from lists of the most attended keys, and from maps.
 
-const SHOWN = 10;
+const SHOWN = 8;
 const hasMap = () => "weights_map" in report.arrays;
 const hasKeys = () => "topk_weight" in report.arrays;
 const hasLinks = () => hasMap() || hasKeys();
@@ -99,6 +99,7 @@ async function showToken() {
   const parts = [element("h3", {}, `Token ${position} `, tokenChip(position)), await numbersOf(position)];
   if (hasLinks()) {
     for (const direction of ["from", "to"]) parts.push(await linkList(position, direction));
+    parts.push(element("p", { class: "muted small source" }, `${(await links(position, "from")).words} Shares are of the attention of the query.`));
   } else {
     parts.push(element("p", { class: "muted small" }, "Where its attention goes was not measured: that needs weights_map, or topk_weight and topk_position."));
   }
@@ -121,7 +122,7 @@ async function numbersOf(position) {
 }
 
 async function linkList(position, direction) {
-  const { list, words } = await links(position, direction);
+  const { list } = await links(position, direction);
   const top = Math.max(...list.map(({ weight }) => weight), 1e-9);
   const rows = list.map(({ start, width, weight }) => element("li", {}, element("button", {
     type: "button", class: "link", "data-start": start, "data-weight": weight,
@@ -133,9 +134,8 @@ async function linkList(position, direction) {
   element("span", { class: "meter", style: `width:${(100 * weight) / top}%` }))));
   return element("section", { class: `links ${direction}` },
     element("h4", {}, direction === "from" ? "It attends to" : "Attended to by"),
-    rows.length ? element("ol", {}, ...rows) : element("p", { class: "muted small" }, "Nothing here."),
-    await strip(position, direction),
-    element("p", { class: "muted small" }, direction === "to" ? `${words} Share of the attention of each query.` : words));
+    rows.length ? element("ol", { class: list[0].width > 1 ? "bins" : null }, ...rows) : element("p", { class: "muted small" }, "Nothing here."),
+    await strip(position, direction));
 }
 
 // The line of the map along the whole text, as a thin picture.

@@ -30,6 +30,8 @@ function buildFindings() {
 }
 
 function buildSelects() {
+  // The first layers have no sinks yet: the middle says more about the model.
+  chosen.layer = Math.floor(report.layers.length / 2);
   bindSelect("layer", "layer", report.layers.map((layer, value) => ({ value, label: String(layer) })));
   bindSelect("head", "head", [{ value: MEAN, label: "mean" }, ...report.heads.map((head, value) => ({ value, label: String(head) }))]);
   const entries = shades();
@@ -118,7 +120,7 @@ function buildMethod() {
 function buildTheme() {
   const button = $("theme");
   const label = () => { button.textContent = isDark() ? "Light" : "Dark"; button.setAttribute("aria-label", `Switch to ${isDark() ? "light" : "dark"} colours`); };
-  const repaint = () => { label(); redraw(null); if (view) drawView(); if (shading) drawLegend(); };
+  const repaint = () => { label(); redraw(null); if (view) drawView(); if (shading) { drawLegend(); chunks.forEach(paint); } };
   button.addEventListener("click", () => { document.documentElement.dataset.theme = isDark() ? "light" : "dark"; repaint(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
   label();

@@ -1,6 +1,5 @@
 // The model view: a miniature map of every head on one canvas. A click or the arrow keys choose layer and head.
 
-const GAP = 3;
 let view = null; // { canvas, size, heads, map }
 
 async function buildMaps() {
@@ -76,8 +75,9 @@ function picture(layer, head) {
 function drawView() {
   const { canvas, frame, layers, heads } = view;
   const room = frame.clientWidth - MARGIN.left;
-  const size = Math.max(18, Math.min(72, Math.floor(room / layers)));
-  const [width, height] = [MARGIN.left + layers * size, MARGIN.top + heads * size];
+  const size = Math.max(11, Math.min(72, Math.floor(room / layers)));
+  const inner = size - Math.max(1, Math.round(size / 12));
+  const [width, height] = [MARGIN.left + layers * size + 1, MARGIN.top + heads * size + 1];
   const dense = window.devicePixelRatio || 1;
   view.size = size;
   Object.assign(canvas, { width: width * dense, height: height * dense });
@@ -88,31 +88,31 @@ function drawView() {
   context.textAlign = "center";
   context.textBaseline = "middle";
   const [ink, empty, accent] = [themed("muted"), themed("no-data"), themed("chosen")];
-  const every = size < 22 ? 5 : 1;
+  const every = size < 20 ? 5 : 1;
   for (let layer = 0; layer < layers; layer++) {
     const x = MARGIN.left + layer * size;
     context.fillStyle = ink;
-    if (layer % every === 0) context.fillText(report.layers[layer], x + size / 2, MARGIN.top / 2);
+    if (layer % every === 0) context.fillText(report.layers[layer], x + inner / 2, MARGIN.top / 2);
     for (let head = 0; head < heads; head++) {
       const y = MARGIN.top + head * size;
       context.fillStyle = empty;
-      context.fillRect(x, y, size - GAP, size - GAP);
-      context.drawImage(picture(layer, head), x, y, size - GAP, size - GAP);
+      context.fillRect(x, y, inner, inner);
+      context.drawImage(picture(layer, head), x, y, inner, inner);
       if (layer === chosen.layer && (head === chosen.head || chosen.head === MEAN)) {
         context.strokeStyle = accent;
         context.lineWidth = 2;
-        context.strokeRect(x - 1, y - 1, size - GAP + 2, size - GAP + 2);
+        context.strokeRect(x - 1, y - 1, inner + 2, inner + 2);
       }
     }
   }
   context.fillStyle = ink;
   for (let head = 0; head < heads; head++) {
-    context.fillText(view.pooled ? "mean" : report.heads[head], MARGIN.left / 2 - 2, MARGIN.top + head * size + size / 2);
+    if (head % (size < 14 && heads > 1 ? 2 : 1) === 0) context.fillText(view.pooled ? "mean" : report.heads[head], MARGIN.left / 2 - 2, MARGIN.top + head * size + inner / 2);
   }
 }
 
 // The map of the chosen head, large.
-async function mapChart() {
+async function mapChart(room) {
   const map = await table("weights_map");
   const [, heads, bins] = map.shape;
   const pooled = heads === 1 && report.heads.length > 1;
@@ -130,12 +130,13 @@ async function mapChart() {
       z: rows.map((row) => rows.map((column) => { const cell = value(row, column); return Number.isNaN(cell) ? null : Math.sqrt(Math.max(0, cell)); })),
       text: rows.map((row) => rows.map((column) => `query ${of(row)}<br>key ${of(column)}<br>attention ${number(value(row, column))}`)),
       hovertemplate: "%{text}<extra></extra>", colorscale: viridisScale, zmin: 0, zmax: 1,
-      colorbar: colourBar("attention [probability]", [0, 0.05, 0.2, 0.5, 1].map((tick) => [Math.sqrt(tick), String(tick)])),
+      colorbar: colourBar([0, 0.05, 0.2, 0.5, 1].map((tick) => [Math.sqrt(tick), String(tick)])),
     }],
+    title: `Attention [probability], layer ${layerName()}, ${pooled ? "mean over heads" : headName()}`,
     layout: {
-      title: `Attention map, layer ${layerName()}, ${pooled ? "mean over heads" : headName()}`,
-      xaxis: { title: "key [token]", constrain: "domain" }, yaxis: { title: "query [token]", autorange: "reversed", scaleanchor: "x", constrain: "domain" },
-      height: 430,
+      xaxis: { title: "key [token]", constrain: "domain", constraintoward: "left", showgrid: false, zeroline: false },
+      yaxis: { title: "query [token]", autorange: "reversed", scaleanchor: "x", constrain: "domain", constraintoward: "top", showgrid: false, zeroline: false },
+      height: Math.min(400, room - 30), dragmode: false,
     },
   };
 }

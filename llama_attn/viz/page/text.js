@@ -80,10 +80,12 @@ const boxOf = (position) => {
 
 function paint(box) {
   if (!box.filled || !shading) return;
+  // Where light letters begin to be easier to read than dark ones, or dark ones than light ones.
+  const turn = isDark() ? 0.6 : 0.8;
   for (const span of box.querySelectorAll(".token")) {
     const share = shading.scale.share(shading.values[Number(span.dataset.position)]);
     span.classList.toggle("nothing", Number.isNaN(share));
-    span.classList.toggle("strong", share > 0.5);
+    span.classList.toggle("strong", share > turn);
     span.style.setProperty("--share", Number.isNaN(share) ? 0 : Math.round(100 * Math.max(0, Math.min(1, share))));
   }
 }
