@@ -62,6 +62,11 @@ class Page:
         numbers = np.where(values == 0, np.nan, scale * np.sinh(low + step * (values.astype(float) - 1)))
         return numbers, entry["rounding"] * np.maximum(np.abs(numbers), scale)
 
+    def stated(self, name, layer):
+        """The stated rounding of a layer as tolerances of `assert_allclose`."""
+        entry = self.about["arrays"][name]
+        return {"rtol": entry["rounding"], "atol": entry["rounding"] * entry["scale"][layer]}
+
     def check(self, name, expected):
         """Within the stated rounding, beside that of means in float32; NaN where NaN is."""
         numbers, allowed = self.array(name)
