@@ -98,7 +98,7 @@ async function showToken() {
   }
   const parts = [element("h3", {}, `Token ${position} `, tokenChip(position)), await numbersOf(position)];
   if (hasLinks()) {
-    for (const direction of ["from", "to"]) parts.push(await linkList(position, direction));
+    parts.push(element("div", { class: "both" }, await linkList(position, "from"), await linkList(position, "to")));
     parts.push(element("p", { class: "muted small source" }, `${(await links(position, "from")).words} Shares are of the attention of the query.`));
   } else {
     parts.push(element("p", { class: "muted small" }, "Where its attention goes was not measured: that needs weights_map, or topk_weight and topk_position."));

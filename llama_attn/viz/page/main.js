@@ -90,7 +90,7 @@ function buildMethod() {
     const about = report.arrays[name];
     if (!about) return null;
     const bins = about.width > 1 ? `bins of ${about.width} tokens` : "every token";
-    return `${bins}, ± ${number(100 * about.rounding)} %`;
+    return `${bins}, ± ${number(100 * about.rounding)}%`;
   };
   const rows = report.statistics.map(({ name, unit, headAxis, meaning, source }) => [
     plain(name), unit, detail(`mean ${name}`), headAxis === null ? "–" : detail(`heads ${name}`) || "left out", [meaning, source].filter(Boolean).join("; "),

@@ -18,6 +18,8 @@ function shades() {
 function buildText() {
   const list = $("tokens");
   if (!report.tokens) list.classList.add("numbers");
+  // Beside a short text, what is said of a token would be longer than the text.
+  list.parentElement.classList.toggle("short", report.length <= CHUNK);
   for (let start = 0; start < report.length; start += CHUNK) {
     const box = element("div", { class: "chunk", role: "presentation" });
     box.start = start;

@@ -34,7 +34,7 @@ function number(value) {
 const percent = (value) => {
   if (!Number.isFinite(value)) return "–";
   const share = 100 * value;
-  return `${share >= 10 ? share.toFixed(0) : share >= 0.1 || share === 0 ? share.toFixed(1) : "<0.1"} %`;
+  return `${share >= 10 ? share.toFixed(0) : share >= 0.1 || share === 0 ? share.toFixed(1) : "<0.1"}%`;
 };
 
 const withUnit = (value, unit) => (Number.isFinite(value) ? `${number(value)} ${unit}` : "no data");
