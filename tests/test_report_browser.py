@@ -343,7 +343,7 @@ def test_both_themes_fit_both_widths(width, demo_report, open_page):
 def test_hostile_tokens_are_text(ids, open_page, tmp_path):
     stats = measured(ids)
     hacks = [
-        "</script><script>window.hacked = 1</script>",
+        "<b>bold</b></script><script>window.hacked = 1</script>",
         "<img src=x onerror='window.hacked=1'>",
         "\"'`&amp;<b>",
         "\u202eevil",
@@ -439,6 +439,13 @@ def test_unusual_runs_open(case, ids, open_page, tmp_path):
     said = page.locator("#pooling").inner_text()
     assert ("pooled" in said and "Nothing was pooled" not in said) == (case == "pooled")
     if case == "pooled":
+        for name, entry in Page(tmp_path / "unusual.html").about["arrays"].items():
+            if name.startswith("heads ") and entry["width"] > 1:
+                assert (
+                    f"{name[6:].replace('_', ' ')} of single heads"
+                    in said.split(f"In bins of {entry['width']} tokens:")[1]
+                )
+        assert "In bins of 2 tokens:" in said
         page.select_option("#shade", label="entropy")
         page.select_option("#head", label="2")
         page.locator("#shade-note", has_text="mean").wait_for()

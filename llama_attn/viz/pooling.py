@@ -66,8 +66,10 @@ def pool_top_keys(
     earlier = np.where(before >= 0, np.take_along_axis(running, np.maximum(before, 0), -1), 0.0)
     sums = np.where(last & (keys >= 0), running - earlier, -1.0)
     ranks = min(ranks, sums.shape[-1])
-    best = np.argsort(-sums, -1, kind="stable")[..., :ranks]
-    sums, keys = np.take_along_axis(sums, best, -1), np.take_along_axis(keys, best, -1)
+    largest = np.argpartition(-sums, ranks - 1, -1)[..., :ranks]
+    sums, keys = np.take_along_axis(sums, largest, -1), np.take_along_axis(keys, largest, -1)
+    order = np.argsort(-sums, -1, kind="stable")
+    sums, keys = np.take_along_axis(sums, order, -1), np.take_along_axis(keys, order, -1)
     count = np.pad(real, (0, bins * width - queries)).reshape(bins, width).sum(-1)
     missing = sums <= 0
     means = np.where(missing, 0.0, sums / np.maximum(count, 1)[:, None])

@@ -83,6 +83,17 @@ function buildCharts() {
   if (report.massive) chart("massive", [], massiveChart);
 }
 
+// Which arrays hold means over how many tokens, in words.
+function pooledWords() {
+  const byWidth = new Map();
+  for (const [name, { width }] of Object.entries(report.arrays)) {
+    const [kind, ...rest] = name.split(" ");
+    const words = { mean: `mean ${plain(rest.join(" "))}`, heads: `${plain(rest.join(" "))} of single heads`, topk_weight: "the most attended keys" }[kind];
+    if (words && width > 1) byWidth.set(width, [...(byWidth.get(width) || []), words]);
+  }
+  return [...byWidth].sort(([a], [b]) => a - b).map(([width, names]) => `In bins of ${width} tokens: ${names.join(", ")}. `).join("");
+}
+
 // What was rounded, pooled, left out and not measured.
 function buildMethod() {
   const body = $("method-body");
@@ -101,12 +112,11 @@ function buildMethod() {
   const listed = ["topk_weight", "topk_position"].some((name) => report.missing.includes(name));
   if (!listed) rows.push(["most attended keys", "probability", "–", keys ? `${keys.shape[3]} keys, ${detail("topk_weight").replace("tokens", "queries").replace("every token", "every query")}` : "left out", "the keys with the largest weights of each query"]);
   const header = element("tr", {}, ...["statistic", "unit", "mean over heads", "single heads", "meaning and source"].map((text) => element("th", { scope: "col" }, text)));
-  const pooled = Object.entries(report.arrays).filter(([name, { width }]) => /^(mean|heads) |^topk_weight/.test(name) && width > 1).length;
   const leftOut = report.statistics.filter(({ name, headAxis }) => headAxis !== null && !(`heads ${name}` in report.arrays)).map(({ name }) => plain(name));
   const words = [
     "Numbers are rounded to 16 bits, or to 8 where the file would grow too large, on a scale that is logarithmic for large numbers and linear for small ones. ",
     "“±” bounds the rounding, as a share of the number or of the median magnitude of its layer, whichever is larger. ",
-    pooled || leftOut.length ? "To keep the file small, neighbouring tokens were pooled: where the table says “bins”, every value is a mean over that many tokens. " : "Nothing was pooled: every token and head has its own numbers. ",
+    pooledWords() || leftOut.length ? `To keep the file small, neighbouring tokens were pooled to their mean. ${pooledWords()}` : "Nothing was pooled: every token and head has its own numbers. ",
     leftOut.length ? `Single heads were left out of: ${leftOut.join(", ")}. ` : "",
     "The head grids and layer profiles are neither rounded nor pooled. Infinite numbers count as no data; grey means “no data”.",
   ];
