@@ -134,7 +134,7 @@ async function linkList(position, direction) {
   element("span", { class: "meter", style: `width:${(100 * weight) / top}%` }))));
   return element("section", { class: `links ${direction}` },
     element("h4", {}, direction === "from" ? "It attends to" : "Attended to by"),
-    rows.length ? element("ol", { class: list[0].width > 1 ? "bins" : null }, ...rows) : element("p", { class: "muted small" }, "Nothing here."),
+    rows.length ? element("ol", { class: list[0].width > 1 ? "bins" : null }, ...rows) : element("p", { class: "muted small" }, hasKeys() && direction === "to" ? "It is not among the keys listed for any query." : "Nothing."),
     await strip(position, direction));
 }
 
