@@ -28,12 +28,14 @@ from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.table import default_statistics
 from llama_attn.terminal import check_pictures as _check_pictures, console, fail as _fail, first_line as _first_line
+from llama_attn.token_text import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(cli_files.plot)
+app.command()(cli_files.report)
 app.command()(cli_files.compare)
 DTYPES = {
     "auto": "auto",
@@ -44,8 +46,12 @@ DTYPES = {
 }
 SEED_LAYERS = range(10)
 MOST_LAYERS = 9999
+# What the report shows besides the default statistics.
+OF_REPORT = (
+    "weights_map", "topk_weight", "topk_position", "distance_histogram", "previous_token", "duplicate_token", "induction",
+)  # fmt: skip
 
-Out = Annotated[Path, typer.Option(help="Folder for the pictures and stats.safetensors.")]
+Out = Annotated[Path, typer.Option(help="Folder for the pictures, report.html and stats.safetensors.")]
 Attn = Annotated[str, typer.Option(help="Attention backend, see `llama-attn backends`.")]
 Layers = Annotated[str, typer.Option(help="Layers to draw and measure: 0-9, 3,5,7 or all.")]
 Kind = Annotated[str, typer.Option(help="What the attention map shows: weights or logits.")]
@@ -92,7 +98,7 @@ def run(
     ] = "auto",
     layers: Layers = "0-9",
     statistics: Annotated[
-        str | None, typer.Option(help="Names with commas, or all; added to those of the pictures.")
+        str | None, typer.Option(help="Names with commas, or all; added to those of the pictures and the report.")
     ] = None,
     kind: Kind = "weights",
     gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the folder.")] = None,
@@ -210,8 +216,8 @@ def _parse_layers(layers: str) -> list[int] | None:
 
 
 def _stats_config(statistics: str | None, kind: str, layers: list[int] | None) -> AttentionStatsConfig:
-    """What the pictures and the table need, and what was asked for besides."""
-    needed = [*default_statistics(), f"{kind}_map"]
+    """What the pictures, the report and the table need, and what was asked for besides."""
+    needed = [*default_statistics(), f"{kind}_map", *OF_REPORT]
     asked: tuple[str, ...] | str
     if "segment_mass" in (statistics or ""):
         _fail("--statistics: segment_mass needs segments, which only the Python interface takes")
@@ -265,7 +271,7 @@ def _measure_and_show(
     layers: list[int],
     kind: str,
 ) -> None:
-    from llama_attn.viz import save_seed_figures
+    from llama_attn.viz import report, save_seed_figures
 
     length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if length > context:
@@ -284,13 +290,15 @@ def _measure_and_show(
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("drawing", total=3 * len(layers))
         save_seed_figures(stats, out, layers, kind=kind, on_saved=lambda path: progress.advance(task))  # type: ignore[arg-type]
+    report(stats, out / "report.html")
     console.print(_table(stats))
-    console.print(f"{3 * len(layers)} pictures and stats.safetensors are in {out}", highlight=False)
+    console.print(
+        f"{3 * len(layers)} pictures, report.html and stats.safetensors are in {out}", highlight=False, markup=False
+    )
 
 
 def _table(stats: AttentionStats) -> Table:
     from llama_attn.analysis import summarize_layers
-    from llama_attn.viz.style import readable
 
     tokens = stats.tokens[0] if stats.tokens is not None else []
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))

@@ -1,4 +1,4 @@
-"""The commands that read saved statistics: ``llama-attn plot`` and ``llama-attn compare``. They need no model."""
+"""The commands that read saved statistics: ``llama-attn plot``, ``report`` and ``compare``. They need no model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from llama_attn.files import complete_file
 from llama_attn.stats.container import AttentionStats
 from llama_attn.terminal import check_pictures, console, fail, first_line
+from llama_attn.token_text import readable
 
 if TYPE_CHECKING:
     import pandas
@@ -55,6 +56,27 @@ def plot(
     target = file.with_name(f"{file.stem}_{what}.png") if out is None else out
     _check_format("--out", target)
     _draw(picture, (_load(file),), given, target, dpi)
+
+
+def report(
+    file: Saved,
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; by default beside FILE.")] = None,
+    max_megabytes: Annotated[float, typer.Option(min=0.1, help="Largest size; what does not fit is pooled.")] = 12,
+    batch: Annotated[int, typer.Option(help="Row of the batch.")] = 0,
+) -> None:
+    """Write one interactive HTML page about saved statistics, which works offline."""
+    check_pictures()
+    from llama_attn import viz
+
+    target = file.with_suffix(".html") if out is None else out
+    if target.suffix != ".html":
+        fail(f"--out: expected a name that ends in .html, got {target.name!r}")
+    stats = _load(file)
+    try:
+        viz.report(stats, target, max_megabytes=max_megabytes, batch=batch)
+    except (ValueError, OSError) as error:
+        fail(first_line(error))
+    console.print(f"{target}", highlight=False, markup=False, soft_wrap=True)
 
 
 def compare(
@@ -171,8 +193,6 @@ def _load(file: Path) -> AttentionStats:
 
 def _table(frame: pandas.DataFrame) -> Table:
     import pandas
-
-    from llama_attn.token_text import readable
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for heading in ("statistic", "layer", "head", "mean a", "mean b", "b − a", "effect", "largest at"):

@@ -24,6 +24,6 @@ def first_line(error: BaseException) -> str:
 
 def check_pictures() -> None:
     """End the command if a package that pictures and tables need is not installed."""
-    missing = [name for name in ("matplotlib", "xarray", "pandas") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "plotly", "xarray", "pandas") if importlib.util.find_spec(name) is None]
     if missing:
         fail(f"pictures need {', '.join(missing)}: pip install 'llama_attn[viz]'")

@@ -7,13 +7,18 @@ from functools import cache
 LONGEST = 14
 
 
-def readable(token: str) -> str:
-    """A token as a person reads it: spaces and line breaks of the tokenizer's alphabet made visible, long ones cut."""
+def readable(token: str, longest: int = LONGEST) -> str:
+    """A token as a person reads it: spaces and line breaks of the tokenizer's alphabet made visible, long ones cut.
+
+    Args:
+        token: As the tokenizer writes it.
+        longest: More characters than this are cut.
+    """
     token = _decoded(token)
     for character, sign in ((" ", "␣"), ("Ġ", "␣"), ("▁", "␣"), ("\n", "⏎"), ("Ċ", "⏎"), ("\t", "⇥"), ("ĉ", "⇥")):
         token = token.replace(character, sign)
     token = "".join(character if character.isprintable() else "·" for character in token)
-    return token if len(token) <= LONGEST else token[: LONGEST - 1] + "…"
+    return token if len(token) <= longest else token[: longest - 1] + "…"
 
 
 @cache

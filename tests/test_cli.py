@@ -33,7 +33,7 @@ def test_demo(tmp_path):
     assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "out").iterdir()}
     expected = {f"layer_{i}_attention.png" for i in range(10)} | {f"kv_{i}_norm.png" for i in range(10)}
-    assert names == expected | {f"hidden_states_{i}_norm.png" for i in range(10)} | {"stats.safetensors"}
+    assert names == expected | {f"hidden_states_{i}_norm.png" for i in range(10)} | {"stats.safetensors", "report.html"}
     stats = AttentionStats.load(tmp_path / "out" / "stats.safetensors")
     assert stats.backend == "streaming"
     assert len(stats.layers) == 30
@@ -58,7 +58,8 @@ def test_run_on_a_local_folder(attn, folder, tmp_path):
     assert stats.layers == (0, 2)
     assert stats.backend == attn
     assert {"effective_keys", "topk_weight", "logits_map", "key_norm", "entropy"} <= set(stats.names)
-    assert "weights_map" not in stats
+    assert {"weights_map", "topk_position", "induction"} <= set(stats.names), "what the report shows"
+    assert (tmp_path / "out" / "report.html").stat().st_size > 2e6
     assert len(list((tmp_path / "out").glob("*.png"))) == 6
     assert "6 pictures" in result.output
 
@@ -195,5 +196,5 @@ def test_backends():
 
 def test_version_and_help():
     assert invoke("--version").output.strip() == cli.__version__
-    for command in ("demo", "run", "backends", "plot", "compare"):
+    for command in ("demo", "run", "backends", "plot", "report", "compare"):
         assert command in invoke("--help").output

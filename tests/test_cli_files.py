@@ -1,4 +1,4 @@
-"""``llama-attn plot`` and ``llama-attn compare``, run as a user runs them."""
+"""``llama-attn plot``, ``report`` and ``compare``, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_bad_requests_end_with_a_message(arguments, message, saved):
     assert sorted(saved.iterdir()) == before
 
 
-@pytest.mark.parametrize("command", [("plot",), ("compare", "a.safetensors")])
+@pytest.mark.parametrize("command", [("plot",), ("report",), ("compare", "a.safetensors")])
 def test_files_that_cannot_be_read(command, saved):
     (saved / "broken.safetensors").write_bytes(b"no")
     command = [command[0], *(saved / name for name in command[1:])]
@@ -93,6 +93,34 @@ def test_files_that_cannot_be_read(command, saved):
         assert result.exit_code == 2, result.output
         assert message in words(result)
         assert "Traceback" not in result.output
+
+
+def test_report(saved):
+    result = invoke("report", saved / "a.safetensors")
+    assert result.exit_code == 0, result.output
+    assert (saved / "a.html").read_text().startswith("<!doctype html>")
+    assert result.output.strip().endswith("a.html")
+    result = invoke("report", saved / "a.safetensors", "--out", saved / "b.html", "--max-megabytes", 2.2, "--batch", 1)
+    assert result.exit_code == 0, result.output
+    assert (saved / "b.html").stat().st_size <= 2.2e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-megabytes", "1"], "max_megabytes: 1 is too small for this run"),
+        (["--batch", "7"], "batch: 7 was not measured; there are [0, 1]"),
+        (["--out", "page.txt"], "--out: expected a name that ends in .html, got 'page.txt'"),
+        (["--out", "/missing/a.html"], "the folder '/missing' does not exist"),
+    ],
+    ids=str,
+)
+def test_bad_requests_for_a_report(arguments, message, saved):
+    before = sorted(saved.iterdir())
+    result = invoke("report", saved / "a.safetensors", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in words(result)
+    assert sorted(saved.iterdir()) == before
 
 
 def test_compare(saved):

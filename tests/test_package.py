@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -112,6 +113,16 @@ def test_no_file_is_long_and_none_asserts_or_prints():
             assert not isinstance(node, ast.Assert), f"{path} asserts"
             assert getattr(getattr(node, "func", None), "id", "") != "print", f"{path} prints"
     assert not list(PACKAGE.rglob("utils.py"))
+
+
+def test_the_page_of_the_report_is_made_of_short_files():
+    pages = sorted((PACKAGE / "viz" / "page").iterdir())
+    assert {path.suffix for path in pages} == {".css", ".html", ".js"}
+    for path in pages:
+        source = path.read_text()
+        assert len(source.splitlines()) < 400, path
+        assert "innerHTML" not in source, f"{path} reads text as HTML"
+        assert not re.search(r"https?://", source), f"{path} names an address"
 
 
 def modules_after(code: str) -> set[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llama_attn.token_text import readable as readable
+from llama_attn.token_text import readable
 
 if TYPE_CHECKING:
     import xarray

@@ -1,0 +1,187 @@
+"""What the report holds: every statistic of one row, at several levels of detail, and what it has to leave out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llama_attn.analysis import head_means, layer_evolution
+from llama_attn.viz.attention import bin_width
+from llama_attn.viz.embedding import Embedded, Level, Part, embed, embed_rounded
+from llama_attn.viz.multiples import pooled_maps
+from llama_attn.viz.pooling import mean_of_known, pool_tokens, pool_top_keys, widths
+
+if TYPE_CHECKING:
+    import xarray
+
+LAYER_AXES, HEAD_AXES, TOKEN_AXES = ("layer", "hidden_layer"), ("head", "kv_head"), ("query", "key")
+# Statistics that have places of their own in the page, or none.
+MAP, TOP_KEYS, HISTOGRAM = "weights_map", ("topk_weight", "topk_position"), "distance_histogram"
+# As coarse as statistics along the text and maps may become [bins], and lists of keys [ranks].
+FEWEST_BINS, FEWEST_MAP_BINS, FEWEST_RANKS = 64, 16, 4
+# The page can do without the details of one statistic in one head sooner than without who attends to whom.
+WORTH_OF_HEADS, WORTH_OF_MAP, WORTH_OF_KEYS = 2, 6, 16
+
+
+def one_row(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
+    """One row of the batch: axes as they were measured, layers and heads as in the model, one statistic per segment."""
+    at = int(np.flatnonzero(dataset["batch"].values == batch)[0])
+    # Slices, and nothing sorted that is in order: a copy of a long run takes seconds.
+    row = dataset.isel(batch=slice(at, at + 1))
+    row = row.transpose(*LAYER_AXES, "batch", *HEAD_AXES, *TOKEN_AXES, ..., missing_dims="ignore")
+    for axis in (*LAYER_AXES, *HEAD_AXES):
+        if axis in row.dims and not row.indexes[axis].is_monotonic_increasing:
+            row = row.sortby(axis)
+    if "segment_mass" in row:
+        mass = row["segment_mass"]
+        # The space sets them apart from names of statistics.
+        single = {f"segment_mass {name}": mass.isel(segment=i, drop=True) for i, name in enumerate(mass.segment.values)}
+        for array in single.values():
+            array.attrs = mass.attrs
+        row = row.drop_vars("segment_mass").assign(single)
+    return row
+
+
+def along_text(row: xarray.Dataset) -> list[str]:
+    """Names of the statistics with a number per layer and token, and perhaps per head."""
+    return [
+        str(name)
+        for name, values in row.data_vars.items()
+        if np.issubdtype(values.dtype, np.floating)
+        and set(values.dims) <= {*LAYER_AXES, *HEAD_AXES, *TOKEN_AXES, "batch"}
+        and all(len(set(axes) & set(values.dims)) == 1 for axes in (LAYER_AXES, TOKEN_AXES))
+        and len(set(HEAD_AXES) & set(values.dims)) <= 1
+    ]
+
+
+def not_shown(row: xarray.Dataset) -> list[str]:
+    """Names of what was measured and has no place in the report."""
+    shown = {*along_text(row), MAP, *TOP_KEYS, HISTOGRAM, "hidden_max_channel", "visible_keys", "visible_queries"}
+    return [str(name) for name in row.data_vars if name not in shown]
+
+
+def described(row: xarray.Dataset, name: str) -> dict[str, Any]:
+    """What a statistic is, for the page."""
+    values = row[name]
+    (layer_axis,) = set(LAYER_AXES) & set(values.dims)
+    (token_axis,) = set(TOKEN_AXES) & set(values.dims)
+    return {
+        "name": name,
+        "unit": values.attrs.get("units", "?"),
+        "meaning": values.attrs.get("long_name", ""),
+        "source": values.attrs.get("source", ""),
+        "layerAxis": layer_axis,
+        "tokenAxis": token_axis,
+        "headAxis": next((axis for axis in HEAD_AXES if axis in values.dims), None),
+    }
+
+
+def parts_of(row: xarray.Dataset) -> list[Part]:
+    """Everything that the page draws, ready to lose detail."""
+    parts = [part for name in along_text(row) for part in _token_parts(row, name)]
+    if MAP in row:
+        parts.append(_map_part(row.isel(batch=0)))
+    if all(name in row for name in TOP_KEYS):
+        parts.append(_top_keys_part(row.isel(batch=0)))
+    if HISTOGRAM in row:
+        histogram = row[HISTOGRAM].isel(batch=0).transpose("layer", "head", ...).values
+        parts.append(_fixed(HISTOGRAM, histogram))
+    parts.extend(_summaries(row))
+    real = (row["visible_queries"].isel(batch=0).values > 0).astype(np.uint8)
+    parts.append(Part("real", [Level(real.size, lambda: {"real": embed(real)})]))
+    return parts
+
+
+def _fixed(name: str, values: np.ndarray) -> Part:
+    numbers = np.ascontiguousarray(values, dtype=np.float32)
+    return Part(name, [Level(numbers.nbytes, lambda: {name: embed(numbers)})])
+
+
+def _summaries(row: xarray.Dataset) -> list[Part]:
+    """Means per head, and the spread per layer, of every statistic along the text; not rounded."""
+    names = along_text(row)
+    if not names:
+        return []
+    evolution = layer_evolution(row[names])
+    parts = [_fixed(f"layers {name}", evolution[name].values) for name in names]
+    with_heads = [name for name in names if described(row, name)["headAxis"]]
+    return parts + [_fixed(f"grid {name}", head_means(row, name).values) for name in with_heads]
+
+
+def _token_parts(row: xarray.Dataset, name: str) -> list[Part]:
+    about = described(row, name)
+    axes = [axis for axis in (about["layerAxis"], about["headAxis"], about["tokenAxis"]) if axis]
+    values = row[name].isel(batch=0).transpose(*axes).values
+    if about["headAxis"] is None:
+        return [Part(f"mean {name}", _token_levels(f"mean {name}", values))]
+    mean = mean_of_known(values, 1)
+    of_heads = [*_token_levels(f"heads {name}", values), Level(0, dict)]
+    return [
+        Part(f"mean {name}", _token_levels(f"mean {name}", mean)),
+        Part(f"heads {name}", of_heads, WORTH_OF_HEADS),
+    ]
+
+
+def _token_levels(name: str, values: np.ndarray) -> list[Level]:
+    """First 16 bits per number, then 8, then wider and wider bins of tokens."""
+    length = values.shape[-1]
+    rows = values.size // max(length, 1)
+
+    def level(bits: int, width: int) -> Level:
+        def make() -> dict[str, Embedded]:
+            return {name: embed_rounded(pool_tokens(values, width), bits, width=width)}
+
+        return Level(rows * -(-length // width) * bits // 8, make)
+
+    return [level(16, 1), *(level(8, width) for width in widths(length, FEWEST_BINS))]
+
+
+def _map_part(row: xarray.Dataset) -> Part:
+    row = row.assign({MAP: row[MAP].transpose("layer", "head", "query_bin", "key_bin")})
+    layers, heads, bins = row[MAP].shape[:3]
+    width = bin_width(row)
+
+    def level(bits: int, factor: int, mean: bool = False) -> Level:
+        def make() -> dict[str, Embedded]:
+            maps = pooled_maps(row, -(-bins // factor)).astype(np.float32)
+            if mean:
+                maps = mean_of_known(maps, 1)[:, None]
+            return {MAP: embed_rounded(maps, bits, width=width * factor)}
+
+        cells = (-(-bins // factor)) ** 2
+        return Level(layers * (1 if mean else heads) * cells * bits // 8, make)
+
+    factors = widths(bins, FEWEST_MAP_BINS)
+    levels = [level(16, 1), *(level(8, factor) for factor in factors), level(8, factors[-1], mean=True)]
+    return Part(MAP, levels, WORTH_OF_MAP)
+
+
+def _top_keys_part(row: xarray.Dataset) -> Part:
+    weight, position = (row[name].transpose("layer", "head", "query", "rank").values for name in TOP_KEYS)
+    real = row["visible_keys"].values > 0
+    if row.sizes["key"] <= 2**15:
+        # Integers of 16 bits are sorted several times as fast.
+        position = position.astype(np.int16)
+    layers, heads, queries, ranks = weight.shape
+    index = np.uint16 if row.sizes["key"] < 2**16 else np.uint32
+    few = min(ranks, FEWEST_RANKS)
+
+    def level(bits: int, width: int, kept: int) -> Level:
+        def make() -> dict[str, Embedded]:
+            # Layer by layer: sorting all lists at once would take many times their memory.
+            pooled = [pool_top_keys(*lists, real, width, kept) for lists in zip(weight, position, strict=True)]
+            weights, keys = (np.stack(lists) for lists in zip(*pooled, strict=True))
+            return {
+                TOP_KEYS[0]: embed_rounded(weights, bits, width=width),
+                # Position + 1, so that 0 is "none" and all are unsigned.
+                TOP_KEYS[1]: embed((keys.astype(np.int64) + 1).astype(index), width=width),
+            }
+
+        entries = layers * heads * -(-queries // width) * kept
+        return Level(entries * (bits // 8 + np.dtype(index).itemsize), make)
+
+    levels = [level(16, 1, ranks), level(8, 1, ranks)]
+    # Half the ranks are worth more than half the tokens.
+    levels += [level(8, width, few) for width in widths(queries, FEWEST_BINS)]
+    return Part("topk", [*levels, Level(0, dict)], WORTH_OF_KEYS)

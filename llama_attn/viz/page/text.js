@@ -1,0 +1,205 @@
+// The text: one box per token, made when it comes near the view, so that a long text does not block the page.
+
+const CHUNK = 512;
+const chunks = [];
+let shading = null; // { values, scale, unit, label, source, layer }
+let focused = 0;
+
+// What boxes can be shaded by: statistics, and the attention of the chosen token.
+function shades() {
+  const entries = report.statistics.map((statistic, value) => ({ value, label: plain(statistic.name) }));
+  if (hasLinks()) {
+    entries.push({ value: "from", label: "attention of the chosen token" });
+    entries.push({ value: "to", label: "attention to the chosen token" });
+  }
+  return entries;
+}
+
+function buildText() {
+  const list = $("tokens");
+  if (!report.tokens) list.classList.add("numbers");
+  // Beside a short text, what is said of a token would be longer than the text.
+  list.parentElement.classList.toggle("short", report.length <= CHUNK);
+  for (let start = 0; start < report.length; start += CHUNK) {
+    const box = element("div", { class: "chunk", role: "presentation" });
+    box.start = start;
+    box.filled = false;
+    // Roughly as high as it will be, so that the scroll bar hardly moves when it is filled.
+    if (report.length > CHUNK) box.style.minHeight = `${Math.ceil(Math.min(CHUNK, report.length - start) / 11) * 1.9}rem`;
+    chunks.push(box);
+  }
+  list.append(...chunks);
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      entry.target.near = entry.isIntersecting;
+      if (entry.isIntersecting) fill(entry.target);
+    }
+  }, { root: list, rootMargin: "800px" });
+  for (const box of chunks) watcher.observe(box);
+  list.addEventListener("click", (event) => {
+    const box = event.target.closest(".token");
+    if (box) { focusToken(Number(box.dataset.position)); choose({ token: Number(box.dataset.position) }); }
+  });
+  list.addEventListener("keydown", moveByKey);
+  list.addEventListener("pointermove", (event) => {
+    const box = event.target.closest(".token");
+    if (box) showTip(tokenTip(Number(box.dataset.position)), event.clientX, event.clientY);
+    else hideTip();
+  });
+  list.addEventListener("pointerleave", hideTip);
+  list.addEventListener("focusin", (event) => {
+    const at = event.target.getBoundingClientRect();
+    if (event.target.matches(".token:focus-visible")) showTip(tokenTip(focused), at.left, at.bottom - 12);
+  });
+  list.addEventListener("focusout", hideTip);
+}
+
+function fill(box) {
+  if (box.filled) { paint(box); return; }
+  box.filled = true;
+  box.style.minHeight = "";
+  const made = [];
+  for (let position = box.start; position < Math.min(box.start + CHUNK, report.length); position++) {
+    const text = token(position);
+    // Spaces and line breaks of the tokenizer are shown, but faintly.
+    const pieces = text.split(/([␣⏎⇥]+)/).filter(Boolean)
+      .map((piece) => (/^[␣⏎⇥]/.test(piece) ? element("span", { class: "mark" }, piece) : piece));
+    made.push(element("span", {
+      class: real[position] ? "token" : "token padding", role: "option", tabindex: position === focused ? 0 : -1,
+      "aria-selected": position === chosen.token ? "true" : "false", "data-position": position,
+    }, ...(pieces.length ? pieces : ["\u2009"])));
+    if (text.includes("⏎")) made.push(element("br"));
+  }
+  box.replaceChildren(...made);
+  paint(box);
+}
+
+const boxOf = (position) => {
+  const box = chunks[Math.floor(position / CHUNK)];
+  if (!box.filled) fill(box);
+  return box.querySelector(`[data-position="${position}"]`);
+};
+
+function paint(box) {
+  if (!box.filled || !shading) return;
+  // Where light letters begin to be easier to read than dark ones, or dark ones than light ones.
+  const turn = isDark() ? 0.6 : 0.8;
+  for (const span of box.querySelectorAll(".token")) {
+    const share = shading.scale.share(shading.values[Number(span.dataset.position)]);
+    span.classList.toggle("nothing", Number.isNaN(share));
+    span.classList.toggle("strong", share > turn);
+    span.style.setProperty("--share", Number.isNaN(share) ? 0 : Math.round(100 * Math.max(0, Math.min(1, share))));
+  }
+}
+
+function focusToken(position, withFocus = false) {
+  boxOf(focused)?.setAttribute("tabindex", -1);
+  focused = position;
+  const span = boxOf(position);
+  span.setAttribute("tabindex", 0);
+  if (withFocus) { span.focus({ preventScroll: true }); span.scrollIntoView({ block: "nearest", inline: "nearest" }); }
+}
+
+function moveByKey(event) {
+  if (event.key === "Enter" || event.key === " ") {
+    event.preventDefault();
+    choose({ token: focused });
+    return;
+  }
+  const steps = {
+    ArrowRight: 1, ArrowLeft: -1, ArrowDown: lineStep(1), ArrowUp: lineStep(-1), PageDown: 100, PageUp: -100,
+    Home: -report.length, End: report.length,
+  };
+  if (!(event.key in steps) || event.ctrlKey || event.altKey || event.metaKey) return;
+  event.preventDefault();
+  focusToken(Math.max(0, Math.min(report.length - 1, focused + steps[event.key])), true);
+}
+
+// How many tokens lie between the focused one and the one above or below it.
+function lineStep(direction) {
+  const here = boxOf(focused).getBoundingClientRect();
+  let best = direction, distance = Infinity;
+  for (let step = direction; Math.abs(step) <= 200; step += direction) {
+    const position = focused + step;
+    if (position < 0 || position >= report.length) break;
+    const there = boxOf(position).getBoundingClientRect();
+    const lines = direction * (there.top - here.top);
+    if (lines < here.height / 2) continue;
+    if (lines > 2.5 * here.height) break;
+    if (Math.abs(there.left - here.left) < distance) { distance = Math.abs(there.left - here.left); best = step; }
+  }
+  return best;
+}
+
+function tokenTip(position) {
+  const name = report.tokens ? `${position}: ${token(position)}` : `token ${position}`;
+  const padding = real[position] ? "" : " · padding";
+  if (!shading) return name + padding;
+  return `\u2068${name}\u2069${padding} · ${shading.label}: ${valueAt(position)}`;
+}
+
+// The number of a token as the page knows it, with what rounding may have changed.
+function valueAt(position) {
+  const value = shading.values[position];
+  if (!Number.isFinite(value)) return "no data";
+  const error = shading.source.error(shading.layer, value);
+  return `${number(value)} ${shading.unit}${error > 0.002 * Math.abs(value) ? ` (± ${number(error)})` : ""}`;
+}
+
+let shadeRequest = 0;
+
+async function shadeText() {
+  const mine = ++shadeRequest;
+  const next = typeof chosen.shade === "number" ? await statisticShade() : await linkShade(chosen.shade);
+  if (mine !== shadeRequest) return; // Something else was chosen meanwhile.
+  shading = next;
+  for (const box of chunks) if (box.near || report.length <= CHUNK) fill(box);
+  drawLegend();
+  $("shade-note").textContent = shading.note;
+}
+
+async function statisticShade() {
+  const statistic = report.statistics[chosen.shade];
+  if (!statistic) {
+    return { values: new Float32Array(report.length).fill(NaN), scale: scaleOf([], ""), unit: "", label: "", note: "No statistic of tokens was measured.", layer: 0 };
+  }
+  const { values, source, layer, poolsHeads } = await along(statistic);
+  const notes = [`${statistic.meaning || plain(statistic.name)}, layer ${layerName()}, ${where(statistic)}.`];
+  if (layer < 0) notes.push("Not measured in this layer.");
+  if (poolsHeads) notes.push("Single heads were left out to keep the file small: this is the mean over heads.");
+  if (source.width > 1) notes.push(`Each value is the mean over ${source.width} tokens.`);
+  return { values, source, layer, unit: statistic.unit, label: plain(statistic.name), scale: scaleOf(values, statistic.unit), note: sentence(notes.join(" ")) };
+}
+
+function where(statistic) {
+  if (statistic.headAxis === null) return "which has no heads";
+  return statistic.headAxis === "kv_head" ? "mean over KV heads" : headName();
+}
+
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
+function drawLegend() {
+  const { scale, unit } = shading;
+  const empty = !Number.isFinite(scale.high);
+  $("low").textContent = empty ? "no data" : number(scale.low);
+  $("high").textContent = empty ? "" : number(scale.high);
+  $("legend-unit").textContent = empty ? "" : `${unit}${scale.kind === "linear" ? "" : `, ${scale.kind} scale`}`;
+  const ramp = $("ramp");
+  ramp.hidden = empty;
+  const context = ramp.getContext("2d");
+  const gradient = context.createLinearGradient(0, 0, ramp.width, 0);
+  gradient.addColorStop(0, themed("shade-none"));
+  gradient.addColorStop(1, themed("shade"));
+  context.clearRect(0, 0, ramp.width, ramp.height);
+  context.fillStyle = gradient;
+  context.fillRect(0, 0, ramp.width, ramp.height);
+}
+
+onChange((changed) => {
+  if (changed.has("token")) {
+    $("tokens").querySelector('[aria-selected="true"]')?.setAttribute("aria-selected", "false");
+    if (chosen.token !== null) { focusToken(chosen.token); boxOf(chosen.token).setAttribute("aria-selected", "true"); }
+  }
+  const linked = typeof chosen.shade !== "number";
+  if (changed.has("shade") || changed.has("layer") || changed.has("head") || (changed.has("token") && linked)) shadeText();
+});

@@ -1,0 +1,70 @@
+// Elements, numbers and tokens as text. Nothing here or elsewhere reads text as HTML: tokens are data.
+
+const $ = (id) => document.getElementById(id);
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "class") made.className = value;
+    else if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+function options(select, entries, chosen) {
+  select.replaceChildren(...entries.map(({ value, label }) => {
+    const option = element("option", { value }, label);
+    option.selected = String(value) === String(chosen);
+    return option;
+  }));
+}
+
+const plain = (name) => name.replaceAll("_", " ");
+
+function number(value) {
+  if (value === null || !Number.isFinite(value)) return "no data";
+  const size = Math.abs(value);
+  if (size >= 1000) return Math.round(value).toLocaleString("en");
+  if (size !== 0 && size < 0.001) return value.toExponential(1).replace("e-", "e−");
+  return String(Number(value.toPrecision(3)));
+}
+
+const percent = (value) => {
+  if (!Number.isFinite(value)) return "–";
+  const share = 100 * value;
+  return `${share >= 10 ? share.toFixed(0) : share >= 0.1 || share === 0 ? share.toFixed(1) : "<0.1"}%`;
+};
+
+const withUnit = (value, unit) => (Number.isFinite(value) ? `${number(value)} ${unit}` : "no data");
+
+const token = (position) => (report.tokens ? report.tokens[position] : String(position));
+
+// A token inside a sentence: set apart from the writing direction around it.
+function tokenChip(position) {
+  return element("bdi", { class: "chip" }, report.tokens ? token(position) || "(empty)" : `token ${position}`);
+}
+
+// Plotly reads a little HTML in its labels, so that a token has to be escaped for it, and isolated.
+function forPlotly(position) {
+  if (!report.tokens) return "";
+  const escaped = token(position).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  return `\u2068${escaped}\u2069`;
+}
+
+function binLabel(start, width, length = report.length) {
+  const last = Math.min(start + width, length) - 1;
+  return last > start ? `tokens ${start}–${last}` : `token ${start}`;
+}
+
+function showTip(text, x, y) {
+  const tip = $("tip");
+  tip.textContent = text;
+  tip.hidden = false;
+  const box = tip.getBoundingClientRect();
+  tip.style.left = `${Math.max(4, Math.min(x + 12, window.innerWidth - box.width - 4))}px`;
+  tip.style.top = `${y + 18 + box.height > window.innerHeight ? y - box.height - 10 : y + 18}px`;
+}
+
+const hideTip = () => { $("tip").hidden = true; };
