@@ -15,11 +15,11 @@ from test_viz import TOKENS, Tokenizer
 
 from llama_attn import AttentionStatsConfig
 from llama_attn.analysis import classify_heads, head_means, layer_evolution, sink_rate
+from llama_attn.token_text import readable
 from llama_attn.viz import html, report
 from llama_attn.viz.contents import along_text, one_row
 from llama_attn.viz.embedding import Level, Part, embed, embed_rounded, fit
 from llama_attn.viz.pooling import pool_tokens, pool_top_keys, widths
-from llama_attn.viz.style import readable
 
 AXES = ("layer", "hidden_layer", "head", "kv_head", "query", "key")
 
@@ -180,7 +180,7 @@ def test_tokens_are_data(ids, tmp_path):
     shown = page.about["tokens"][: len(TOKENS)]
     assert shown[:8] == ["<|im_start|>", "␣the", "⏎", "$x$", "</script>", "··", "שלום", "🦜"]
     assert shown[8] == "a" * 79 + "…[10,000 characters]"
-    assert shown[9:] == [readable(token) for token in TOKENS[9:]]
+    assert shown[9:] == [readable(token, 80) for token in TOKENS[9:]]
 
 
 def test_a_folder_is_not_told(ids, tmp_path):
