@@ -43,9 +43,9 @@ def compare(a: Source, b: Source) -> pandas.DataFrame:
         values; none where the statistic has no heads): ``statistic, layer, head``; ``mean_a, mean_b`` and
         ``difference`` = mean_b − mean_a over the aligned tokens [the statistic's unit]; ``effect``, the root mean
         square of the token-by-token difference over the standard deviation of the statistic, taken over all layers,
-        heads and aligned tokens of both runs, or over its rounding error where that is larger [ratio]; ``largest``, the token-by-token difference of largest
-        magnitude, with its ``batch``, its ``position`` in a and its ``token``. Sorted by effect; lines without data
-        come last.
+        heads and aligned tokens of both runs, or over its rounding error where that is larger [ratio]; ``largest``,
+        the token-by-token difference of largest magnitude, with its ``batch``, its ``position`` in a and its
+        ``token``. Sorted by effect; lines without data come last.
 
     Raises:
         ValueError: Nothing is common to both, or the texts cannot be aligned.
