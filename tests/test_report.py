@@ -88,7 +88,7 @@ def test_tokens_are_data(ids, tmp_path):
     shown = page.about["tokens"][: len(TOKENS)]
     assert shown[:8] == ["<|im_start|>", "␣the", "⏎", "$x$", "</script>", "··", "שלום", "🦜"]
     assert shown[8] == "a" * 79 + "…[10,000 characters]"
-    assert shown[9:] == [readable(token) for token in TOKENS[9:]]
+    assert shown[9:] == [readable(token, 80) for token in TOKENS[9:]]
 
 
 def test_a_folder_is_not_told(ids, tmp_path):
