@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import statistics
 
-import numpy as np
 import pytest
 import torch
+from results import Row
+from timing import keep
 
 from llama_attn import AttentionStats, AttentionStatsConfig
 from llama_attn.stats.container import VISIBILITY_LABELS, Label
 from llama_attn.stats.table import default_statistics, statistics_table
 from llama_attn.viz import report
+
+pytestmark = pytest.mark.benchmark(group="report")
 
 LAYERS, HEADS, KV_HEADS = 30, 9, 3
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -54,25 +58,34 @@ def made_up(length: int) -> AttentionStats:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("length", [4096, 32768])
-def test_writing(benchmark, tmp_path, length):
-    benchmark.group = f"report, writing, T = {length}"
-    dataset = made_up(length).to_xarray()
+@pytest.fixture(scope="module", params=[4096, 32768], ids=str)
+def dataset(request):
+    return made_up(request.param).to_xarray()
+
+
+def shape(dataset) -> str:
+    return f"{LAYERS} layers, {HEADS} heads, T {dataset.sizes['key']:,}"
+
+
+def test_writing(benchmark, dataset, tmp_path):
     path = tmp_path / "report.html"
-    benchmark.pedantic(lambda: report(dataset, path), rounds=3 if length < 10_000 else 1)
-    benchmark.extra_info["megabytes"] = round(path.stat().st_size / 1e6, 2)
-    assert path.stat().st_size <= 12e6
+    long = dataset.sizes["key"] > 4096
+    benchmark.pedantic(report, args=(dataset, path), rounds=1 if long else 3)
+    seconds, megabytes = benchmark.stats.stats.median, path.stat().st_size / 1e6
+    written = Row("written", shape(dataset), seconds, "s")
+    if not long:
+        written = Row.over("written", shape(dataset), seconds, "s", "the limit", 20.0, 1.0)
+    keep(benchmark, [written, Row.over("size", shape(dataset), megabytes, "MB", "the limit", 12.0, 1.0)])
+    assert megabytes <= 12
 
 
-@pytest.mark.parametrize("length", [4096, 32768])
-def test_opening(benchmark, tmp_path, length):
-    """From the navigation until tokens are shaded and answer to clicks, in a fresh page each time."""
+def test_opening(benchmark, dataset, tmp_path):
+    """A fresh page each time; interactive is when tokens are shaded and answer to clicks."""
     if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
         pytest.skip("chromium and playwright are needed")
     from playwright.sync_api import sync_playwright
 
-    benchmark.group = f"report, until interactive, T = {length}"
-    path = report(made_up(length).to_xarray(), tmp_path / "report.html")
+    path = report(dataset, tmp_path / "report.html")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         marks = []
@@ -81,11 +94,15 @@ def test_opening(benchmark, tmp_path, length):
             page = browser.new_page()
             page.goto(path.as_uri())
             page.locator("html[data-ready=all]").wait_for(state="attached", timeout=60_000)
-            marks.append(page.evaluate("performance.getEntriesByName('interactive')[0].startTime"))
+            marks.append(page.evaluate("performance.getEntriesByName('interactive')[0].startTime") / 1000)
             page.locator(".token").nth(5).click()
             page.locator("#token h3").wait_for()
             page.close()
 
-        benchmark.pedantic(open_page, rounds=5)
+        benchmark.pedantic(open_page, rounds=5, warmup_rounds=1)
         browser.close()
-    benchmark.extra_info["interactive_after_seconds"] = round(float(np.median(marks)) / 1000, 3)
+    rows = [
+        Row.over("interactive", shape(dataset), statistics.median(marks), "s", "the limit", 3.0, 1.0),
+        Row("all maps drawn, links of a token shown", shape(dataset), benchmark.stats.stats.median, "s"),
+    ]
+    keep(benchmark, rows)

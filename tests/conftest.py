@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from llama_attn import LlamaForCausalLM
 from llama_attn.demo import SYSTEM, USER, demo_checkpoint
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 # The models are tiny and the tests run in several processes: a second thread would only wait.
 torch.set_num_threads(1)
@@ -98,3 +101,43 @@ def restored_registry():
     for mapping, content in zip(held, before, strict=True):
         mapping.clear()
         mapping.update(content)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser, which nothing is downloaded for."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium):
+    """Opens a report without a network; at the end, nothing may have been asked for and nothing complained of."""
+    contexts, requests, complaints, opened = [], [], [], []
+
+    def open_(path, **settings):
+        context = chromium.new_context(offline=True, **({"viewport": {"width": 1280, "height": 900}} | settings))
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on(
+            "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(path.as_uri())
+        opened.append(path.as_uri())
+        page.locator("html[data-ready=all]").wait_for(state="attached")
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert [url for url in requests if not url.startswith(("data:", "blob:"))] == opened
+    assert complaints == []

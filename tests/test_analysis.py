@@ -164,6 +164,11 @@ def test_classify_heads(query_slice, left_padding):
         assert np.isnan(line.score) if not passed else line.score == getattr(line, f"{line.role}_score")
 
 
+def test_axes_in_another_order(padded):
+    turned = padded.ds.transpose(*reversed(padded.ds.dims))
+    xarray.testing.assert_identical(uniform_attention(turned), uniform_attention(padded.ds))
+
+
 def test_each_role(padded):
     """Heads whose statistics are what the role says, one role each, and one that has none."""
     ds = padded.ds.copy(deep=True)

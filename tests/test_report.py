@@ -2,87 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import re
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from test_viz import TOKENS, Tokenizer
+from report_page import measured, ordered, written
+from test_viz import TOKENS
 
-from llama_attn import AttentionStatsConfig
 from llama_attn.analysis import classify_heads, head_means, layer_evolution, sink_rate
 from llama_attn.token_text import readable
 from llama_attn.viz import html, report
-from llama_attn.viz.contents import along_text, one_row
-from llama_attn.viz.embedding import Level, Part, embed, embed_rounded, fit
-from llama_attn.viz.pooling import pool_tokens, pool_top_keys, widths
-
-AXES = ("layer", "hidden_layer", "head", "kv_head", "query", "key")
-
-
-def measured(ids, mask=None, model=None, statistics="all", norms=True, tokens=True, **settings):
-    config = AttentionStatsConfig(statistics=statistics, norms=norms, **settings)
-    with torch.no_grad():
-        stats = (model or tiny_model())(ids, attention_mask=mask, output_attention_stats=config).attention_stats
-    numbers = torch.arange(ids.numel()).view(ids.shape)
-    return stats.with_tokens(Tokenizer(), numbers) if tokens else stats
-
-
-class Page:
-    """A report, read back without a browser."""
-
-    def __init__(self, path):
-        self.html = path.read_text("utf-8")
-        self.blocks = dict(
-            re.findall(r'<script type="application/octet-stream" id="(\w+)">([\w+/=]*)</script>', self.html)
-        )
-        self.about = json.loads(self.inflate("about"))
-
-    def inflate(self, name):
-        return zlib.decompress(base64.b64decode(self.blocks[name]))
-
-    def __contains__(self, name):
-        return name in self.about["arrays"]
-
-    def array(self, name):
-        """The numbers of an array, and how far each may be off."""
-        entry = self.about["arrays"][name]
-        planes = np.frombuffer(self.inflate(entry["id"]), np.uint8)
-        size = int(entry["dtype"][1])
-        values = np.ascontiguousarray(planes.reshape(size, -1).T).view("<" + entry["dtype"]).reshape(entry["shape"])
-        if "scale" not in entry:
-            return values, np.zeros(values.shape)
-        scale, low, step = (
-            np.reshape(entry[key], (-1,) + (1,) * (values.ndim - 1)) for key in ("scale", "low", "step")
-        )
-        numbers = np.where(values == 0, np.nan, scale * np.sinh(low + step * (values.astype(float) - 1)))
-        return numbers, entry["rounding"] * np.maximum(np.abs(numbers), scale)
-
-    def stated(self, name, layer):
-        """The stated rounding of a layer as tolerances of `assert_allclose`."""
-        entry = self.about["arrays"][name]
-        return {"rtol": entry["rounding"], "atol": entry["rounding"] * entry["scale"][layer]}
-
-    def check(self, name, expected):
-        """Within the stated rounding, beside that of means in float32; NaN where NaN is."""
-        numbers, allowed = self.array(name)
-        expected = np.asarray(expected, dtype=float)
-        np.testing.assert_array_equal(np.isnan(numbers), ~np.isfinite(expected), err_msg=name)
-        known = np.isfinite(expected)
-        allowed = allowed + np.finfo(np.float32).eps * np.abs(expected)
-        assert (np.abs(numbers - expected)[known] <= allowed[known]).all(), name
-
-
-def written(source, tmp_path, **settings):
-    return Page(report(source, tmp_path / "report.html", **settings))
-
-
-def ordered(values):
-    return values.transpose(*[axis for axis in AXES if axis in values.dims]).values
 
 
 @pytest.mark.parametrize("batch", [0, 1])
@@ -126,29 +57,6 @@ def test_the_check_can_fail(ids, tmp_path):
     page.check("mean entropy", numbers)
     with pytest.raises(AssertionError):
         page.check("mean entropy", numbers + 1.5 * allowed.max())
-
-
-@pytest.mark.parametrize("bits", [8, 16])
-def test_rounding_is_as_stated(bits):
-    generator = np.random.default_rng(0)
-    wide = np.exp(4 * generator.standard_normal((5, 999)))
-    for values in (wide, -wide, wide - 20, np.where(wide > 1, wide, 0.0), np.full((2, 7), 3.5), np.zeros((1, 3))):
-        values = values.astype(np.float32)
-        values[0, 0] = np.nan
-        packed = embed_rounded(values, bits)
-        codes = np.frombuffer(zlib.decompress(base64.b64decode(packed.text)), np.uint8)
-        codes = codes.reshape(bits // 8, -1).T.astype(int) @ [1, 256][: bits // 8]
-        codes = codes.reshape(values.shape)
-        about = {key: np.array(packed.about[key])[:, None] for key in ("scale", "low", "step")}
-        numbers = about["scale"] * np.sinh(about["low"] + about["step"] * (codes - 1))
-        assert (codes == 0).sum() == 1
-        known = codes > 0
-        allowed = packed.about["rounding"] * np.maximum(np.abs(values), about["scale"])
-        error = np.abs(numbers - values)
-        assert (error[known] <= allowed[known] * (1 + 1e-6) + 1e-12).all()
-        if values.std() > 0 and bits == 8:
-            assert error[known].max() > 0.2 * allowed[known].min(), "the bound says something"
-        np.testing.assert_array_equal(numbers[known & (values == 0)], 0.0)
 
 
 def test_findings_are_those_of_the_analysis(ids, tmp_path):
@@ -257,51 +165,6 @@ def test_what_is_missing_is_named(ids, tmp_path):
     assert [each["name"] for each in page.about["statistics"]] == ["hidden_norm"]
 
 
-def test_everything_fits_into_the_budget(ids, tmp_path):
-    """Less room, less detail; what is stored is what the page says it is."""
-    stats = measured(ids.repeat(1, 6)[:, :211], model=tiny_model(num_attention_heads=12, num_key_value_heads=2))
-    row = one_row(stats.to_xarray(), 0)
-    full = (written(stats, tmp_path)).html
-    least = least_megabytes(stats, tmp_path)
-    seen = set()
-    for share in (0.8, 0.5, 0.2, 0):
-        budget = least + share * (len(full.encode()) / 1e6 - least)
-        page = written(stats, tmp_path, max_megabytes=budget)
-        assert (tmp_path / "report.html").stat().st_size <= budget * 1e6
-        for name in along_text(row):
-            values = row[name].isel(batch=0)
-            exact = ordered(values).astype(float)
-            with_heads = {"head", "kv_head"} & set(values.dims)
-            entry = page.about["arrays"][f"mean {name}"]
-            page.check(f"mean {name}", pool_tokens(exact.mean(1) if with_heads else exact, entry["width"]))
-            seen.add(("mean", entry["bits"], entry["width"]))
-            if f"heads {name}" in page:
-                entry = page.about["arrays"][f"heads {name}"]
-                page.check(f"heads {name}", pool_tokens(exact, entry["width"]))
-                seen.add(("heads", entry["bits"], entry["width"]))
-            elif with_heads:
-                seen.add("without heads")
-        np.testing.assert_array_equal(page.array("grid entropy")[0], head_means(row, "entropy").values)
-    assert {("mean", 16, 1), ("mean", 8, 1), ("mean", 8, 2), ("heads", 8, 1), ("heads", 8, 2), "without heads"} <= seen
-
-
-def least_megabytes(stats, tmp_path):
-    """What the error says is needed."""
-    with pytest.raises(ValueError, match=r"max_megabytes: 1 is too small for this run; .* it needs 2\.\d+") as error:
-        report(stats, tmp_path / "report.html", max_megabytes=1)
-    return float(str(error.value).split()[-1])
-
-
-def test_too_small_a_budget_leaves_no_file(ids, tmp_path):
-    stats = measured(ids)
-    least = least_megabytes(stats, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    assert 2 < least < 2.5
-    written(stats, tmp_path, max_megabytes=least)
-    with pytest.raises(ValueError, match="is too small"):
-        report(stats, tmp_path / "report.html", max_megabytes=least - 0.01)
-
-
 def test_the_file_appears_only_when_complete(ids, tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("before")
@@ -344,59 +207,3 @@ def test_other_bad_requests(ids, tmp_path):
         report(measured(ids, mask), tmp_path / "report.html")
     with pytest.raises(TypeError, match="expected AttentionStats"):
         report(tiny_model(), tmp_path / "report.html")
-
-
-def test_pooling_of_tokens():
-    values = np.array([[1.0, 3.0, np.nan, 5.0, np.nan], [0.0, 0.0, np.nan, np.nan, 7.0]])
-    pooled = pool_tokens(values, 2)
-    np.testing.assert_array_equal(pooled, [[2.0, 5.0, np.nan], [0.0, np.nan, 7.0]])
-    assert pool_tokens(values, 1) is values
-    assert widths(130, 64) == [1, 2]
-    assert widths(4096, 64) == [1, 2, 4, 8, 16, 32, 64]
-    assert widths(1, 64) == [1]
-
-
-@pytest.mark.parametrize("width", [1, 2, 5])
-def test_pooling_of_most_attended_keys(width):
-    generator = np.random.default_rng(1)
-    heads, queries, ranks = 2, 11, 3
-    position = np.stack([[generator.permutation(11)[:ranks] for _ in range(queries)] for _ in range(heads)])
-    weight = generator.random((heads, queries, ranks)).astype(np.float32)
-    real = np.arange(queries) != 4
-    weight[:, 4], position[:, 4] = np.nan, -1
-    means, keys = pool_top_keys(weight, position, real, width, 3)
-    for head in range(heads):
-        for start in range(0, queries, width):
-            sums = {}
-            inside = [query for query in range(start, min(start + width, queries)) if real[query]]
-            for query in inside:
-                for key, share in zip(position[head, query], weight[head, query], strict=True):
-                    sums[int(key)] = sums.get(int(key), 0.0) + float(share)
-            best = sorted(sums.items(), key=lambda item: -item[1])[:3]
-            found = [
-                (int(key), float(share))
-                for key, share in zip(keys[head, start // width], means[head, start // width], strict=True)
-                if key >= 0
-            ]
-            assert [key for key, _ in found] == [key for key, _ in best]
-            np.testing.assert_allclose(
-                [share for _, share in found], [total / len(inside) for _, total in best], rtol=1e-5
-            )
-
-
-def test_fitting_takes_from_the_largest_first():
-    def part(name, sizes, worth=1.0):
-        def level(size):
-            return Level(size, lambda: {name: embed(np.random.default_rng(0).integers(256, size=size, dtype=np.uint8))})
-
-        return Part(name, [level(size) for size in sizes], worth)
-
-    parts = [part("large", [4000, 2000, 1000]), part("worthy", [4000, 2000], worth=5), part("small", [400, 200])]
-    assert len(fit(parts, 20_000)) == 3
-    assert [each.level for each in parts] == [0, 0, 0]
-    fit(parts, 9_000)
-    assert [each.level for each in parts] == [1, 0, 0]
-    fit(parts, 4_800)
-    assert [each.level for each in parts] == [2, 1, 0]
-    with pytest.raises(ValueError, match="most: 100 characters are too few"):
-        fit(parts, 100)

@@ -42,7 +42,11 @@ def uniform_attention(dataset: xarray.Dataset) -> xarray.Dataset:
     queries = dataset["query"].values
     rows = [
         _uniform_row(queries, keys, seen, window)
-        for keys, seen in zip(dataset.visible_keys.values, dataset.visible_queries.values, strict=True)
+        for keys, seen in zip(
+            dataset.visible_keys.transpose("batch", "query").values,
+            dataset.visible_queries.transpose("batch", "key").values,
+            strict=True,
+        )
     ]
     received, distance, local = (np.stack(values) for values in zip(*rows, strict=True))
     return xarray.Dataset(

@@ -59,5 +59,5 @@ function scaleOf(values, unit) {
     if (log) return Math.log(value / low) / span;
     return attention ? Math.sqrt((value - low) / span) : (value - low) / span;
   };
-  return { low, high, kind: log ? "logarithmic" : attention ? "square root" : "linear", share };
+  return { low, high, kind: log ? "logarithmic" : attention ? "square-root" : "linear", share };
 }

@@ -101,10 +101,10 @@ function buildMethod() {
     const about = report.arrays[name];
     if (!about) return null;
     const bins = about.width > 1 ? `bins of ${about.width} tokens` : "every token";
-    return `${bins}, ± ${number(100 * about.rounding)}%`;
+    return `${bins}, ± ${Number((100 * about.rounding).toPrecision(2))}%`;
   };
   const rows = report.statistics.map(({ name, unit, headAxis, meaning, source }) => [
-    plain(name), unit, detail(`mean ${name}`), headAxis === null ? "–" : detail(`heads ${name}`) || "left out", [meaning, source].filter(Boolean).join("; "),
+    plain(name), unit, detail(`mean ${name}`), headAxis === null ? "–" : detail(`heads ${name}`) || "left out", [...new Set([meaning, source])].filter(Boolean).join("; "),
   ]);
   const map = report.arrays.weights_map;
   if (map) rows.push(["weights map", "probability", map.shape[1] === 1 ? detail("weights_map") : "–", map.shape[1] === 1 && report.heads.length > 1 ? "left out" : detail("weights_map"), "attention weight of a bin of queries on a bin of keys"]);

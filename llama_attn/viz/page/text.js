@@ -67,7 +67,7 @@ function fill(box) {
     made.push(element("span", {
       class: real[position] ? "token" : "token padding", role: "option", tabindex: position === focused ? 0 : -1,
       "aria-selected": position === chosen.token ? "true" : "false", "data-position": position,
-    }, ...(pieces.length ? pieces : ["\u2009"])));
+    }, ...(pieces.length ? pieces : [element("span", { class: "mark" }, "(empty)")])));
     if (text.includes("⏎")) made.push(element("br"));
   }
   box.replaceChildren(...made);
