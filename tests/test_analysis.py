@@ -165,7 +165,7 @@ def test_classify_heads(query_slice, left_padding):
 
 
 def test_axes_in_another_order(padded):
-    turned = padded.ds.transpose(*reversed(padded.ds.dims))
+    turned = padded.ds.transpose(*reversed(list(padded.ds.dims)))
     xarray.testing.assert_identical(uniform_attention(turned), uniform_attention(padded.ds))
 
 
