@@ -15,7 +15,9 @@ pytestmark = pytest.mark.benchmark(group="forward")
 
 # Backend, whether it measures, and the most it may take of the time of stock sdpa.
 SHAPES = {
-    (2048, "float32"): [("streaming", True, 1.05), ("sdpa", False, 1.03)],
+    # The same operations as stock, so that only many short turns could show a difference.
+    (512, "float32"): [("sdpa", False, 1.03)],
+    (2048, "float32"): [("streaming", True, 1.05)],
     (4096, "float32"): [("streaming", True, 1.05), ("streaming_torch", True, 1.45), ("sdpa", True, 1.30)],
     (8192, "float32"): [("streaming", True, 1.10)],
     (4096, "bfloat16"): [("streaming", True, 1.05)],
@@ -70,7 +72,8 @@ def compare_forwards(benchmark, model, ids, cases, shape, truth=None):
         timed.append(
             Case(label(backend, stats), lambda n=network, m=measures: forward(n, output_attention_stats=m), goal)
         )
-    alternate(benchmark, Case("stock sdpa, no statistics", lambda: forward(plain)), timed, shape=shape)
+    rounds = 31 if ids.shape[1] < 1000 else 5
+    alternate(benchmark, Case("stock sdpa, no statistics", lambda: forward(plain)), timed, shape=shape, rounds=rounds)
 
 
 @pytest.mark.parametrize(("length", "dtype"), SHAPES)

@@ -26,7 +26,7 @@ class Case:
     at_most: float | None = None
 
 
-def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, rounds: int = 5, per: int = 1):
+def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, rounds: int = 5):
     """Run the baseline and every case in turn, ``rounds`` times; keep the ratios of medians.
 
     Whoever checks what a case gives has run it once, which is its warm-up.
@@ -37,7 +37,6 @@ def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, r
         cases: The others.
         shape: For the table.
         rounds: How often.
-        per: Units of work in one call, tokens for example; times are of one unit.
 
     Returns:
         The rows, which are kept, and the seconds of every round by case.
@@ -50,7 +49,7 @@ def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, r
         median, plain_median = statistics.median(seconds[case.name]), statistics.median(plain)
         rows.append(
             Row(
-                case.name, shape, median / per, "s", baseline.name, plain_median / per, median / plain_median,
+                case.name, shape, median, "s", baseline.name, plain_median, median / plain_median,
                 case.at_most, min(ratios), max(ratios),
             )
         )  # fmt: skip
