@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from llama_attn.engines._threads import in_threads
 from llama_attn.engines._walk import Walk, compute_dtype
 from llama_attn.stats.block import HIDDEN_SCORE, Block, Wanted
 from llama_attn.stats.table import Statistic
@@ -72,32 +73,44 @@ def walk(
     output = None
     if value is not None:
         output = value.new_empty(batch, num_queries, heads, value.shape[-1])
-        value = value.to(logsumexp.dtype).contiguous().flatten(0, 1)
-    raw: dict[str, Tensor] = {}
+        value = _stacked(value, logsumexp.dtype)
     block_rows = block_rows or _block_rows(query, visibility)
-    # Without statistics nobody needs the centred scores again.
-    scratch = _scratch(query, visibility, block_rows) if wanted else None
-    for rows, scores, _ in _blocks(query, key, visibility, scaling, block_rows):
-        row_max = scores.amax(-1)
-        scores.sub_(row_max[..., None])
-        exponentials = scores if scratch is None else scratch[: scores.numel()].view_as(scores)
-        # Powers of two take half the time of `torch.exp` on a CPU, this pass included.
-        torch.mul(scores, LOG2_E, out=exponentials).exp2_()
-        row_sum = exponentials.sum(-1)
-        span = slice(rows.start, rows.stop)
-        seeing = torch.gt(row_max, HIDDEN_SCORE / 2, out=sees[:, :, span])
-        inverse = torch.where(seeing, row_sum.reciprocal(), 0)
-        torch.add(row_max, row_sum.log(), out=logsumexp[:, :, span])
-        if value is not None and output is not None:
-            mixed = torch.bmm(exponentials.view(value.shape[0], -1, scores.shape[-1]), value[:, : scores.shape[-1]])
-            mixed = mixed.view(batch, heads, len(rows), -1) * inverse[..., None]
-            output[:, span] = rearrange(mixed, "b h q d -> b q h d")
-        if wanted:
-            real = visibility.real_queries[:, None, span]
-            block = Block(
-                scores, exponentials, row_max, row_sum, torch.where(real, inverse, 0), rows, visibility, wanted
-            )
-            _take(block, raw, num_queries)
+    # Rows of queries, which are shared, and sums over them, which every worker has for himself.
+    raw: dict[str, Tensor] = {}
+    workers = _workers(query, block_rows)
+
+    def work(worker: int) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        # Without statistics nobody needs the centred scores again.
+        scratch = _scratch(query, visibility, block_rows) if wanted else None
+        for rows, scores, _ in _blocks(query, stacked_key, visibility, scaling, block_rows, worker, workers):
+            row_max = scores.amax(-1)
+            scores.sub_(row_max[..., None])
+            exponentials = scores if scratch is None else scratch[: scores.numel()].view_as(scores)
+            # Powers of two take half the time of `torch.exp` on a CPU, this pass included.
+            torch.mul(scores, LOG2_E, out=exponentials).exp2_()
+            row_sum = exponentials.sum(-1)
+            span = slice(rows.start, rows.stop)
+            seeing = torch.gt(row_max, HIDDEN_SCORE / 2, out=sees[:, :, span])
+            inverse = torch.where(seeing, row_sum.reciprocal(), 0)
+            torch.add(row_max, row_sum.log(), out=logsumexp[:, :, span])
+            if value is not None and output is not None:
+                mixed = torch.bmm(exponentials.view(value.shape[0], -1, scores.shape[-1]), value[:, : scores.shape[-1]])
+                mixed = mixed.view(batch, heads, len(rows), -1) * inverse[..., None]
+                output[:, span] = rearrange(mixed, "b h q d -> b q h d")
+            if wanted:
+                real = visibility.real_queries[:, None, span]
+                block = Block(
+                    scores, exponentials, row_max, row_sum, torch.where(real, inverse, 0), rows, visibility, wanted
+                )
+                _take(block, raw, sums, num_queries)
+        return sums
+
+    stacked_key = _stacked(key, logsumexp.dtype)
+    # Added in the order of the workers, so that the result depends on their number only.
+    for sums in in_threads(work, workers):
+        for name, part in sums.items():
+            raw[name] = raw[name] + part if name in raw else part
     # A row that sees nothing, or NaN, has no statistics.
     for statistic in wanted.statistics if wanted else ():
         if statistic.per_query and num_queries:
@@ -125,11 +138,11 @@ def backward(
     grad_query = torch.empty_like(query, dtype=dtype)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
-    stacked_key, stacked_value = key.to(dtype).flatten(0, 1), value.to(dtype).flatten(0, 1)
+    stacked_key, stacked_value = _stacked(key, dtype), _stacked(value, dtype)
     # Σ_j A_ij (dO_i · v_j) = dO_i · O_i
     shift = rearrange((grad_output.to(dtype) * output.to(dtype)).sum(-1), "b q h -> b h q")
     block_rows = block_rows or _block_rows(query, visibility)
-    for rows, scores, queries in _blocks(query, key, visibility, scaling, block_rows):
+    for rows, scores, queries in _blocks(query, stacked_key, visibility, scaling, block_rows):
         span, num_keys = slice(rows.start, rows.stop), scores.shape[-1]
         sees = logsumexp[:, :, span] > HIDDEN_SCORE / 2
         weights = scores.sub_(logsumexp[:, :, span, None]).exp_().mul_(sees[..., None])
@@ -145,23 +158,34 @@ def backward(
     return (grad_query * scaling).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def _blocks(query: Tensor, key: Tensor, visibility: Visibility, scaling: float, block_rows: int) -> Iterator[_Scores]:
-    """The scaled scores of one block of rows after another, hidden keys at `HIDDEN_SCORE`.
+def _stacked(tensor: Tensor, dtype: torch.dtype) -> Float[Tensor, "groups key channel"]:
+    """Keys or values of all rows and KV heads, in the dtype that is computed in."""
+    return tensor.to(dtype).contiguous().flatten(0, 1)
+
+
+def _blocks(
+    query: Tensor,
+    stacked_key: Tensor,
+    visibility: Visibility,
+    scaling: float,
+    block_rows: int,
+    first: int = 0,
+    step: int = 1,
+) -> Iterator[_Scores]:
+    """The scaled scores of every ``step``-th block of rows from the ``first`` on, hidden keys at `HIDDEN_SCORE`.
 
     The scores of a block are overwritten by the next.
     """
-    dtype = compute_dtype(query)
     batch, heads, num_queries, channels = query.shape
-    kv_heads = key.shape[1]
-    stacked_key = key.to(dtype).contiguous().flatten(0, 1).mT
+    groups = len(stacked_key)
     scratch = _scratch(query, visibility, block_rows)
-    for start in range(0, num_queries, block_rows):
+    for start in range(first * block_rows, num_queries, step * block_rows):
         rows = range(start, min(start + block_rows, num_queries))
         num_keys = visibility.num_keys_of(rows)
-        queries = query[:, :, rows.start : rows.stop].to(dtype) * scaling
-        queries = queries.reshape(batch * kv_heads, -1, channels)
+        queries = query[:, :, rows.start : rows.stop].to(stacked_key.dtype) * scaling
+        queries = queries.reshape(groups, -1, channels)
         scores = scratch[: batch * heads * len(rows) * num_keys].view(batch, heads, len(rows), num_keys)
-        torch.bmm(queries, stacked_key[..., :num_keys], out=scores.view(batch * kv_heads, -1, num_keys))
+        torch.bmm(queries, stacked_key[:, :num_keys].mT, out=scores.view(groups, -1, num_keys))
         if (bias := visibility.bias(rows)) is not None:
             scores += bias
         for hidden, first in visibility.hidden(rows):
@@ -169,22 +193,29 @@ def _blocks(query: Tensor, key: Tensor, visibility: Visibility, scaling: float, 
         yield _Scores(rows, scores, queries)
 
 
-def _take(block: Block, raw: dict[str, Tensor], num_queries: int) -> None:
-    """Let each wanted statistic take what it needs from the block."""
+def _take(block: Block, raw: dict[str, Tensor], sums: dict[str, Tensor], num_queries: int) -> None:
+    """Let each wanted statistic take what it needs from the block: rows of queries, or sums over them."""
     for statistic in block.wanted.statistics:
         taken = statistic.stream(block)
         if statistic.per_query:
             if statistic.name not in raw:
-                raw[statistic.name] = taken.new_empty(*taken.shape[:2], num_queries, *taken.shape[3:])
+                # Another worker may have been faster.
+                raw.setdefault(statistic.name, taken.new_empty(*taken.shape[:2], num_queries, *taken.shape[3:]))
             raw[statistic.name][:, :, block.rows.start : block.rows.stop] = taken
         elif statistic.dims[-1] == "key":
-            if statistic.name not in raw:
-                raw[statistic.name] = taken.new_zeros(*taken.shape[:2], block.visibility.num_keys)
-            raw[statistic.name][..., : taken.shape[-1]] += taken
-        elif statistic.name in raw:
-            raw[statistic.name] += taken
+            if statistic.name not in sums:
+                sums[statistic.name] = taken.new_zeros(*taken.shape[:2], block.visibility.num_keys)
+            sums[statistic.name][..., : taken.shape[-1]] += taken
+        elif statistic.name in sums:
+            sums[statistic.name] += taken
         else:
-            raw[statistic.name] = taken
+            sums[statistic.name] = taken
+
+
+def _workers(query: Tensor, block_rows: int) -> int:
+    """How many blocks are worked on at once."""
+    blocks = -(-query.shape[2] // block_rows)
+    return max(1, min(blocks, torch.get_num_threads())) if query.device.type == "cpu" else 1
 
 
 def _scratch(query: Tensor, visibility: Visibility, block_rows: int) -> Tensor:
