@@ -46,12 +46,24 @@ def test_the_number_of_threads_does_not_matter(padding, four_threads):
         torch.testing.assert_close(many.raw[name], expected, rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
 
 
-def test_every_call_has_one_thread_and_the_caller_keeps_his(four_threads):
-    meet = threading.Barrier(3, timeout=30)
+def test_as_many_blocks_as_memory_allows(four_threads, monkeypatch):
+    inputs = make_inputs(queries=41)
+    # Scores of five queries.
+    block_bytes = 5 * 4 * inputs.query.shape[0] * inputs.query.shape[1] * inputs.visibility.num_keys
+    counts = []
+    monkeypatch.setattr(engine, "in_threads", lambda work, count: counts.append(count) or in_threads(work, count))
+    for allowed in (4 * block_bytes, 3 * block_bytes - 1, 1):
+        monkeypatch.setattr(engine, "ALL_BLOCKS_BYTES", allowed)
+        engine.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scaling, block_rows=5)
+    assert counts == [4, 2, 1]
 
-    def work(worker):
+
+def test_calls_share_the_threads_and_the_caller_keeps_his(four_threads):
+    meet = {count: threading.Barrier(count, timeout=30) for count in (2, 3)}
+
+    def work(worker, count=3):
         # Nobody gets here alone.
-        meet.wait()
+        meet[count].wait()
         return worker, torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     with torch.inference_mode():
@@ -59,6 +71,7 @@ def test_every_call_has_one_thread_and_the_caller_keeps_his(four_threads):
     with torch.no_grad():
         assert in_threads(work, 3) == [(worker, 1, False, False) for worker in range(3)]
     assert in_threads(work, 3) == [(worker, 1, True, False) for worker in range(3)]
+    assert in_threads(lambda worker: work(worker, 2), 2) == [(worker, 2, True, False) for worker in range(2)]
     assert torch.get_num_threads() == 4
 
 

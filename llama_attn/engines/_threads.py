@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def in_threads(work: Callable[[int], T], count: int) -> list[T]:
-    """Call ``work(0)`` … ``work(count − 1)`` side by side, the operations of each on one thread.
+    """Call ``work(0)`` … ``work(count − 1)`` side by side, the operations of each on its share of torch's threads.
 
     Returns:
         What each call gave, in order.
@@ -26,7 +26,7 @@ def in_threads(work: Callable[[int], T], count: int) -> list[T]:
 
     def alone(worker: int) -> T:
         # Holds for this thread, and for threads that meet torch for the first time while it does.
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, threads // count))
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             return work(worker)
 

@@ -24,6 +24,8 @@ from llama_attn.stats.visibility import Visibility
 # Bytes of scores held at once. Small enough that the passes over a block find it in the cache of a CPU, large enough
 # that the products stay efficient; measured in benchmarks/.
 BLOCK_BYTES = 8 * 2**20
+# The same for all blocks that are worked on at once, which many cores would let grow to gigabytes.
+ALL_BLOCKS_BYTES = 2**30
 LOG2_E = math.log2(math.e)
 
 
@@ -77,7 +79,7 @@ def walk(
     block_rows = block_rows or _block_rows(query, visibility)
     # Rows of queries, which are shared, and sums over them, which every worker has for himself.
     raw: dict[str, Tensor] = {}
-    workers = _workers(query, block_rows)
+    workers = _workers(query, visibility, block_rows)
 
     def work(worker: int) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
@@ -212,10 +214,13 @@ def _take(block: Block, raw: dict[str, Tensor], sums: dict[str, Tensor], num_que
             sums[statistic.name] = taken
 
 
-def _workers(query: Tensor, block_rows: int) -> int:
+def _workers(query: Tensor, visibility: Visibility, block_rows: int) -> int:
     """How many blocks are worked on at once."""
+    if query.device.type != "cpu":
+        return 1
     blocks = -(-query.shape[2] // block_rows)
-    return max(1, min(blocks, torch.get_num_threads())) if query.device.type == "cpu" else 1
+    block_bytes = block_rows * _row_bytes(query, visibility)
+    return max(1, min(blocks, torch.get_num_threads(), ALL_BLOCKS_BYTES // block_bytes))
 
 
 def _scratch(query: Tensor, visibility: Visibility, block_rows: int) -> Tensor:
@@ -226,5 +231,9 @@ def _scratch(query: Tensor, visibility: Visibility, block_rows: int) -> Tensor:
 
 
 def _block_rows(query: Tensor, visibility: Visibility) -> int:
-    row_bytes = query.shape[0] * query.shape[1] * visibility.num_keys * compute_dtype(query).itemsize
-    return max(16, min(256, BLOCK_BYTES // max(1, row_bytes)))
+    return max(16, min(256, BLOCK_BYTES // _row_bytes(query, visibility)))
+
+
+def _row_bytes(query: Tensor, visibility: Visibility) -> int:
+    """Of the scores of one query in all rows of the batch and all heads."""
+    return max(1, query.shape[0] * query.shape[1] * visibility.num_keys * compute_dtype(query).itemsize)
