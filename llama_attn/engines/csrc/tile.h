@@ -3,38 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "convert.h"
+#include "memory.h"
 #include "product.h"
 
 namespace llama_attn {
-
-inline int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-// Memory on the boundary of a cache line, uninitialised.
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  void* memory = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(count, 1) * sizeof(T), 64)));
-  if (memory == nullptr) throw std::bad_alloc();
-  return Buffer<T>(static_cast<T*>(memory));
-}
-
-template <class T>
-Buffer<T> zeros(int64_t count) {
-  Buffer<T> buffer = allocate<T>(count);
-  std::fill_n(buffer.get(), count, T{0});
-  return buffer;
-}
 
 // Keys or values of every (batch, kv_head) with tokens along the vectors: panels of (channel, kPanel tokens), in which
 // a product with rows of queries finds its right side in order.
