@@ -64,6 +64,11 @@ def met(row: dict[str, Any]) -> str:
     return "met" if row["ratio"] <= row["at_most"] else "**not met**"
 
 
+def baseline(row: dict[str, Any]) -> str:
+    """What a row is compared with."""
+    return f"{row['baseline']}: {quantity(row['baseline_value'], row['unit'])}"
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A line of a table."""
     if row["ratio"] is None:
@@ -72,7 +77,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["case"],
         row["shape"],
         quantity(row["value"], row["unit"]),
-        f"{row['baseline']}: {quantity(row['baseline_value'], row['unit'])}",
+        baseline(row),
         f"{row['ratio']:.3f}",
         "" if row["least"] is None else f"{row['least']:.2f}–{row['most']:.2f}",
         "" if row["at_most"] is None else f"≤ {row['at_most']:.2f}",
@@ -132,21 +137,25 @@ def picture(entries: dict[str, Any], path: Path) -> None:
     figure = empty_figure((11.0, 0.5 + 0.22 * sum(heights) + 0.3 * len(bars)))
     panels = figure.subplots(len(bars), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (group, found) in zip(panels, bars.items(), strict=True):
+        several = len({(row["baseline"], row["unit"]) for row in found}) > 1
         for y, row in enumerate(found):
             colour = {"": BLUE, "met": GREEN, "**not met**": ORANGE}[met(row)]
             axes.barh(y, row["ratio"], color=colour, height=0.75)
-            axes.text(0.01, y, f"{row['ratio']:.2f}", va="center", fontsize=7, color="white")
+            # A number beside a bar that has no room for it.
+            end = max(row["ratio"], row["at_most"] or 0)
+            place, ink = (0.01, "white") if row["ratio"] > 0.35 else (end + 0.03, "black")
+            axes.text(place, y, f"{row['ratio']:.2f}", va="center", fontsize=7, color=ink)
             if row["at_most"] is not None:
                 axes.plot([row["at_most"]] * 2, [y - 0.45, y + 0.45], color="black", linewidth=2)
+            if several:
+                axes.text(max(end, 1) + 0.03, y, f"of {baseline(row)}", va="center", fontsize=6, color="0.35")
         axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(found)), [f"{row['case']} ({row['shape']})" for row in found], fontsize=7)
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_title(group, loc="left", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlim(left=0)
-    panels[-1].set_xlabel(
-        "ratio to the baseline of the table [1]; green: the goal (tick) is met, orange: not, blue: none"
-    )
+    panels[-1].set_xlabel("ratio to the baseline [1]\ngreen: the goal (tick) is met, orange: not, blue: none")
     with complete_file(path) as unfinished:
         figure.savefig(unfinished, dpi=110, format="png", metadata={"Software": None})
 
