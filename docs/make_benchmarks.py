@@ -141,9 +141,10 @@ def picture(entries: dict[str, Any], path: Path) -> None:
         for y, row in enumerate(found):
             colour = {"": BLUE, "met": GREEN, "**not met**": ORANGE}[met(row)]
             axes.barh(y, row["ratio"], color=colour, height=0.75)
-            # A number beside a bar that has no room for it.
             end = max(row["ratio"], row["at_most"] or 0)
-            place, ink = (0.01, "white") if row["ratio"] > 0.35 else (end + 0.03, "black")
+            # A short bar has no room for its number, which stands behind it, or behind a tick that is near.
+            beside = end if end - row["ratio"] < 0.2 else row["ratio"]
+            place, ink = (0.01, "white") if row["ratio"] > 0.35 else (beside + 0.03, "black")
             axes.text(place, y, f"{row['ratio']:.2f}", va="center", fontsize=7, color=ink)
             if row["at_most"] is not None:
                 axes.plot([row["at_most"]] * 2, [y - 0.45, y + 0.45], color="black", linewidth=2)
