@@ -20,7 +20,9 @@ GROUPS = {
     "engines": "One attention call without a model, and what measuring a part of a model costs. "
     '`offload="cpu"` moves numbers off another device, so on a CPU there is nothing to measure.',
     "memory": "The peak of a fresh process with random weights of SmolLM2's shape in float32, on the CPU; importing "
-    "PyTorch and transformers and the weights are part of it. What counts is the resident memory of the process.",
+    "PyTorch and transformers and the weights are part of it. What counts is the resident memory of the process. glibc "
+    "gives memory from 1 MiB on back at once (`MALLOC_MMAP_THRESHOLD_`); as it is, it keeps more or less of it, and the "
+    "peak of stock itself differs by 140 MiB from one process to the next: that row is the median of five.",
     "peers": "Others, on the same weights. What they give is less than the eight statistics: see the rows.",
     "report": "The interactive page of random numbers of SmolLM2's shape, 30 layers of 9 heads, which hardly compress; "
     "opened in headless Chromium.",
