@@ -96,7 +96,10 @@ async function showToken() {
     panel.replaceChildren(element("p", { class: "muted" }, "No token is chosen yet."));
     return;
   }
-  const parts = [element("h3", {}, `Token ${position} `, tokenChip(position)), await numbersOf(position)];
+  const heading = element("h3", {}, `Token ${position} `, tokenChip(position));
+  // Until its numbers have been unpacked; those of the token before stay, which flickers less.
+  if (!panel.querySelector("h3")) panel.replaceChildren(heading, element("p", { class: "muted" }, "Unpacking its numbers …"));
+  const parts = [heading, await numbersOf(position)];
   if (hasLinks()) {
     parts.push(element("div", { class: "both" }, await linkList(position, "from"), await linkList(position, "to")));
     parts.push(element("p", { class: "muted small source" }, `${(await links(position, "from")).words} Shares are of the attention of the query.`));
