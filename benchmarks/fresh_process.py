@@ -12,13 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 NUM_LAYERS, VOCABULARY = 30, 49152
 
 
-def run_once(
+def run(
     *arguments: str | int, python: str = sys.executable, script: str = __file__, fixed_threshold: bool = False
 ) -> dict:
     """What a script of this kind prints.
@@ -39,10 +38,6 @@ def run_once(
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr.strip()[-2000:]}")
     return json.loads(result.stdout.splitlines()[-1])
-
-
-# The same run is not repeated in one session.
-run = cache(run_once)
 
 
 def peak_mib() -> float:

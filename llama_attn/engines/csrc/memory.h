@@ -34,14 +34,10 @@ using Buffer = std::unique_ptr<T[], Free>;
 template <class T>
 Buffer<T> allocate(int64_t count) {
   const size_t size = static_cast<size_t>(round_up(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), 64));
-  void* memory = nullptr;
-  if (size >= kMapped) {
-    memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-  } else {
-    memory = std::aligned_alloc(64, size);
-    if (memory == nullptr) throw std::bad_alloc();
-  }
+  void* memory = size >= kMapped
+                     ? mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+                     : std::aligned_alloc(64, size);
+  if (memory == nullptr || memory == MAP_FAILED) throw std::bad_alloc();
   return Buffer<T>(static_cast<T*>(memory), Free{size});
 }
 
