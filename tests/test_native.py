@@ -159,6 +159,13 @@ def compare(inputs, visibility):
         assert relative_error(actual.raw[name][rows], value[rows]) < 1e-10, name
 
 
+def test_large_buffers():
+    """Packed keys and copied values of 10 MiB each, which come from the system and not from the C library."""
+    inputs = make_inputs(batch=1, heads=1, kv_heads=1, queries=63, cached=20_000, head_dim=64, dtype=torch.float64)
+    apart = inputs.value.repeat_interleave(2, dim=2)[:, :, ::2]
+    compare(replace(inputs, value=apart), inputs.visibility)
+
+
 @pytest.mark.parametrize("value_channels", [16, 40])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gradients_equal_those_of_sdpa(dtype, value_channels):
