@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import llama_attn
-from llama_attn.files import complete_file
+from llama_attn.stats.files import complete_file
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "benchmarks.json"

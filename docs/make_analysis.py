@@ -9,7 +9,7 @@ from measured_runs import REPEATED, ROWS, Runs
 
 from llama_attn import analysis
 from llama_attn.analysis.heads import THRESHOLDS
-from llama_attn.token_text import readable
+from llama_attn.stats.token_text import readable
 
 if TYPE_CHECKING:
     import pandas

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama_attn.files import complete_file
+from llama_attn.stats.files import complete_file
 from llama_attn.viz.style import BLUE, GREEN, ORANGE, empty_figure
 
 DOCS = Path(__file__).parent

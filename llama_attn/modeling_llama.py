@@ -30,9 +30,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from llama_attn.backends.registry import all_backends, attention_function, check_request, get_backend, is_streaming
 from llama_attn.engines import assign, get_engine
 from llama_attn.engines._operator import walk
-from llama_attn.generation import GeneratesAttentionStats
-from llama_attn.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
-from llama_attn.pipelining import RefusesInPipelines, refuse_pipeline
+from llama_attn.observe.generation import GeneratesAttentionStats
+from llama_attn.observe.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
+from llama_attn.observe.pipelining import RefusesInPipelines, refuse_pipeline
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.recorder import Recorder, Step

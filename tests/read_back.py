@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 
 from llama_attn import AttentionStats, viz
 from llama_attn.analysis import classify_heads
-from llama_attn.viz.activations import CHANNEL_COLOURS
+from llama_attn.viz.figures.activations import CHANNEL_COLOURS
 from llama_attn.viz.style import drawable
 
 NAMES = [name for name in viz.__all__ if name.startswith("plot_")]

@@ -10,8 +10,9 @@ import torch
 from conftest import tiny_model
 from typer.testing import CliRunner
 
-from llama_attn import AttentionStats, cli
-from llama_attn.cli import app
+import llama_attn
+from llama_attn import AttentionStats
+from llama_attn.cli import app, terminal
 
 
 def invoke(*arguments: object):
@@ -179,8 +180,10 @@ def test_the_demo_model_is_not_there(monkeypatch, tmp_path):
 
 
 def test_missing_packages_are_named_before_any_work(monkeypatch, tmp_path):
-    found = cli.importlib.util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    found = terminal.importlib.util.find_spec
+    monkeypatch.setattr(
+        terminal.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name)
+    )
     result = invoke("demo", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "pictures need matplotlib: pip install 'llama_attn[viz]'" in " ".join(result.output.split())
@@ -195,6 +198,6 @@ def test_backends():
 
 
 def test_version_and_help():
-    assert invoke("--version").output.strip() == cli.__version__
+    assert invoke("--version").output.strip() == llama_attn.__version__
     for command in ("demo", "run", "backends", "plot", "report", "compare"):
         assert command in invoke("--help").output

@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama as upstream
 
 import llama_attn
 from llama_attn import AttentionStatsConfig, LlamaForCausalLM, LlamaModel, modeling_llama
-from llama_attn.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
+from llama_attn.observe.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
 
 EVERYTHING = AttentionStatsConfig(statistics="all", norms=True)
 

@@ -12,8 +12,9 @@ from report_page import measured, ordered, written
 from test_viz import TOKENS
 
 from llama_attn.analysis import classify_heads, head_means, layer_evolution, sink_rate
-from llama_attn.token_text import readable
-from llama_attn.viz import html, report
+from llama_attn.stats.token_text import readable
+from llama_attn.viz import report
+from llama_attn.viz.report import html
 
 
 @pytest.mark.parametrize("batch", [0, 1])

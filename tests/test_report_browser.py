@@ -14,7 +14,7 @@ from report_page import Page
 
 from llama_attn import AttentionStatsConfig
 from llama_attn.analysis import head_means, layer_evolution, sink_rate
-from llama_attn.token_text import readable
+from llama_attn.stats.token_text import readable
 from llama_attn.viz import report
 
 

@@ -10,7 +10,7 @@ from conftest import tiny_model
 from report_page import Page, measured
 from test_viz import TOKENS
 
-from llama_attn.token_text import readable
+from llama_attn.stats.token_text import readable
 from llama_attn.viz import report
 
 

@@ -12,9 +12,9 @@ from report_page import measured, ordered, written
 
 from llama_attn.analysis import head_means
 from llama_attn.viz import report
-from llama_attn.viz.contents import along_text, one_row
-from llama_attn.viz.embedding import Level, Part, embed, embed_rounded, fit
-from llama_attn.viz.pooling import pool_tokens, pool_top_keys, widths
+from llama_attn.viz.report.contents import along_text, one_row
+from llama_attn.viz.report.embedding import Level, Part, embed, embed_rounded, fit
+from llama_attn.viz.report.pooling import pool_tokens, pool_top_keys, widths
 
 
 @pytest.mark.parametrize("bits", [8, 16])

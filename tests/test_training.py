@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.models.llama import LlamaForCausalLM as StockLlama
 
 from llama_attn import AttentionStatsConfig
-from llama_attn.training import AttentionStatsCallback
+from llama_attn.observe.training import AttentionStatsCallback
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -133,7 +133,7 @@ def test_warns_of_thresholds(options, words, tmp_path, caplog):
     def messages(**options):
         caplog.clear()
         trained(tiny_model(), tmp_path, arguments={"max_steps": 2}, every=2, **options)
-        return [record.getMessage() for record in caplog.records if record.name == "llama_attn.training"]
+        return [record.getMessage() for record in caplog.records if record.name == "llama_attn.observe.training"]
 
     quiet = {"entropy_threshold": 1e-9, "logit_threshold": 1e9}
     assert messages(**quiet) == []
@@ -146,7 +146,7 @@ def test_warns_of_divergence(tmp_path, caplog):
     model = tiny_model()
     model.model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.nan
     trained(model, tmp_path, arguments={"max_steps": 1}, layers=(1,))
-    messages = [record.getMessage() for record in caplog.records if record.name == "llama_attn.training"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "llama_attn.observe.training"]
     assert len(messages) == 2
     assert all(message.endswith("in layers 1 (nan)") for message in messages)
 

@@ -15,7 +15,7 @@ from matplotlib.image import AxesImage
 
 from llama_attn import AttentionStatsConfig
 from llama_attn.analysis import summarize_layers
-from llama_attn.token_text import readable
+from llama_attn.stats.token_text import readable
 from llama_attn.viz import plot_attention_map, plot_hidden_norms, plot_kv_norms, save_seed_figures
 from llama_attn.viz.style import NO_DATA
 

@@ -11,7 +11,7 @@ from test_viz import Tokenizer, image
 
 from llama_attn import AttentionStatsConfig, viz
 from llama_attn.analysis import classify_heads, compare, layer_evolution
-from llama_attn.token_text import readable
+from llama_attn.stats.token_text import readable
 from llama_attn.viz import (
     plot_comparison,
     plot_distance_histogram,
@@ -24,7 +24,7 @@ from llama_attn.viz import (
     plot_model_view,
     plot_token_strip,
 )
-from llama_attn.viz.grids import ROLE_COLOURS
+from llama_attn.viz.figures.grids import ROLE_COLOURS
 from llama_attn.viz.style import drawable
 
 

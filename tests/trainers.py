@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import Trainer, TrainingArguments
 
-from llama_attn.training import AttentionStatsCallback
+from llama_attn.observe.training import AttentionStatsCallback
 
 NAMES = ("entropy", "max_logit", "sink_mass")
 

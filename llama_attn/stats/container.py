@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama_attn.files import complete_file
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.display import as_html, as_text
+from llama_attn.stats.files import complete_file
 from llama_attn.stats.hub import HubMixin
 from llama_attn.stats.table import DIMENSIONS, Statistic
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llama_attn.token_text import readable
+from llama_attn.stats.token_text import readable
 
 if TYPE_CHECKING:
     from llama_attn.stats.container import AttentionStats

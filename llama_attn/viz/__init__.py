@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from llama_attn.viz.activations import plot_massive_activations
-from llama_attn.viz.attention import plot_attention_map
-from llama_attn.viz.comparison import plot_comparison, plot_head_comparison
-from llama_attn.viz.grids import plot_head_grid, plot_head_roles
-from llama_attn.viz.html import report
-from llama_attn.viz.multiples import plot_layer_heads, plot_model_view
-from llama_attn.viz.norms import plot_hidden_norms, plot_kv_norms
-from llama_attn.viz.profile import plot_distance_histogram, plot_layer_profile
-from llama_attn.viz.seed import save_seed_figures
-from llama_attn.viz.tokens import plot_token_strip
+from llama_attn.viz.figures.activations import plot_massive_activations
+from llama_attn.viz.figures.attention import plot_attention_map
+from llama_attn.viz.figures.comparison import plot_comparison, plot_head_comparison
+from llama_attn.viz.figures.grids import plot_head_grid, plot_head_roles
+from llama_attn.viz.figures.multiples import plot_layer_heads, plot_model_view
+from llama_attn.viz.figures.norms import plot_hidden_norms, plot_kv_norms
+from llama_attn.viz.figures.profile import plot_distance_histogram, plot_layer_profile
+from llama_attn.viz.figures.seed import save_seed_figures
+from llama_attn.viz.figures.tokens import plot_token_strip
+from llama_attn.viz.report.html import report
 
 __all__ = [
     "plot_attention_map",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llama_attn.token_text import readable
+from llama_attn.stats.token_text import readable
 
 if TYPE_CHECKING:
     import xarray
@@ -39,7 +39,7 @@ def empty_figure(size: tuple[float, float] = SIZE) -> Figure:
         ImportError: matplotlib is not installed.
     """
     try:
-        from llama_attn.viz.figure import NotebookFigure
+        from llama_attn.viz.figures.figure import NotebookFigure
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'llama_attn[viz]'") from error
     return NotebookFigure(figsize=size, layout="constrained")

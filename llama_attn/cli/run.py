@@ -1,10 +1,9 @@
-"""The ``llama-attn`` command."""
+"""The commands that measure and draw a model: ``llama-attn demo`` and ``run``."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,24 +18,19 @@ from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from llama_attn import __version__, cli_files, demo as demo_model
-from llama_attn.backends.registry import available_backends, get_backend
+from llama_attn import demo as demo_model
+from llama_attn.backends.registry import get_backend
+from llama_attn.cli.terminal import check_pictures, console, fail, first_line
 from llama_attn.demo import Checkpoint
-from llama_attn.engines import _library as library
 from llama_attn.modeling_llama import LlamaForCausalLM
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.table import default_statistics
-from llama_attn.terminal import check_pictures as _check_pictures, console, fail as _fail, first_line as _first_line
-from llama_attn.token_text import readable
+from llama_attn.stats.token_text import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(cli_files.plot)
-app.command()(cli_files.report)
-app.command()(cli_files.compare)
 DTYPES = {
     "auto": "auto",
     "float32": torch.float32,
@@ -57,33 +51,23 @@ Layers = Annotated[str, typer.Option(help="Layers to draw and measure: 0-9, 3,5,
 Kind = Annotated[str, typer.Option(help="What the attention map shows: weights or logits.")]
 
 
-@app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
-    """Exact statistics of every attention head of a Llama."""
-    if version:
-        console.print(__version__, highlight=False)
-        raise typer.Exit
-
-
-@app.command()
 def demo(out: Out = Path("llama_attn_demo")) -> None:
     """See the attention sinks of a real small Llama, SmolLM2-135M-Instruct."""
-    _check_pictures()
+    check_pictures()
     try:
         checkpoint = demo_model.demo_checkpoint()
     except ImportError as error:
-        _fail(str(error))
+        fail(str(error))
     chat = [{"role": "system", "content": demo_model.SYSTEM}, {"role": "user", "content": demo_model.USER}]
     config = _stats_config(None, "weights", None)
     try:
         tokenizer, model = _load(checkpoint, "streaming", "float32", "cpu")
     except OSError as error:
-        _fail(f"the demo model is not here ({_first_line(error)}): {demo_model.how_to_get_it()}")
+        fail(f"the demo model is not here ({first_line(error)}): {demo_model.how_to_get_it()}")
     inputs = _chat_inputs(tokenizer, chat)
     _measure_and_show(model, tokenizer, inputs, config, out, list(SEED_LAYERS), "weights")
 
 
-@app.command()
 def run(
     model: Annotated[str, typer.Argument(help="A local folder or an id on the Hugging Face hub.")],
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -105,18 +89,18 @@ def run(
     out: Out = Path("llama_attn_run"),
 ) -> None:
     """Measure and draw any Llama. Without a text, the chat of the demo."""
-    _check_pictures()
+    check_pictures()
     if kind not in ("weights", "logits"):
-        _fail(f"--kind: expected weights or logits, got {kind!r}")
+        fail(f"--kind: expected weights or logits, got {kind!r}")
     if dtype not in DTYPES:
-        _fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
         get_backend(attn)
         place = torch.device("cpu" if device == "auto" else device)
         if place.type == "meta" or (place.type == "cuda" and not torch.cuda.is_available()):
             raise ValueError(f"--device: {device} is not there; try auto or cpu")
     except (ValueError, ImportError, RuntimeError) as error:
-        _fail(_first_line(error))
+        fail(first_line(error))
     text = _read_text(system, user, messages, prompt, file)
     wanted_layers = _parse_layers(layers)
     config = _stats_config(statistics, kind, wanted_layers)
@@ -124,40 +108,17 @@ def run(
     try:
         count = AutoConfig.from_pretrained(model, gguf_file=gguf_file).num_hidden_layers
         if wanted_layers is not None and not any(layer < count for layer in wanted_layers):
-            _fail(f"--layers: {layers} names none of the model's layers 0 to {count - 1}")
+            fail(f"--layers: {layers} names none of the model's layers 0 to {count - 1}")
         if wanted_layers is not None:
             wanted_layers = [layer for layer in wanted_layers if layer < count]
             config = _stats_config(statistics, kind, wanted_layers)
         tokenizer, loaded = _load(checkpoint, attn, dtype, device)
     except (OSError, ValueError, ImportError) as error:
-        _fail(f"cannot load {model}: {_first_line(error)}")
+        fail(f"cannot load {model}: {first_line(error)}")
     inputs = tokenizer(text, return_tensors="pt") if isinstance(text, str) else _chat_inputs(tokenizer, text)
     if inputs["input_ids"].shape[1] == 0:
-        _fail("the text has no tokens")
+        fail("the text has no tokens")
     _measure_and_show(loaded, tokenizer, inputs, config, out, wanted_layers or list(range(count)), kind)
-
-
-@app.command()
-def backends() -> None:
-    """Which attention backends run here, and what the others lack."""
-    table = Table("backend", "runs here", "why not")
-    for name, reason in available_backends().items():
-        table.add_row(name, "no" if reason else "yes", reason or "")
-    console.print(table)
-
-
-@app.command()
-def build() -> None:
-    """Compile the engine for CPUs, which `streaming` then uses; once per machine and version."""
-    start = time.perf_counter()
-    there = library.path().exists()
-    try:
-        with console.status("compiling"):
-            path = library.build()
-    except RuntimeError as error:
-        _fail(str(error))
-    took = "was there already" if there else f"took {time.perf_counter() - start:.0f} s"
-    console.print(f"the native engine {took}: {path}", highlight=False, soft_wrap=True)
 
 
 def _read_text(
@@ -166,22 +127,22 @@ def _read_text(
     """The text to measure: plain, or a chat. Nothing is loaded yet."""
     chat_given = system is not None or user is not None
     if sum([chat_given, messages is not None, prompt is not None, file is not None]) > 1:
-        _fail("give one of --system/--user, --messages, --prompt or --file")
+        fail("give one of --system/--user, --messages, --prompt or --file")
     path = messages or file
     content = prompt
     if path is not None:
         try:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            _fail(f"cannot read {path}: {_first_line(error)}")
+            fail(f"cannot read {path}: {first_line(error)}")
     if messages is not None:
         return _parse_messages(messages, content or "")
     if content is not None:
         if not content.strip():
-            _fail(f"the text is empty: {path or '--prompt'}")
+            fail(f"the text is empty: {path or '--prompt'}")
         return content
     if user is not None and not user.strip():
-        _fail("the text is empty: --user")
+        fail("the text is empty: --user")
     system = demo_model.SYSTEM if not chat_given else system
     turns = [("system", system), ("user", demo_model.USER if user is None else user)]
     return [{"role": role, "content": content} for role, content in turns if content is not None]
@@ -191,13 +152,13 @@ def _parse_messages(path: Path, content: str) -> list[dict[str, str]]:
     try:
         chat = json.loads(content)
     except ValueError as error:
-        _fail(f"{path} is not JSON: {_first_line(error)}")
+        fail(f"{path} is not JSON: {first_line(error)}")
     valid = isinstance(chat, list) and all(
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in chat
     )
     if not valid or not chat:
-        _fail(f'{path}: expected a list like [{{"role": "user", "content": "…"}}]')
+        fail(f'{path}: expected a list like [{{"role": "user", "content": "…"}}]')
     return chat
 
 
@@ -210,7 +171,7 @@ def _parse_layers(layers: str) -> list[int] | None:
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not first.isdecimal() or not last.isdecimal() or not int(first) <= int(last) <= MOST_LAYERS:
-            _fail(f"--layers: expected something like 0-9, 3,5,7 or all, got {layers!r}")
+            fail(f"--layers: expected something like 0-9, 3,5,7 or all, got {layers!r}")
         chosen.extend(range(int(first), int(last) + 1))
     return list(dict.fromkeys(chosen))
 
@@ -220,7 +181,7 @@ def _stats_config(statistics: str | None, kind: str, layers: list[int] | None) -
     needed = [*default_statistics(), f"{kind}_map", *OF_REPORT]
     asked: tuple[str, ...] | str
     if "segment_mass" in (statistics or ""):
-        _fail("--statistics: segment_mass needs segments, which only the Python interface takes")
+        fail("--statistics: segment_mass needs segments, which only the Python interface takes")
     if statistics == "all":
         asked = "all"
     else:
@@ -228,7 +189,7 @@ def _stats_config(statistics: str | None, kind: str, layers: list[int] | None) -
     try:
         return AttentionStatsConfig(statistics=asked, norms=True, layers=None if layers is None else tuple(layers))
     except ValueError as error:
-        _fail(f"--statistics: {error}")
+        fail(f"--statistics: {error}")
 
 
 def _load(
@@ -255,11 +216,11 @@ def _load(
 
 def _chat_inputs(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> Any:
     if not tokenizer.chat_template:
-        _fail("the tokenizer has no chat template; give plain text with --prompt or --file")
+        fail("the tokenizer has no chat template; give plain text with --prompt or --file")
     try:
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     except TemplateError as error:
-        _fail(f"the chat template refuses this chat: {_first_line(error)}")
+        fail(f"the chat template refuses this chat: {first_line(error)}")
 
 
 def _measure_and_show(
@@ -279,7 +240,7 @@ def _measure_and_show(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        _fail(f"--out: cannot make the folder {out}: {_first_line(error)}")
+        fail(f"--out: cannot make the folder {out}: {first_line(error)}")
     inputs = {
         name: tensor.to(model.device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")
     }

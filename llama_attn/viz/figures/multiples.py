@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from llama_attn.analysis import as_dataset, require
-from llama_attn.viz.attention import KINDS, WORDS, bin_width, check_kind, draw_map, drawn_cells, pooled
-from llama_attn.viz.grids import label_grid
+from llama_attn.viz.figures.attention import KINDS, WORDS, bin_width, check_kind, draw_map, drawn_cells, pooled
+from llama_attn.viz.figures.grids import label_grid
 from llama_attn.viz.style import empty_figure, heat_map, new_figure, pick
 
 if TYPE_CHECKING:

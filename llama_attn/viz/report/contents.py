@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_attn.analysis import head_means, layer_evolution
-from llama_attn.viz.attention import bin_width
-from llama_attn.viz.embedding import Embedded, Level, Part, embed, embed_rounded
-from llama_attn.viz.multiples import pooled_maps
-from llama_attn.viz.pooling import mean_of_known, pool_tokens, pool_top_keys, widths
+from llama_attn.viz.figures.attention import bin_width
+from llama_attn.viz.figures.multiples import pooled_maps
+from llama_attn.viz.report.embedding import Embedded, Level, Part, embed, embed_rounded
+from llama_attn.viz.report.pooling import mean_of_known, pool_tokens, pool_top_keys, widths
 
 if TYPE_CHECKING:
     import xarray

@@ -16,7 +16,7 @@ from test_viz import Tokenizer
 
 from llama_attn import AttentionStats, AttentionStatsConfig, viz
 from llama_attn.analysis import compare
-from llama_attn.cli_files import _pictures
+from llama_attn.cli.saved import _pictures
 
 
 @pytest.fixture

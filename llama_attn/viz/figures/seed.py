@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llama_attn.analysis import as_dataset, require
-from llama_attn.files import complete_file
-from llama_attn.viz.attention import KINDS, check_kind, plot_attention_map
-from llama_attn.viz.norms import plot_hidden_norms, plot_kv_norms
+from llama_attn.stats.files import complete_file
+from llama_attn.viz.figures.attention import KINDS, check_kind, plot_attention_map
+from llama_attn.viz.figures.norms import plot_hidden_norms, plot_kv_norms
 
 if TYPE_CHECKING:
     from llama_attn.analysis.dataset import Source

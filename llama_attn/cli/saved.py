@@ -12,10 +12,10 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from llama_attn.files import complete_file
+from llama_attn.cli.terminal import check_pictures, console, fail, first_line
 from llama_attn.stats.container import AttentionStats
-from llama_attn.terminal import check_pictures, console, fail, first_line
-from llama_attn.token_text import readable
+from llama_attn.stats.files import complete_file
+from llama_attn.stats.token_text import readable
 
 if TYPE_CHECKING:
     import pandas

@@ -8,6 +8,7 @@ import numpy as np
 
 from llama_attn.analysis import as_dataset, massive_activations
 from llama_attn.analysis.activations import MAGNITUDE, RATIO
+from llama_attn.viz.figures.tokens import MOST_TOKENS
 from llama_attn.viz.style import (
     AMBER,
     BLUE,
@@ -23,7 +24,6 @@ from llama_attn.viz.style import (
     pick,
     tokens_of,
 )
-from llama_attn.viz.tokens import MOST_TOKENS
 
 if TYPE_CHECKING:
     import xarray

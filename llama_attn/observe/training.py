@@ -42,7 +42,7 @@ class AttentionStatsCallback(TrainerCallback):
     The numbers go through ``trainer.log``, so to ``state.log_history`` and everything in ``report_to``:
     ``attention/entropy/layer_03``, ``attention/max_logit/layer_03``, ``attention/sink_mass/layer_03`` and so on, and
     over layers ``attention/entropy/mean``, ``attention/max_logit/max``, ``attention/sink_mass/mean``. The warnings go
-    to the logger ``llama_attn.training``, one line per measured step.
+    to the logger ``llama_attn.observe.training``, one line per measured step.
 
     Args:
         trainer: The trainer that the callback is added to.

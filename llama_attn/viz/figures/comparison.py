@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from llama_attn.analysis import as_dataset, compare, require
-from llama_attn.viz.attention import KINDS, WORDS, check_kind, draw_map, drawn_cells, pooled
-from llama_attn.viz.grids import grid_size, label_grid
+from llama_attn.viz.figures.attention import KINDS, WORDS, check_kind, draw_map, drawn_cells, pooled
+from llama_attn.viz.figures.grids import grid_size, label_grid
 from llama_attn.viz.style import DIVERGING, explain_no_data, heading, heat_map, new_figure, of_head, pick
 
 if TYPE_CHECKING:

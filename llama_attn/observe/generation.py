@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
-from llama_attn.outputs import GenerateBeamOutputWithAttentionStats, GenerateOutputWithAttentionStats
+from llama_attn.observe.outputs import GenerateBeamOutputWithAttentionStats, GenerateOutputWithAttentionStats
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.merge import Run

@@ -14,11 +14,11 @@ import numpy as np
 
 from llama_attn.analysis import as_dataset, classify_heads, massive_activations, require
 from llama_attn.analysis.activations import MAGNITUDE, RATIO
-from llama_attn.files import complete_file
-from llama_attn.token_text import readable
-from llama_attn.viz.contents import HISTOGRAM, MAP, TOP_KEYS, along_text, described, not_shown, one_row, parts_of
-from llama_attn.viz.embedding import Embedded, Part, arrays_of, embed, fit
-from llama_attn.viz.findings import findings
+from llama_attn.stats.files import complete_file
+from llama_attn.stats.token_text import readable
+from llama_attn.viz.report.contents import HISTOGRAM, MAP, TOP_KEYS, along_text, described, not_shown, one_row, parts_of
+from llama_attn.viz.report.embedding import Embedded, Part, arrays_of, embed, fit
+from llama_attn.viz.report.findings import findings
 from llama_attn.viz.style import tokens_of
 
 if TYPE_CHECKING:

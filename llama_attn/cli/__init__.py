@@ -1,0 +1,23 @@
+"""The ``llama-attn`` command, one file per group of subcommands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llama_attn import __version__
+from llama_attn.cli import engine, run, saved
+from llama_attn.cli.terminal import console
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for _command in (run.demo, run.run, saved.plot, saved.report, saved.compare, engine.backends, engine.build):
+    app.command()(_command)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Exact statistics of every attention head of a Llama."""
+    if version:
+        console.print(__version__, highlight=False)
+        raise typer.Exit

@@ -1,0 +1,1 @@
+"""How a forward of any transformers model is observed."""

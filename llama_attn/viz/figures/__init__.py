@@ -1,0 +1,1 @@
+"""Pictures in matplotlib, one file per subject."""
