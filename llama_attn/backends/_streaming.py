@@ -23,6 +23,8 @@ NOT_SERVED = ("indices", "block_indices", "cache")
 
 def mask(**kwargs: Any) -> MaskRequest:
     """Who sees whom as it was asked for; of queries × keys only what cannot be said in vectors."""
+    if isinstance(made := kwargs.get("attention_mask"), MaskRequest):
+        return made
     request = MaskRequest(**kwargs)
     if request.pattern is None:
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
