@@ -15,6 +15,7 @@ from llama_attn.engines._operator import walk
 from llama_attn.engines._walk import Walk, full_precision
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.recorder import Recorder
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 
 # Backends that take a visibility in place of a mask, and read one another's.
@@ -32,15 +33,15 @@ class FusedAttention(torch.autograd.Function):
         value: Tensor,
         engine: ModuleType,
         visibility: Visibility,
-        scaling: float,
+        scoring: Scoring,
         wanted: Wanted | None,
         raw: dict[str, Tensor],
     ) -> Tensor | None:
         """Walk once; ``raw`` is filled with the statistics."""
-        output, logsumexp, measured = _walk(query, key, value, engine, visibility, scaling, wanted)
+        output, logsumexp, measured = _walk(query, key, value, engine, visibility, scoring, wanted)
         raw.update(measured)
         ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.engine, ctx.visibility, ctx.scaling = engine, visibility, scaling
+        ctx.engine, ctx.visibility, ctx.scoring = engine, visibility, scoring
         return output
 
     @staticmethod
@@ -50,8 +51,8 @@ class FusedAttention(torch.autograd.Function):
         # Read once: under gradient checkpointing a second reading is an error.
         saved = ctx.saved_tensors
         with full_precision(saved[0].device):
-            gradients = ctx.engine.backward(grads[0], *saved, ctx.visibility, ctx.scaling)
-        return (*gradients, None, None, None, None, None)
+            gradients = ctx.engine.backward(grads[0], *saved, ctx.visibility, ctx.scoring)
+        return (*gradients[:3], None, None, None, None, None)
 
 
 def _walk(
@@ -60,11 +61,11 @@ def _walk(
     value: Tensor,
     engine: ModuleType,
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
     wanted: Wanted | None,
 ) -> Walk:
     with full_precision(query.device):
-        result: Walk = engine.walk(query, key, value, visibility, scaling, wanted)
+        result: Walk = engine.walk(query, key, value, visibility, scoring, wanted)
     return result
 
 
@@ -105,14 +106,15 @@ def attend_with(engine: str | None) -> Callable[..., tuple[Tensor, None]]:
             wanted = recorder.fused(layer, query.device, name)
             # The same, knowing besides which rows of the batch are measured.
             visibility = recorder.visibility_on(query.device) if wanted else visibility
+        scoring = Scoring(scaling)
         if torch.compiler.is_compiling():
-            output, _, raw = walk(name, query, key, value, visibility, scaling, wanted)
+            output, _, raw = walk(name, query, key, value, visibility, scoring, wanted)
         elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             raw = {}
-            output = FusedAttention.apply(query, key, value, get_engine(name), visibility, scaling, wanted, raw)
+            output = FusedAttention.apply(query, key, value, get_engine(name), visibility, scoring, wanted, raw)
         else:
             # An autograd function costs as much as a decoding step's attention.
-            output, _, raw = _walk(query, key, value, get_engine(name), visibility, scaling, wanted)
+            output, _, raw = _walk(query, key, value, get_engine(name), visibility, scoring, wanted)
         if recorder is not None:
             recorder.records.put(layer, raw)
         return cast(Tensor, output), None

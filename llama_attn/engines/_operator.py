@@ -17,6 +17,7 @@ from llama_attn.engines._walk import Walk, compute_dtype, full_precision
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig, bin_width
 from llama_attn.stats.maps import num_distance_bins
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
 
@@ -27,12 +28,12 @@ def walk(
     key: Float[Tensor, "batch kv_head key channel"],
     value: Float[Tensor, "batch kv_head key value_channel"] | None,
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
     wanted: Wanted | None,
 ) -> Walk:
     """The walk of ``engine``; in a graph that is being compiled it is differentiable."""
     if not torch.compiler.is_compiling():
-        return get_engine(engine).walk(query, key, value, visibility, scaling, wanted)
+        return get_engine(engine).walk(query, key, value, visibility, scoring, wanted)
     config = AttentionStatsConfig() if wanted is None else wanted.config
     output, logsumexp, *raw = _walk(
         query,
@@ -56,7 +57,7 @@ def walk(
             config.map_size,
             config.query_stride,
         ],
-        scaling,
+        scoring.scale,
         engine,
         "" if wanted is None else ",".join([statistic.name for statistic in wanted.statistics]),
     )
@@ -86,7 +87,7 @@ def _walk(
         wanted = Wanted(statistics, _config(parameters), vectors[5], parameters[0], vectors[6])
     visibility = _visibility(query, vectors[:5], extent)
     with full_precision(query.device):
-        result = get_engine(engine).walk(query, key, value, visibility, scaling, wanted)
+        result = get_engine(engine).walk(query, key, value, visibility, Scoring(scaling), wanted)
     output = query.new_empty(0) if result.output is None else result.output
     # Results of an operator share no memory, and are laid out like those of the fake below, which the graph relies on.
     raw = [torch.clone(result.raw[s.name], memory_format=torch.contiguous_format) for s in statistics]
@@ -146,8 +147,10 @@ def _walk_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     visibility = _visibility(query, vectors, extent)
     with full_precision(query.device):
-        gradients = get_engine(engine).backward(grad_output, query, key, value, output, logsumexp, visibility, scaling)
-    grad_query, grad_key, grad_value = (gradient.contiguous() for gradient in gradients)
+        gradients = get_engine(engine).backward(
+            grad_output, query, key, value, output, logsumexp, visibility, Scoring(scaling)
+        )
+    grad_query, grad_key, grad_value = (gradient.contiguous() for gradient in gradients[:3])
     return grad_query, grad_key, grad_value
 
 

@@ -14,8 +14,10 @@ from llama_attn.engines import _library as library
 from llama_attn.engines._walk import Walk, compute_dtype
 from llama_attn.stats.block import HIDDEN_SCORE, Wanted
 from llama_attn.stats.maps import num_distance_bins
+from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.spans import UNSEEN_BIAS
 from llama_attn.stats.table import Statistic
-from llama_attn.stats.visibility import UNSEEN_BIAS, Visibility
+from llama_attn.stats.visibility import Visibility
 
 # Query rows of all heads of a group in one tile, and keys in one block: their scores take 96 KiB in float32, which with
 # the keys and values they meet fits the L2 cache of any processor of today. Time changes little around them, see
@@ -49,7 +51,7 @@ def walk(
     key: Float[Tensor, "batch kv_head key channel"],
     value: Float[Tensor, "batch kv_head key value_channel"] | None,
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
     wanted: Wanted | None = None,
     tile_rows: int = TILE_ROWS,
     block_keys: int = BLOCK_KEYS,
@@ -61,7 +63,7 @@ def walk(
         key: Keys after RoPE and cache.
         value: Values, to get the output too (fused); ``None`` to measure only (observed).
         visibility: Who may see whom.
-        scaling: What scores are multiplied with.
+        scoring: How scores are made.
         wanted: What to measure; ``None`` for the output alone.
         tile_rows: Query rows, of all heads of a group, that are worked on at once.
         block_keys: Keys that are worked on at once, a multiple of `PANEL_KEYS`. The result depends on neither beyond
@@ -76,7 +78,7 @@ def walk(
     """
     batch, heads, num_queries, _ = query.shape
     logsumexp = query.new_empty(batch, heads, num_queries, dtype=compute_dtype(query))
-    call, held = _call(query, key, value, visibility, scaling, logsumexp, tile_rows, block_keys)
+    call, held = _call(query, key, value, visibility, scoring.scale, logsumexp, tile_rows, block_keys)
     output = None
     if value is not None:
         output = value.new_empty(batch, num_queries, heads, value.shape[-1])
@@ -116,7 +118,7 @@ def backward(
     output: Float[Tensor, "batch query head value_channel"],
     logsumexp: Float[Tensor, "batch head query"],
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
     tile_rows: int = TILE_ROWS,
     block_keys: int = BLOCK_KEYS,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +126,7 @@ def backward(
 
     Source: Dao et al., arXiv 2205.14135, algorithm 4.
     """
-    call, _held = _call(query, key, value, visibility, scaling, logsumexp, tile_rows, block_keys)
+    call, _held = _call(query, key, value, visibility, scoring.scale, logsumexp, tile_rows, block_keys)
     # Σ_j A_ij (dO_i · v_j) = dO_i · O_i
     products = (grad_output.to(logsumexp.dtype) * output.to(logsumexp.dtype)).sum(-1)
     shift = rearrange(products, "b q h -> b h q").contiguous()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama_attn.engines._walk import Walk
 from llama_attn.stats.block import Wanted
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
 
@@ -51,7 +52,7 @@ def walk(
     key: Float[Tensor, "batch kv_head key channel"],
     value: Float[Tensor, "batch kv_head key value_channel"] | None,
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
     wanted: Wanted | None = None,
 ) -> Walk:
     """Attention output and statistics of one layer.
@@ -61,7 +62,7 @@ def walk(
         key: Keys after RoPE and cache.
         value: Values, to get the output too (fused); ``None`` to measure only (observed).
         visibility: Who may see whom.
-        scaling: What scores are multiplied with.
+        scoring: How scores are made.
         wanted: What to measure; ``None`` for the output alone.
 
     Returns:
@@ -88,14 +89,14 @@ def walk(
         output_strides=_strides(output), num_queries=num_queries, num_keys=key.shape[2],
         group_size=heads // key.shape[1], first_position=visibility.first_query,
         position_step=visibility.stride, window=min(wanted.config.window, key.shape[2]) if wanted else 0,
-        score_scale=scaling * LOG2_E, HAS_VALUE=value is not None, MEASURE=measure,
+        score_scale=scoring.scale * LOG2_E, HAS_VALUE=value is not None, MEASURE=measure,
     )  # fmt: skip
     # Each in memory of its own: an operator of torch may not return tensors that share theirs.
     raw = {
         name: rows[ROW_STATISTICS.index(name)].clone() for name in names if rows is not None and name in ROW_STATISTICS
     }
     if any(name in KEY_STATISTICS for name in names):
-        received = _received(query, key, logsumexp, visibility, scaling)
+        received = _received(query, key, logsumexp, visibility, scoring.scale)
         raw |= {name: received.clone() for name in names if name in KEY_STATISTICS}
     return Walk(None if output is None else output.transpose(1, 2), logsumexp, raw)
 
@@ -108,7 +109,7 @@ def backward(
     output: Float[Tensor, "batch query head value_channel"],
     logsumexp: Float[Tensor, "batch head query"],
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; the weights are computed again from the logsumexp.
 
@@ -131,7 +132,7 @@ def backward(
         "logsumexp_ptr": logsumexp, "shift_ptr": shift,
         "query_strides": _strides(query), "key_strides": _strides(key), "value_strides": _strides(value),
         "grad_output_strides": _strides(grad_rows), "num_queries": num_queries, "num_keys": num_keys,
-        "group_size": query.shape[1] // key.shape[1], "scaling": scaling, "score_scale": scaling * LOG2_E,
+        "group_size": query.shape[1] // key.shape[1], "scaling": scoring.scale, "score_scale": scoring.scale * LOG2_E,
     }  # fmt: skip
     _launch(
         "attention_backward_query", query, query.shape[1], over="queries", **shared,
