@@ -205,7 +205,7 @@ class Recorder:
             return
         # Under autocast a float32 product would be computed in half precision.
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            if missing:
+            if missing and sight.visibility.num_queries:
                 seen, rows = sight.visibility, self._strided(query, 2, visibility)
                 seen_keys, scores = key, _of_queries(scoring, sight, visibility)
                 if chosen is not None:
@@ -302,13 +302,16 @@ class Recorder:
         groups = []
         for (at, heads, _), layers in self._groups.items():
             raw = {}
+            sight = self._sights[at][1]
             for statistic in statistics:
-                if statistic.dims[0] == "layer":
+                # A step of a run may have no query at a multiple of the stride.
+                is_there = statistic.is_norm or sight.visibility.num_queries > 0
+                if statistic.dims[0] == "layer" and is_there:
                     stacked = self.records.stacked(statistic.name, layers)
                     if stacked is None:
                         raise RuntimeError(f"{statistic.name}: layers {layers} report in different shapes")
                     raw[statistic.name] = stacked
-            groups.append(Group(tuple(layers), (self._sights[at][1].visibility,), raw, heads))
+            groups.append(Group(tuple(layers), (sight.visibility,), raw, heads))
         hidden_layers = (*sorted(layer for group in groups for layer in group.layers), LAST)
         hidden = {}
         for statistic in statistics:
