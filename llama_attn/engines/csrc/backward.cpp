@@ -81,7 +81,7 @@ void Backward<T>::walk(const Tile& tile, int64_t stripe, Scratch& scratch) const
   for (int64_t row = 0; row < tile.rows(); ++row) {
     const int64_t begin = tile.batch * grad_query.stride[0] + tile.head(row) * grad_query.stride[1] +
                           tile.query(row) * grad_query.stride[2];
-    write(grad_query, begin, call_.channels, scratch.grad_query.get() + row * width_, scaling);
+    write(grad_query, begin, grad_query.stride[3], call_.channels, scratch.grad_query.get() + row * width_, scaling);
   }
 }
 
@@ -130,7 +130,7 @@ void Backward<T>::reduce(const Tensor& to, const Buffer<T>& slots, int64_t width
   }
   const int64_t begin =
       head / call_.kv_heads * to.stride[0] + head % call_.kv_heads * to.stride[1] + key * to.stride[2];
-  write(to, begin, channels, row, T{1});
+  write(to, begin, to.stride[3], channels, row, T{1});
 }
 
 template class Backward<float>;

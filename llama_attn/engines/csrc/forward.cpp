@@ -194,7 +194,7 @@ void Forward<T>::finish(const Tile& tile, Scratch& scratch) const {
       const Tensor& output = call_.output;
       const int64_t begin = tile.batch * output.stride[0] + tile.query(row) * output.stride[1] +
                             tile.head(row) * output.stride[2];
-      write(output, begin, call_.value_channels, scratch.output.get() + row * value_width, inverse);
+      write(output, begin, output.stride[3], call_.value_channels, scratch.output.get() + row * value_width, inverse);
     }
     scratch.factors[row] = sight_.real_row(tile, row) ? inverse : T{0};
     put(call_.row_logsumexp, index, sums.most + log_total);
