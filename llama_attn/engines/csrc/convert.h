@@ -42,6 +42,8 @@ void read(const Tensor& tensor, int64_t offset, int64_t stride, int64_t count, T
     case Type::kBFloat16: return read_as<T, uint16_t>(tensor.data, offset, stride, count, to, from_bfloat16);
     case Type::kFloat16: return read_as<T, _Float16>(tensor.data, offset, stride, count, to, same);
     case Type::kBool: return read_as<T, uint8_t>(tensor.data, offset, stride, count, to, same);
+    case Type::kInt32:
+    case Type::kInt64: return;
   }
 }
 
@@ -68,7 +70,9 @@ void write(const Tensor& tensor, int64_t offset, int64_t stride, int64_t count, 
     case Type::kBFloat16: return write_as<uint16_t>(data, offset, stride, count, from, factor, rounded);
     case Type::kFloat16:
       return write_as<_Float16>(data, offset, stride, count, from, factor, [](T x) { return static_cast<_Float16>(x); });
-    case Type::kBool: return;
+    case Type::kBool:
+    case Type::kInt32:
+    case Type::kInt64: return;
   }
 }
 
