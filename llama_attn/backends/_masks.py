@@ -280,9 +280,13 @@ def read(function: Any) -> Pattern | None:
 
 def is_decoder(function: Any) -> bool:
     """Whether a mask function is causal but for what else it shows."""
-    held = [] if getattr(function, "__closure__", None) is None else [cell.cell_contents for cell in function.__closure__]
+    held = (
+        [] if getattr(function, "__closure__", None) is None else [cell.cell_contents for cell in function.__closure__]
+    )
     parts = [part for content in held for part in (content if isinstance(content, tuple) else (content,))]
-    return getattr(function, "__qualname__", "") == "causal_mask_function" or any(map(is_decoder, filter(callable, parts)))
+    return getattr(function, "__qualname__", "") == "causal_mask_function" or any(
+        map(is_decoder, filter(callable, parts))
+    )
 
 
 def _all_of(parts: list[Pattern | None]) -> Pattern | None:

@@ -73,9 +73,7 @@ def attend_with(engine: str | None) -> Callable[..., tuple[Tensor, None]]:
         """
         call = streaming_call(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
         visibility = sees(call)
-        output, _ = fused(
-            query, key, value, visibility, scoring(call, visibility.num_keys), engine=engine, wanted=None
-        )
+        output, _ = fused(query, key, value, visibility, scoring(call, visibility.num_keys), engine=engine, wanted=None)
         return cast(Tensor, output), None
 
     # What an observer calls in its place, to take statistics from the same blocks.

@@ -21,7 +21,6 @@ from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
 
-
 ONCE = (
     "streaming attention can be differentiated once, in backward mode; for second derivatives (create_graph=True, "
     "autograd.functional.hvp, a gradient penalty) and for forward mode use attn_implementation='eager' or 'sdpa'"

@@ -15,8 +15,9 @@ from llama_attn.engines._walk import Gradients, Walk, check_call, compute_dtype
 from llama_attn.stats.block import HIDDEN_SCORE, Wanted
 from llama_attn.stats.maps import num_distance_bins
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.spans import UNSEEN_BIAS
 from llama_attn.stats.table import Statistic
-from llama_attn.stats.visibility import UNSEEN_BIAS, Visibility
+from llama_attn.stats.visibility import Visibility
 
 # Query rows of all heads of a group in one tile, and keys in one block: their scores take 96 KiB in float32, which with
 # the keys and values they meet fits the L2 cache of any processor of today. Time changes little around them, see

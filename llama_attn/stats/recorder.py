@@ -126,7 +126,11 @@ class Recorder:
         now, before = self.step.tokens, self.step.earlier_tokens
         if now is None or not visibility.aligned:
             return None
-        if before is not None and now.shape[1] + before.shape[1] == visibility.length and visibility.length > now.shape[1]:
+        if (
+            before is not None
+            and now.shape[1] + before.shape[1] == visibility.length
+            and visibility.length > now.shape[1]
+        ):
             now = torch.cat([before.to(now.device), now], dim=1)
         now = now[:, : visibility.length]
         if tuple(now.shape) != (visibility.batch, visibility.length):
@@ -334,7 +338,9 @@ class Recorder:
             records = self.hidden if statistic.observes == "hidden" else self.records
             if statistic.observes in ("hidden", "value_output") and not self._is_complete(records, statistic):
                 if name in named:
-                    why = self._reasons.get(name, f"it is of {WHERE[statistic.observes]}, which this model does not show")
+                    why = self._reasons.get(
+                        name, f"it is of {WHERE[statistic.observes]}, which this model does not show"
+                    )
                     raise ValueError(f"statistics: {name!r} cannot be given: {why}")
                 continue
             given.append(statistic)
