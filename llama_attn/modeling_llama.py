@@ -25,7 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from llama_attn.backends.registry import check_request, get_backend, is_streaming
 from llama_attn.observe.forward import Forward, Observed, Stack
 from llama_attn.observe.generation import GeneratesAttentionStats
-from llama_attn.observe.interface import watching
+from llama_attn.observe.interface import show_states
 from llama_attn.observe.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
 from llama_attn.observe.pipelining import RefusesInPipelines, refuse_pipeline
 from llama_attn.stats.config import AttentionStatsConfig
@@ -143,12 +143,9 @@ class LlamaDecoderLayer(upstream.LlamaDecoderLayer):
         self, hidden_states: Float[Tensor, "batch query hidden"], *args: Any, **kwargs: Any
     ) -> Float[Tensor, "batch query hidden"]:
         """Upstream's forward; an observer is shown the layer's input and output."""
-        observers = watching(self.self_attn)
-        for observer in observers:
-            observer.enter_layer(self.self_attn, hidden_states)
+        show_states(self.self_attn, hidden_states, entering=True)
         output: Tensor = super().forward(hidden_states, *args, **kwargs)
-        for observer in observers:
-            observer.leave_layer(self.self_attn, output)
+        show_states(self.self_attn, output, entering=False)
         return output
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from llama_attn.stats.visibility import Visibility
 
@@ -82,6 +83,20 @@ class MaskRequest:
         self._is_read = False
         self._visibilities: dict[tuple[torch.device, bool], Visibility] = {}
 
+    def check(self) -> None:
+        """Refuse a vector of real tokens that is not of these keys; in a static cache it may be shorter or longer.
+
+        Raises:
+            ValueError: It is of other rows or another length.
+        """
+        expected = self.batch, self.key_offset + self.num_slots
+        is_static = self.filled < self.num_slots
+        if self.padding is None or tuple(self.padding.shape) == expected:
+            return
+        if self.padding.ndim != 2 or self.padding.shape[0] != self.batch or not is_static:
+            batch, keys = expected
+            raise ValueError(f"attention_mask: expected (batch={batch}, keys={keys}), got {tuple(self.padding.shape)}")
+
     # generate makes the masks of static caches itself and hands them to the forward, which asks for a mask of them.
     ndim = 4
 
@@ -110,10 +125,12 @@ class MaskRequest:
         # A graph that is being compiled does not look into closures. Without a size and without a function of the
         # user's own, what is composed is a packed causal mask, whose documents begin where a key does not see the
         # one before it.
-        name = getattr(self.mask_function, "__qualname__", "")
-        if name in SIMPLE:
-            return SIMPLE[name]
-        composed = name.startswith("and_masks.") and self._local_size is None and not self._user_made
+        if self.mask_function is causal_mask_function:
+            return Pattern(causal=True)
+        if self.mask_function is bidirectional_mask_function:
+            return Pattern()
+        composed = self.mask_function.__qualname__ == "and_masks.<locals>.and_mask"
+        composed = composed and self._local_size is None and not self._user_made
         if not composed or self.num_queries != self.num_slots:
             return None
         batch = torch.arange(self.batch)[:, None]
@@ -159,6 +176,8 @@ class MaskRequest:
     @property
     def is_causal(self) -> bool:
         """Whether it is causal but for what else it shows."""
+        if torch.compiler.is_compiling():
+            return self.mask_function is not bidirectional_mask_function
         return is_decoder(self.mask_function)
 
     @property

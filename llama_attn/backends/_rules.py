@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_attn.backends._masks import MaskRequest, is_decoder
+from llama_attn.backends._masks import MaskRequest
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 
@@ -30,6 +30,8 @@ class AttentionCall:
         options: The other keyword arguments.
         request: The call of a mask function that made ``mask``, if one did.
         cross: Whether the keys are of another sequence than the queries.
+        sight: Who sees whom, where that is known already, as in the operators of a compiled graph.
+        decides: What `is_decoder` is there.
     """
 
     module: nn.Module
@@ -40,6 +42,8 @@ class AttentionCall:
     options: dict[str, Any]
     request: MaskRequest | None = None
     cross: bool = False
+    sight: Visibility | None = None
+    decides: bool | None = None
 
     @property
     def num_queries(self) -> int:
@@ -60,9 +64,12 @@ class AttentionCall:
     @property
     def is_decoder(self) -> bool:
         """Whether no query is meant to see later keys, as far as the call shows; for a choice among stacks."""
-        if self.cross:
-            return False
-        return self.is_causal if self.request is None else is_decoder(self.request.mask_function)
+        if self.cross or self.decides is not None:
+            return bool(self.decides) and not self.cross
+        if self.request is not None:
+            return self.request.is_causal
+        # Layers that say nothing of it may well be an encoder's.
+        return bool(self.options.get("is_causal", getattr(self.module, "is_causal", False)))
 
 
 def everything(call: AttentionCall) -> Visibility:
@@ -115,10 +122,31 @@ def by_mask(call: AttentionCall) -> Visibility:
         raise ValueError(
             f"attention_mask: expected a tensor (batch, head or 1, query, key) at {type(call.module).__name__}, got {what}"
         )
+    fits = all(size in (1, needed) for size, needed in zip(mask.shape[:3], call.query.shape[:3], strict=True))
+    if not fits or mask.shape[3] != call.num_slots:
+        raise ValueError(
+            f"attention_mask: expected (batch={call.query.shape[0]}, heads or 1, queries={call.num_queries}, "
+            f"keys={call.num_slots}), got {tuple(mask.shape)}"
+        )
     num_keys = call.num_slots if call.cross else _filled(call, mask)
     mask = mask[..., :num_keys].expand(-1, -1, call.num_queries, -1)
     aligned = not call.cross and call.num_queries <= num_keys
-    return Visibility.of_mask(mask, batch=call.query.shape[0], device=call.key.device, aligned=aligned)
+    visibility = Visibility.of_mask(mask, batch=call.query.shape[0], device=call.key.device, aligned=aligned)
+    return replace(visibility, causal=True) if aligned and _hides_what_comes_later(visibility) else visibility
+
+
+def _hides_what_comes_later(visibility: Visibility) -> bool:
+    """Whether no query sees a later key, looked at block by block."""
+    if torch.compiler.is_compiling():
+        return False
+    positions = visibility.query_positions
+    for start in range(0, visibility.num_queries, 256):
+        rows = range(start, min(start + 256, visibility.num_queries))
+        first, stop = visibility.span_of(rows)
+        later = torch.arange(first, stop, device=visibility.device) > positions[rows.start : rows.stop, None]
+        if bool((visibility.visible(rows) & later).any()):
+            return False
+    return True
 
 
 def by_mask_function(call: AttentionCall, function: Callable[..., Tensor]) -> Visibility:

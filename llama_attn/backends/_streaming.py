@@ -22,10 +22,15 @@ NOT_SERVED = ("indices", "block_indices", "cache")
 
 
 def mask(**kwargs: Any) -> MaskRequest:
-    """Who sees whom as it was asked for; of queries × keys only what cannot be said in vectors."""
+    """Who sees whom as it was asked for; of queries × keys only what cannot be said in vectors.
+
+    Raises:
+        ValueError: A vector of real tokens of the wrong shape.
+    """
     if isinstance(made := kwargs.get("attention_mask"), MaskRequest):
         return made
     request = MaskRequest(**kwargs)
+    request.check()
     if request.pattern is None:
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         request.mask = sdpa_mask(**{**kwargs, **skips})

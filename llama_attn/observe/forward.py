@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llama_attn.backends._rules import AttentionCall
 from llama_attn.backends.registry import Backend
 from llama_attn.engines import assign, choose_engine
-from llama_attn.engines._operator import walk
+from llama_attn.engines._operator import VECTORS, extent_of, walk
 from llama_attn.observe import projection
 from llama_attn.observe.interface import TRANSFORMERS_OWN, unwatch, watch
 from llama_attn.stats.block import Wanted
@@ -95,6 +95,8 @@ class Forward:
             config, layers=self.layers, assign=_Assign(config.engine), walk=walk, step=step, shard=self.shard
         )
         self.is_closed = False
+        # Whether it is part of a graph that is being compiled, and sees its calls there.
+        self.is_traced = torch.compiler.is_compiling()
         self._calls = 0
         self.backend = ""
         # Of the first call: where the forward stands among others.
@@ -133,17 +135,20 @@ class Forward:
         )  # fmt: skip
         self.layers = tuple(range(self._calls)) if self.config.layers is None and self._calls > 1 else self.layers
 
-    def is_cross(self, module: nn.Module) -> bool:
-        """Whether the stack attends to another sequence."""
-        return self.stack.cross
-
     def visibility(self, call: AttentionCall, backend: Backend) -> Visibility:
         """Who sees whom, the same object for every layer with the same mask."""
+        if call.sight is not None:
+            return self._known(call.sight)
         # The mask is kept beside, so that no other takes its identity.
         key = (id(call.mask), call.num_queries, call.num_slots, call.is_causal, call.key.device, backend.name)
         if key not in self._visibilities:
             self._visibilities[key] = call.mask, backend.sees(call)
         return self._visibilities[key][1]
+
+    def _known(self, sight: Visibility) -> Visibility:
+        """The first visibility that was told in the same numbers and the same vectors."""
+        vectors = tuple(None if (v := getattr(sight, name)) is None else (v.data_ptr(), v.shape) for name in VECTORS)
+        return self._visibilities.setdefault((*extent_of(sight), *vectors), (sight, sight))[1]
 
     def fused(
         self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str

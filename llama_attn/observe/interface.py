@@ -23,6 +23,7 @@ from llama_attn.backends._streaming import streaming_call
 from llama_attn.backends.registry import Backend, rule_of
 from llama_attn.engines import choose_engine
 from llama_attn.engines._fused import fused
+from llama_attn.observe import compiled
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
@@ -40,11 +41,11 @@ PAGED = ("cache", "read_index", "block_table")
 class Observer(Protocol):
     """What watches attention layers."""
 
+    # Whether it is part of the graph that is being compiled.
+    is_traced: bool
+
     def wants(self, module: nn.Module) -> bool:
         """Whether a call of ``module`` is to be measured; asked once per call."""
-
-    def is_cross(self, module: nn.Module) -> bool:
-        """Whether ``module`` attends to another sequence than its own."""
 
     def visibility(self, call: AttentionCall, backend: Backend) -> Visibility | None:
         """Who sees whom in the call, the same object for calls that see the same; None to leave it."""
@@ -76,6 +77,7 @@ class Observer(Protocol):
 
 
 _watched: dict[nn.Module, tuple[Observer, ...]] = {}
+_cross: dict[nn.Module, None] = {}
 _shadowed: dict[int, tuple[Any, int]] = {}
 _lock = threading.RLock()
 
@@ -96,16 +98,41 @@ def watching(module: nn.Module) -> tuple[Observer, ...]:
     return _watched.get(module, ())
 
 
-def watch(modules: Iterable[nn.Module], observer: Observer, interfaces: Iterable[Any]) -> None:
+def show_states(module: nn.Module, states: Tensor, *, entering: bool) -> None:
+    """Show whoever watches ``module`` what comes into the layer that holds it, or what leaves it."""
+    is_outside = False
+    for observer in _watched.get(module, ()):
+        if torch.compiler.is_compiling() and not observer.is_traced:
+            is_outside = True
+        elif entering:
+            observer.enter_layer(module, states)
+        else:
+            observer.leave_layer(module, states)
+    if is_outside:
+        compiled.show_states(module, states, entering=entering)
+
+
+def is_cross(module: nn.Module) -> bool:
+    """Whether a layer attends to another sequence than its own."""
+    return module in _cross
+
+
+def watch(
+    modules: Iterable[nn.Module], observer: Observer, interfaces: Iterable[Any], cross: Iterable[nn.Module] = ()
+) -> None:
     """Let ``observer`` see the attention calls of ``modules``.
 
     Args:
         modules: The layers.
         observer: Who is told.
         interfaces: The attention interfaces that these layers use, see `interfaces_of`.
+        cross: Those of the layers that attend to another sequence than their own.
     """
     for module in modules:
         _watched[module] = (*_watched.get(module, ()), observer)
+        compiled.modules[id(module)] = module
+    for module in cross:
+        _cross[module] = None
     for interface in interfaces:
         _, users = _shadowed.get(id(interface), (None, 0))
         if not users:
@@ -121,6 +148,8 @@ def unwatch(modules: Iterable[nn.Module], observer: Observer, interfaces: Iterab
             _watched[module] = left
         else:
             _watched.pop(module, None)
+            _cross.pop(module, None)
+            compiled.modules.pop(id(module), None)
     for interface in interfaces:
         _, users = _shadowed[id(interface)]
         if users == 1:
@@ -153,10 +182,13 @@ def _shadow(interface: Any) -> None:
             return attend
 
         def observed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            observers = [observer for observer in _watched.get(module, ()) if observer.wants(module)]
-            if not observers:
+            everyone = _watched.get(module, ())
+            # Outside a graph that is being compiled nobody can be asked.
+            outside = torch.compiler.is_compiling() and not all([observer.is_traced for observer in everyone])
+            observers = [o for o in everyone if (o.is_traced or not torch.compiler.is_compiling()) and o.wants(module)]
+            if not observers and not outside:
                 return attend(module, *args, **kwargs)
-            return _observe(observers, attend, name or "eager", module, args, kwargs)
+            return _observe(observers, attend, name or "eager", module, args, kwargs, outside)
 
         return observed
 
@@ -222,37 +254,52 @@ def _observe(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    outside: bool,
 ) -> Any:
-    """Run the backend unchanged, and measure what it was given."""
+    """Run the backend unchanged, and measure what it was given; ``outside`` of the graph there is somebody too."""
     options = dict(kwargs)
     given = dict(zip(TENSORS, args, strict=False))
     query, key, value, mask = (given[n] if n in given else options.pop(n, None) for n in TENSORS)
     backend = rule_of(name)
     request = _request_of(mask, module, query.shape[2], key.shape[2])
-    cross = observers[0].is_cross(module)
+    cross = is_cross(module)
+    first = observers[0] if observers else None
     if backend.is_streaming:
         call = streaming_call(module, query, key, value, mask, cross=cross, **options)
-        visibility = observers[0].visibility(call, backend) or backend.sees(call)
+        visibility = (first and first.visibility(call, backend)) or backend.sees(call)
         scores = scoring(call, visibility.num_keys)
-        engine = choose_engine(backend.engine, visibility, scores, query.device)
-        share = observers[0].fused(call, name, visibility, scores, engine)
-        wanted, seen = (None, visibility) if share is None else share
+        engine: str | None = choose_engine(backend.engine, visibility, scores, query.device)
+        share = first and first.fused(call, name, visibility, scores, engine)
+        wanted, seen = share or (None, visibility)
         output, raw = fused(query, key, value, seen, scores, engine=engine, wanted=wanted)
-        if share is not None:
-            observers[0].put(call, visibility, raw, engine)
+        if first and share:
+            first.put(call, visibility, raw, engine)
         result: Any = output, None
     else:
         _refuse(module, name, options)
-        result = attend(module, *args, **kwargs)
         call = AttentionCall(module, query, key, value, mask, options, request, cross)
-        seen = observers[0].visibility(call, backend)
-        if seen is None:
+        # Before anything has run, so that what cannot be measured is refused at once.
+        known = first.visibility(call, backend) if first else backend.sees(call)
+        result = attend(module, *args, **kwargs)
+        if known is None:
             return result
-        visibility, engine = seen, None
+        visibility, engine = known, None
         scores = scoring(call, visibility.num_keys, with_sinks=backend.has_sinks)
     for observer in observers:
         observer.measure(call, name, visibility, scores, result[0], engine)
+    if outside:
+        compiled.observe(call, name, visibility, scores, result[0], engine)
     return result
+
+
+def tell(call: AttentionCall, name: str, scores: Scoring, output: Tensor, prefer: str | None) -> None:
+    """Tell those outside of a compiled graph of a call in it."""
+    backend = rule_of(name)
+    for observer in watching(call.module):
+        if not observer.is_traced and observer.wants(call.module):
+            visibility = observer.visibility(call, backend)
+            if visibility is not None:
+                observer.measure(call, name, visibility, scores, output, prefer)
 
 
 def _refuse(module: nn.Module, name: str, options: dict[str, Any]) -> None:

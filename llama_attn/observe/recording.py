@@ -12,7 +12,7 @@ from llama_attn.backends.registry import Backend
 from llama_attn.observe.course import Course, only
 from llama_attn.observe.forward import Forward, is_replay
 from llama_attn.observe.interface import interfaces_of, unwatch, watch
-from llama_attn.observe.stacks import candidates, name_of, stack_of
+from llama_attn.observe.stacks import candidates, is_cross, name_of, stack_of
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
@@ -23,6 +23,8 @@ from llama_attn.stats.visibility import Visibility
 class Recording:
     """What `record` gives: observes a module while its block runs, and holds the statistics."""
 
+    # It stands outside of any graph.
+    is_traced = False
     # Recordings that are open, by module and stack.
     _open: list[tuple[nn.Module, str | None]] = []  # noqa: RUF012 (of all recordings)
 
@@ -84,7 +86,8 @@ class Recording:
             self._remove_hooks()
             raise
         self._interfaces = interfaces_of(self._names)
-        watch(self._names, self, self._interfaces)
+        cross = [module for module, name in self._names.items() if is_cross(name)]
+        watch(self._names, self, self._interfaces, cross)
         self._open.append((self._module, self._stack))
         self._state = "open"
         return self
@@ -181,10 +184,6 @@ class Recording:
             course.refusal = error
             course.drop()
             return False
-
-    def is_cross(self, module: nn.Module) -> bool:
-        """Whether ``module`` attends to another sequence than its own."""
-        return self._courses[self._names[module]].stack.cross
 
     def visibility(self, call: AttentionCall, backend: Backend) -> Visibility | None:
         """Who sees whom; None if that cannot be told in a stack that may not be the one that is wanted."""
