@@ -2,9 +2,10 @@
 
 An engine is a module of this package with
 
-- ``walk(query, key, value | None, visibility, scaling, wanted) -> Walk``,
-- ``backward(grad_output, query, key, value, output, logsumexp, visibility, scaling)``,
-- ``unavailable() -> str | None``: why it does not run here, and
+- ``walk(query, key, value | None, visibility, scoring, wanted) -> Walk``,
+- ``backward(grad_output, query, key, value, output, logsumexp, visibility, scoring) -> Gradients``,
+- ``unavailable() -> str | None``: why it does not run here,
+- ``refuses(visibility, scoring) -> str | None``: why it cannot do such a call, and
 - ``knows(statistic) -> bool``: whether its walk can take that statistic.
 """
 

@@ -17,7 +17,8 @@ from llama_attn.engines._walk import Gradients, Walk, full_precision
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.recorder import Recorder
 from llama_attn.stats.scoring import Scoring
-from llama_attn.stats.visibility import UNSEEN_BIAS, Visibility
+from llama_attn.stats.spans import UNSEEN_BIAS
+from llama_attn.stats.visibility import Visibility
 
 # Backends that take a visibility in place of a mask, and read one another's.
 STREAMING_BACKENDS = ("streaming", *(f"streaming_{engine}" for engine in ENGINES))
@@ -256,17 +257,23 @@ def _visibility_of(
         bias = mask.masked_fill(~seen, 0.0)
         own = scoring.position_bias
         mask, scoring = seen, replace(scoring, position_bias=bias if own is None else own + bias)
-    return Visibility.of_mask(mask, batch=query.shape[0]), scoring
+    return Visibility.of_mask(mask, batch=query.shape[0], device=query.device), scoring
 
 
 def _of_no_mask(query: Tensor, key: Tensor, causal: bool) -> Visibility:
-    """What sdpa does without a mask: causal from the first key on, or everything."""
-    batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
-    if num_queries > 1 and causal:
-        return Visibility(batch, 0, min(num_queries, num_keys), query.device, stop_query=num_queries)
+    """What sdpa does without a mask: query i sees the keys up to i, or everybody sees everything."""
+    batch, num_queries, num_keys, device = query.shape[0], query.shape[2], key.shape[2], query.device
+    causal = causal and num_queries > 1
+    if causal and num_queries <= num_keys:
+        return Visibility(batch, 0, num_queries, device)
     if num_queries == num_keys:
-        return Visibility(batch, 0, num_keys, query.device, causal=False)
-    return Visibility(batch, 0, num_keys, query.device, causal=False, stop_query=num_queries, aligned=False)
+        return Visibility(batch, 0, num_keys, device, causal=False)
+    stop_key = None
+    if causal:
+        stop_key = torch.arange(1, num_queries + 1, device=device).clamp(max=num_keys)[None]
+    return Visibility(
+        batch, 0, num_keys, device, causal=False, stop_query=num_queries, stop_key=stop_key, aligned=False
+    )
 
 
 def _differentiated(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -18,16 +18,14 @@ from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig, bin_width
 from llama_attn.stats.maps import num_distance_bins
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.spans import VECTORS
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
-
 
 ONCE = (
     "streaming attention can be differentiated once, in backward mode; for second derivatives (create_graph=True, "
     "autograd.functional.hvp, a gradient penalty) and for forward mode use attn_implementation='eager' or 'sdpa'"
 )
-# What a visibility holds in tensors, in the order in which an operator gets them.
-VECTORS = ("real", "sequence", "mask", "rows", "sees", "first_key", "stop_key", "dropped")
 
 
 def walk(
@@ -50,14 +48,7 @@ def walk(
         scoring.position_bias,
         scoring.sinks,
         [
-            visibility.real,
-            visibility.sequence,
-            visibility.mask,
-            visibility.rows,
-            visibility.sees,
-            visibility.first_key,
-            visibility.stop_key,
-            visibility.dropped,
+            *[getattr(visibility, name) for name in VECTORS],
             None if wanted is None else wanted.segments,
             None if wanted is None else wanted.tokens,
         ],

@@ -18,6 +18,7 @@ from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import VISIBILITY_LABELS, AttentionStats, Label
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.records import Records
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.segments import add_generated
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
@@ -237,7 +238,9 @@ class Recorder:
                     query = query[:, list(self._chosen)]
                     seen = key[:, [head // group for head in self._chosen]]
                 for engine, wanted in missing.items():
-                    self.records.put(layer, self._walk(engine, query, seen, None, visibility, scaling, wanted).raw)
+                    self.records.put(
+                        layer, self._walk(engine, query, seen, None, visibility, Scoring(scaling), wanted).raw
+                    )
                     self.engines[engine] = None
             if not has_norms:
                 return
