@@ -154,7 +154,7 @@ STATISTICS = (
     ),
     Statistic(
         "effective_keys", QUERY_DIMS, "keys", "inverse participation ratio, exp of the Rényi-2 entropy",
-        stream=_effective_keys, textbook=lambda reference: 1 / reference.weights.square().sum(-1),
+        stream=_effective_keys, textbook=lambda reference: 1 / reference.outcomes.square().sum(-1),
         meaning="effective number of attended keys",
     ),
     Statistic(
