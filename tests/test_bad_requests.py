@@ -99,10 +99,15 @@ def test_weights_under_streaming(ids):
         model.config.output_attentions = True
 
 
-def test_streaming_in_a_model_that_is_not_ours(ids):
-    model = upstream.LlamaForCausalLM._from_config(tiny_model().config, attn_implementation="streaming")
-    with pytest.raises(ValueError, match=r"use llama_attn\.LlamaForCausalLM"):
-        model(ids)
+def test_streaming_in_a_model_that_is_not_ours(ids, left_padding):
+    """Without a mask it is what it is on sdpa; a vector of padding is none."""
+    model = upstream.LlamaForCausalLM._from_config(tiny_model().config, attn_implementation="streaming").eval()
+    with torch.no_grad():
+        logits = model(ids).logits
+        with pytest.raises(ValueError, match="attention_mask: expected a Visibility"):
+            model(ids, attention_mask=left_padding)
+        model.set_attn_implementation("sdpa")
+        torch.testing.assert_close(logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("backend", ["streaming"])

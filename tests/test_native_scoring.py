@@ -279,7 +279,9 @@ def test_a_bias_that_hides():
     hidden = torch.rand(1, 1, 90, 90, generator=torch.Generator().manual_seed(1)) < 0.5
     hidden[..., range(90), range(90)] = False
     bias = torch.zeros(1, 1, 90, 90, dtype=torch.float64).masked_fill(hidden, -torch.inf)
-    walk = native.walk(query, key, value, situation.visibility, replace(scoring, position_bias=bias), Wanted(KNOWN, CONFIG))
+    walk = native.walk(
+        query, key, value, situation.visibility, replace(scoring, position_bias=bias), Wanted(KNOWN, CONFIG)
+    )
     masked = replace(situation.visibility, mask=~hidden)
     expected = native.walk(query, key, value, masked, scoring, Wanted(KNOWN, CONFIG))
     for name in walk.raw:
