@@ -101,7 +101,8 @@ def test_weights_under_streaming(ids):
 
 def test_streaming_in_a_model_that_is_not_ours(ids, left_padding):
     """Without a mask it is what it is on sdpa; a vector of padding is none."""
-    model = upstream.LlamaForCausalLM._from_config(tiny_model().config, attn_implementation="streaming").eval()
+    model = upstream.LlamaForCausalLM._from_config(tiny_model().config, attn_implementation="streaming")
+    model = model.double().eval()
     with torch.no_grad():
         logits = model(ids).logits
         with pytest.raises(ValueError, match="attention_mask: expected a Visibility"):
