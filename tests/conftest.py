@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import AutoTokenizer, LlamaConfig
 
 from llama_attn import LlamaForCausalLM
@@ -18,6 +19,12 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 # The models are tiny and the tests run in several processes: a second thread would only wait.
 torch.set_num_threads(1)
+
+# One failure at a time, so that it is raised as what it is.
+COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "report_multiple_bugs": False}
+settings.register_profile("ci", max_examples=25, derandomize=True, **COMMON)
+settings.register_profile("long", max_examples=1_700, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def tiny_config(**changes) -> LlamaConfig:

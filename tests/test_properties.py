@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
 from oracle import rounding_bound, visible_by_hand
 
 from llama_attn import AttentionStatsConfig
@@ -23,12 +22,6 @@ from llama_attn.stats.reference import Reference
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import relative_error
-
-# One failure at a time, so that it is raised as what it is.
-COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "report_multiple_bugs": False}
-settings.register_profile("ci", max_examples=25, derandomize=True, **COMMON)
-settings.register_profile("long", max_examples=1_700, **COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def check_call(query: Tensor, key: Tensor, value: Tensor | None, visibility: Vis
         raise ValueError(
             f"value: expected batch, KV heads and tokens {tuple(key.shape[:3])} like the key, got {tuple(value.shape)}"
         )
-    if visibility.batch != batch or visibility.num_queries != num_queries or visibility.num_keys > held:
+    fits = visibility.batch == batch and visibility.num_queries == num_queries and 0 < visibility.num_keys <= held
+    if not fits:
         raise ValueError(
             f"visibility: expected batch {batch}, {num_queries} queries and at most {held} keys, got batch "
             f"{visibility.batch}, {visibility.num_queries} queries and {visibility.num_keys} keys"

@@ -13,7 +13,7 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.parameters import Parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Reference:
     real_queries: Bool[Tensor, "batch query"]
     rank: Int[Tensor, "batch key"]
     query_positions: Int[Tensor, " query"]
-    config: AttentionStatsConfig
+    config: Parameters
     bidirectional: bool = False
     bias: Tensor | None = None
     softcap: float | None = None

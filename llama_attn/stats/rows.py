@@ -47,8 +47,8 @@ def _sink_mass(block: Block) -> Float[Tensor, "batch head row"]:
     visibility, sink_tokens = block.visibility, block.config.sink_tokens
     if visibility.plain:
         return block.exponentials[..., :sink_tokens].sum(-1) * block.scale
-    sinks = (visibility.rank < sink_tokens) & visibility.real_keys
-    return block.mean(sinks[:, block.keys].to(block.exponentials.dtype))
+    sinks = (visibility.rank[:, block.keys] < sink_tokens) & visibility.real_keys[:, block.keys]
+    return block.mean(sinks.to(block.exponentials.dtype))
 
 
 def _sink_mass_textbook(reference: Reference) -> Tensor:
@@ -68,6 +68,8 @@ def _local_mass(block: Block) -> Float[Tensor, "batch head row"]:
 def _mean_distance(block: Block) -> Float[Tensor, "batch head row"]:
     # Keys before the block lie i − j = (i₀ − j) + (i − i₀) behind a query of it, i₀ being its first: two products with
     # vectors. For the others pair by pair; either way all terms are of one sign, so that nothing cancels.
+    if len(block.rows) == 1:
+        return block.mean(block.distance(block.keys.start, block.keys.stop)[0].to(block.exponentials.dtype))
     first = block.visibility.queries[block.rows[0]]
     before = min(max(0, first - block.first_key), block.num_keys) if block.visibility.causal else 0
     middle, stop = block.first_key + before, block.keys.stop

@@ -239,7 +239,7 @@ def check_extents(spans: Spans) -> None:
     Raises:
         ValueError: The message names the one that has not.
     """
-    keys, batch, queries = spans.num_keys, spans.batch, spans.num_queries
+    keys, batch = spans.num_keys, spans.batch
     if min(batch, spans.first_query, keys, spans.offset) < 0 or spans.stride < 1:
         raise ValueError(
             "batch, first_query, num_keys, offset, stride: expected none below 0 and a stride from 1 up, got "
@@ -249,6 +249,7 @@ def check_extents(spans: Spans) -> None:
         raise ValueError("aligned: queries without positions can be neither causal nor packed")
     if spans.aligned and spans.stop_query is not None and spans.stop_query > keys:
         raise ValueError(f"stop_query: expected no more than num_keys={keys}, got {spans.stop_query}")
+    queries = spans.num_queries
     shapes: dict[str, tuple[tuple[int, ...], ...]] = {
         "real": ((batch, keys),),
         "sequence": ((batch, keys),),

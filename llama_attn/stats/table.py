@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-if TYPE_CHECKING:
-    from llama_attn.stats.config import AttentionStatsConfig
-    from llama_attn.stats.reference import Reference
-    from llama_attn.stats.visibility import Visibility
+from llama_attn.stats.reference import Reference
 
 Observed = Literal["block", "hidden", "key", "value", "value_output"]
 
@@ -58,7 +55,7 @@ class Statistic:
     textbook: Callable[[Reference], torch.Tensor]
     meaning: str = ""
     default: bool = False
-    finish: Callable[[torch.Tensor, Visibility, AttentionStatsConfig], torch.Tensor] | None = None
+    finish: Callable[..., torch.Tensor] | None = None
     dtype: torch.dtype | None = None
     parts: tuple[int, ...] = ()
     observes: Observed = "block"

@@ -1,0 +1,253 @@
+"""Attention calls of every kind, and who sees whom in them written out pair by pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+from llama_attn import AttentionStatsConfig
+from llama_attn.stats.block import Wanted
+from llama_attn.stats.recorder import mark_padding, wanted_statistics
+from llama_attn.stats.reference import Reference
+from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.visibility import Visibility
+
+CPU = torch.device("cpu")
+SPANS = ("none", "window", "chunk", "both sides", "random")
+NOT_A_TOKEN = 10**6
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an engine; the rest is what was written out by hand.
+
+    ``sees`` is (batch, query, key) over the measured queries, whose slots are ``slots``.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    visibility: Visibility
+    scoring: Scoring
+    config: AttentionStatsConfig
+    tokens: torch.Tensor
+    sees: torch.Tensor
+    real_queries: torch.Tensor
+    rank: torch.Tensor
+    slots: list[int]
+
+    @property
+    def statistics(self):
+        """Everything, but distances only where there are any."""
+        chosen = wanted_statistics(self.config, has_tokens=True)
+        return [s for s in chosen if not s.is_norm and (self.visibility.aligned or not s.of_distance)]
+
+    def wanted(self, statistics=None) -> Wanted:
+        segments = self.config.segments
+        return Wanted(statistics or self.statistics, self.config, segments, int(segments.max()) + 1, self.tokens)
+
+    def walk(self, engine, statistics=None, **sizes):
+        wanted = self.wanted(statistics)
+        return engine.walk(self.query, self.key, self.value, self.visibility, self.scoring, wanted, **sizes)
+
+    def finished(self, raw, statistics=None):
+        """Raw numbers as the recorder finishes them, without a layer axis."""
+        values = {}
+        for statistic in statistics or self.statistics:
+            value = raw[statistic.name][None]
+            if statistic.finish is not None:
+                value = statistic.finish(value, self.visibility, self.config)
+            values[statistic.name] = mark_padding(statistic, value.clone(), self.visibility)[0]
+        return values
+
+    def reference(self, **leaves) -> Reference:
+        tensors = {"query": self.query, "key": self.key, "value": self.value, "bias": self.scoring.position_bias}
+        return Reference(
+            **tensors | {"sinks": self.scoring.sinks} | leaves, scaling=self.scoring.scale, visible=self.sees[:, None],
+            real_queries=self.real_queries, rank=self.rank, query_positions=torch.tensor(self.slots),
+            config=self.config, bidirectional=not self.visibility.causal, softcap=self.scoring.softcap,
+            offset=self.visibility.offset, length=self.visibility.length, segments=self.config.segments,
+            tokens=self.tokens,
+        )  # fmt: skip
+
+    def expected(self, statistics=None) -> dict[str, torch.Tensor]:
+        """The textbook's numbers, with NaN or −1 where there is no real token."""
+        reference, values = self.reference(), {}
+        seen = (self.sees & self.real_queries[..., None]).any(1)
+        for statistic in statistics or self.statistics:
+            value, none = statistic.textbook(reference), torch.nan if statistic.dtype is None else -1
+            if "query" in statistic.dims or "key" in statistic.dims:
+                marks = self.real_queries if "query" in statistic.dims else seen
+                shape = [
+                    n if dim in ("batch", "query", "key") else 1
+                    for dim, n in zip(statistic.dims[1:], value.shape, strict=True)
+                ]
+                value = value.masked_fill(~marks.view(shape), none)
+            values[statistic.name] = value
+        return values
+
+    def written_out(self, query, key, value, bias, sinks):
+        """The output as differentiable functions of float64 tensors, (batch, query, head, channel)."""
+        group, scoring = query.shape[1] // key.shape[1], self.scoring
+        key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+        scores = query @ key.mT * scoring.scale
+        if scoring.softcap is not None:
+            scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+        if bias is not None:
+            scores = scores + bias
+        visible = self.sees[:, None]
+        # Finite, so that a query that sees nothing has no NaN in its gradient.
+        scores = scores.masked_fill(~visible, -1e30)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+        weights = scores.softmax(-1)[..., : key.shape[2]] * visible
+        return (weights @ value).transpose(1, 2)
+
+
+def make_call(
+    *,
+    spans="none",
+    width=5,
+    batch=2,
+    heads=4,
+    kv_heads=2,
+    queries=23,
+    before=0,
+    after=0,
+    offset=0,
+    channels=16,
+    value_channels=16,
+    padding=False,
+    packed=False,
+    causal=True,
+    aligned=True,
+    stride=1,
+    softcap=None,
+    bias=None,
+    sinks=None,
+    spread=1.0,
+    dtype=torch.float64,
+    seed=0,
+    **config,
+) -> Call:
+    """A random call.
+
+    Args:
+        spans: One of `SPANS`; "both sides" is a window that looks both ways.
+        width: Of the window or chunk [token].
+        before: Keys before the first query, from a cache.
+        after: Keys behind the last query, of a static cache.
+        offset: Keys that the cache has dropped.
+        bias: Batch and heads of a position bias.
+        sinks: Least and largest learned sink.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    keys = before + queries + after
+    causal = causal and aligned and spans != "both sides"
+
+    def draw(*shape):
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * spread).to(dtype)
+
+    def integers(high, *shape):
+        return torch.randint(0, high, shape, generator=generator)
+
+    real = torch.rand(batch, keys, generator=generator) < 0.7 if padding else torch.ones(batch, keys, dtype=torch.bool)
+    document = (torch.rand(batch, keys, generator=generator) < 0.2).long().cumsum(-1) if packed else None
+    # What a cache has dropped may have been padding.
+    dropped = integers(offset + 1, batch) if offset and padding else None
+    first, stop = (integers(keys + 1, batch, queries).sort(-1).values for _ in range(2))
+
+    def in_span(b, i, j):
+        if spans == "window":
+            return i - width < j
+        if spans == "both sides":
+            return abs(i - j) < width
+        if spans == "chunk":
+            return (offset + i) // width == (offset + j) // width
+        if spans == "random":
+            return first[b, i - begin] <= j < stop[b, i - begin]
+        return True
+
+    begin = before if aligned else 0
+    slots = [i for i in range(begin, begin + queries) if (offset + i) % stride == 0]
+    sees = torch.tensor(
+        [
+            [
+                [
+                    bool(real[b, j] and (not causal or j <= i) and in_span(b, i, j))
+                    and (document is None or bool(document[b, i] == document[b, j]))
+                    for j in range(keys)
+                ]
+                for i in slots
+            ]
+            for b in range(batch)
+        ]
+    ).view(batch, len(slots), keys)
+    real_queries = sees.any(-1) & (real[:, slots] if aligned else torch.tensor(True))
+    rank = torch.full((batch, keys), NOT_A_TOKEN)
+    for b in range(batch):
+        counts = {0 if document is None else int(document[b, 0]): offset if dropped is None else int(dropped[b])}
+        for j in range(keys):
+            if real[b, j]:
+                which = 0 if document is None else int(document[b, j])
+                rank[b, j] = counts.get(which, 0)
+                counts[which] = counts.get(which, 0) + 1
+
+    positions = torch.arange(begin, begin + queries)
+    limits = {
+        "none": (None, None),
+        "window": ((positions - width + 1)[None], None),
+        "both sides": ((positions - width + 1)[None].int(), (positions + width)[None].int()),
+        "chunk": (((offset + positions) // width * width - offset)[None], None),
+        "random": (first, stop),
+    }
+    if spans == "chunk" and not causal:
+        limits["chunk"] = (limits["chunk"][0], limits["chunk"][0] + width)
+    whole = Visibility(
+        batch, begin, keys, CPU, causal=causal, real=real if padding else None, sequence=document,
+        stop_query=begin + queries if after or not aligned else None, first_key=limits[spans][0],
+        stop_key=limits[spans][1], offset=offset, dropped=dropped, aligned=aligned,
+    )  # fmt: skip
+    scoring = Scoring(
+        channels**-0.5, softcap, None if bias is None else draw(bias[0], bias[1], len(slots), keys),
+        None if sinks is None else torch.tensor([sinks[h % 2] for h in range(heads)], dtype=torch.float64).to(dtype),
+    )  # fmt: skip
+    config = {"sink_tokens": 2, "window": 4, "top_k": 3, "map_size": 7} | config
+    return Call(
+        query=draw(batch, heads, queries, channels)[:, :, [i - begin for i in slots]],
+        key=draw(batch, kv_heads, keys, channels),
+        value=draw(batch, kv_heads, keys, value_channels),
+        visibility=whole.measured(stride=stride),
+        scoring=scoring,
+        config=AttentionStatsConfig(statistics="all", segments=integers(3, batch, keys), query_stride=stride, **config),
+        tokens=integers(5, batch, keys),
+        sees=sees,
+        real_queries=real_queries,
+        rank=rank,
+        slots=slots,
+    )
+
+
+@st.composite
+def calls(draw, dtypes=(torch.float64,)):
+    """Calls of every kind."""
+    aligned = draw(st.sampled_from([True, True, True, False]))
+    packed = aligned and draw(st.booleans())
+    cached = aligned and not packed
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (8, 1)]))
+    batch = draw(st.integers(1, 3))
+    return make_call(
+        spans=draw(st.sampled_from(SPANS)), width=draw(st.integers(1, 30)), batch=batch, heads=heads,
+        kv_heads=kv_heads, queries=draw(st.integers(1, 40)), before=draw(st.integers(0, 20)) if cached else 0,
+        after=draw(st.integers(0, 9)), offset=draw(st.integers(0, 40)) if cached else 0,
+        channels=draw(st.sampled_from([8, 24])), value_channels=draw(st.sampled_from([8, 12])),
+        padding=draw(st.booleans()), packed=packed, causal=draw(st.booleans()), aligned=aligned,
+        stride=draw(st.sampled_from([1, 1, 3])) if aligned else 1, softcap=draw(st.sampled_from([None, 0.5, 20.0])),
+        bias=draw(st.sampled_from([None, (1, 1), (1, heads), (batch, 1), (batch, heads)])),
+        sinks=draw(st.sampled_from([None, None, (-3.0, 3.0), (-400.0, 400.0)])),
+        spread=draw(st.sampled_from([0.1, 1.0, 4.0])), dtype=draw(st.sampled_from(dtypes)),
+        seed=draw(st.integers(0, 2**32 - 1)), sink_tokens=draw(st.integers(1, 5)), window=draw(st.integers(1, 50)),
+        top_k=draw(st.integers(1, 12)), map_size=draw(st.integers(1, 70)),
+    )  # fmt: skip
