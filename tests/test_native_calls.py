@@ -50,7 +50,9 @@ def calls(monkeypatch):
     scoring = Scoring(0.25, 30.0, torch.randn(1, 4, 6, 9, generator=generator), torch.zeros(4))
     tensors = inputs.query, inputs.key, inputs.value
     native.walk(*tensors, visibility, scoring, Wanted(KNOWN, AttentionStatsConfig()))
-    native.backward(torch.zeros(2, 6, 4, 16), *tensors, torch.zeros(2, 6, 4, 16), torch.zeros(2, 4, 6), visibility, scoring)
+    native.backward(
+        torch.zeros(2, 6, 4, 16), *tensors, torch.zeros(2, 6, 4, 16), torch.zeros(2, 4, 6), visibility, scoring
+    )
     monkeypatch.undo()
     return made, held
 
@@ -163,6 +165,10 @@ def test_sizes_that_overflow():
 
 
 def test_what_the_library_does_not_know():
-    for tensor in (torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.int16), torch.zeros(1, 1, 1, 1, 1)):
+    for tensor in (
+        torch.zeros(2, dtype=torch.complex64),
+        torch.zeros(2, dtype=torch.int16),
+        torch.zeros(1, 1, 1, 1, 1),
+    ):
         with pytest.raises(ValueError, match="key: the native engine takes up to four axes of"):
             library.Call().put("key", tensor)

@@ -10,7 +10,6 @@ import torch
 
 from llama_attn.backends.registry import attention_function
 from llama_attn.engines import _library as library, native
-from llama_attn.stats.scoring import Scoring
 from llama_attn.testing import make_inputs, relative_error
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -56,9 +55,9 @@ LAYOUTS["one number"] = lambda t: expanded(t, 0, 1, 2, 3)
 
 
 def walk_and_gradients(query, key, value, grad_output, inputs):
-    walk = native.walk(query, key, value, inputs.visibility, Scoring(inputs.scaling), None, 12, 64)
+    walk = native.walk(query, key, value, inputs.visibility, inputs.scoring, None, 12, 64)
     gradients = native.backward(
-        grad_output, query, key, value, walk.output, walk.logsumexp, inputs.visibility, Scoring(inputs.scaling), 12, 64
+        grad_output, query, key, value, walk.output, walk.logsumexp, inputs.visibility, inputs.scoring, 12, 64
     )
     return walk.output, *gradients[:3]
 

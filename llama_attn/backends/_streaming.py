@@ -13,6 +13,7 @@ from llama_attn.backends._masks import MaskRequest
 from llama_attn.backends._rules import AttentionCall, by_mask, by_request, scoring, without_mask
 from llama_attn.engines import ENGINES
 from llama_attn.engines._fused import fused
+from llama_attn.stats.spans import UNSEEN_BIAS
 from llama_attn.stats.visibility import Visibility
 
 # Backends that read one another's masks.
@@ -113,5 +114,10 @@ def streaming_call(
             f"attn_implementation: {type(module).__name__} says who sees whom in {given}, which the streaming backends "
             'do not know; use "sdpa" or "eager"'
         )
+    if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point() and attention_mask.requires_grad:
+        # A mask that learns is a bias.
+        seen, own = attention_mask > UNSEEN_BIAS, options.get("position_bias")
+        bias = attention_mask.masked_fill(~seen, 0.0)
+        options["position_bias"], attention_mask = bias if own is None else own + bias, seen
     request = attention_mask if isinstance(attention_mask, MaskRequest) else None
     return AttentionCall(module, query, key, value, attention_mask, options, request, cross)

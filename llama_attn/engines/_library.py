@@ -80,10 +80,9 @@ class Call(ctypes.Structure):
                 f"{name}: the native engine takes up to four axes of {sorted(map(str, TYPES))}, got "
                 f"{tuple(tensor.shape)} of {tensor.dtype}"
             )
-        size, stride = tensor.shape, tensor.stride()
-        if (missing := 4 - len(stride)) > 0:
-            size, stride = (*size, *(1,) * missing), (*stride, *(0,) * missing)
-        _PACKED.pack_into(self, getattr(Call, name).offset, tensor.data_ptr(), kind, *size, *stride)
+        more = 4 - tensor.ndim
+        extents = (*tensor.shape, *(1,) * more, *tensor.stride(), *(0,) * more)
+        _PACKED.pack_into(self, getattr(Call, name).offset, tensor.data_ptr(), kind, *extents)
 
 
 def compiler() -> str:

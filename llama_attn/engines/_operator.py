@@ -18,6 +18,7 @@ from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig, bin_width
 from llama_attn.stats.maps import num_distance_bins
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.spans import VECTORS
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
 
@@ -25,8 +26,6 @@ ONCE = (
     "streaming attention can be differentiated once, in backward mode; for second derivatives (create_graph=True, "
     "autograd.functional.hvp, a gradient penalty) and for forward mode use attn_implementation='eager' or 'sdpa'"
 )
-# What a visibility holds in tensors, in the order in which an operator gets them.
-VECTORS = ("real", "sequence", "mask", "rows", "sees", "first_key", "stop_key", "dropped")
 
 
 def walk(

@@ -145,12 +145,15 @@ def backward(
     # Σ_j A_ij (dO_i · v_j) = dO_i · O_i
     products = (grad_output.to(logsumexp.dtype) * output.to(logsumexp.dtype)).sum(-1)
     shift = rearrange(products, "b q h -> b h q").contiguous()
-    gradients = Gradients(torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None)
+    # Keys behind the last that the visibility knows get none.
+    make = torch.empty_like if key.shape[2] == visibility.num_keys else torch.zeros_like
+    gradients = Gradients(torch.empty_like(query), make(key), make(value))
+    held.append(grad_output.resolve_neg())
     call.put("shift", shift)
-    call.put("grad_output", grad_output)
+    call.put("grad_output", held[-1])
     call.put("grad_query", gradients.query)
-    call.put("grad_key", gradients.key)
-    call.put("grad_value", gradients.value)
+    call.put("grad_key", gradients.key[:, :, : visibility.num_keys])
+    call.put("grad_value", gradients.value[:, :, : visibility.num_keys])
     if scoring.position_bias is not None:
         # One tile meets all pairs of its own head once, so nothing is added: what is shared is summed afterwards.
         held.append(logsumexp.new_zeros(*query.shape[:3], visibility.num_keys))
@@ -182,6 +185,8 @@ def _call(
     if block_keys < 1 or block_keys % PANEL_KEYS:
         raise ValueError(f"block_keys: expected a multiple of {PANEL_KEYS}, got {block_keys}")
     batch, heads, num_queries, channels = query.shape
+    # Keys behind the last that the visibility knows are nobody's.
+    key, value = key[:, :, : visibility.num_keys], None if value is None else value[:, :, : visibility.num_keys]
     call = library.Call(
         batch=batch,
         heads=heads,
@@ -207,15 +212,17 @@ def _call(
         tensors["real_keys"] = visibility.real.contiguous()
     if not (visibility.real is visibility.sees is visibility.rows is None):
         tensors["real_queries"] = visibility.real_queries.contiguous()
-    if not (visibility.sequence is visibility.first_key is visibility.stop_key is None):
-        tensors["first_key"], tensors["stop_key"] = (span.contiguous() for span in visibility.key_spans)
+    if visibility.has_spans:
+        tensors["first_key"], tensors["stop_key"] = visibility.key_spans
     if scoring.sinks is not None:
         tensors["sinks"] = scoring.sinks.to(logsumexp.dtype).contiguous()
     for name, pairs in (("mask", visibility.mask), ("position_bias", scoring.position_bias)):
         if pairs is not None:
             tensors[name] = pairs.expand(batch, heads, -1, -1)
     for name, tensor in tensors.items():
-        call.put(name, tensor)
+        # A view that says "times −1" beside its numbers.
+        tensors[name] = tensor.resolve_neg()
+        call.put(name, tensors[name])
     if visibility.mask is not None and visibility.mask.dtype != torch.bool:
         # As torch compares: in the dtype of the mask.
         call.unseen_bias = torch.tensor(UNSEEN_BIAS, dtype=visibility.mask.dtype).item()
