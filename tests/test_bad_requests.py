@@ -197,7 +197,9 @@ def test_a_block_mask_of_the_users_own(ids):
     with pytest.raises(ValueError, match=r"attention_mask: expected a tensor.*got BlockMask"):
         tiny_model("streaming")(ids, attention_mask=block_mask)
     with torch.no_grad():
-        stats = tiny_model("flex_attention")(ids, attention_mask=block_mask, output_attention_stats=True).attention_stats
+        stats = tiny_model("flex_attention")(
+            ids, attention_mask=block_mask, output_attention_stats=True
+        ).attention_stats
     assert (stats.visible_keys == torch.arange(1, 38)).all()
 
 

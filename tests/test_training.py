@@ -126,7 +126,10 @@ def test_arrives_in_tensorboard(tmp_path, monkeypatch):
             {"entropy_threshold": 50, "layers": (0, 2)},
             r"step 2: .*entropy.* below 50 nat in layers model\.layers\.0\.self_attn \(\S+\), model\.layers\.2\.self_attn \(\S+\)",
         ),
-        ({"logit_threshold": 1e-3}, r"step 2: .*logits.* above 0.001 in layers \S+0\S+ \(\S+\), \S+1\S+ \(\S+\), \S+2\S+ \(\S+\)"),
+        (
+            {"logit_threshold": 1e-3},
+            r"step 2: .*logits.* above 0.001 in layers \S+0\S+ \(\S+\), \S+1\S+ \(\S+\), \S+2\S+ \(\S+\)",
+        ),
     ],
 )
 def test_warns_of_thresholds(options, words, tmp_path, caplog):
@@ -298,7 +301,9 @@ def test_every_head_on_request(tmp_path):
 
 
 def test_a_model_without_observable_attention_is_an_error(tmp_path):
-    model = GPTJForCausalLM(GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, bos_token_id=1, eos_token_id=2))
+    model = GPTJForCausalLM(
+        GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, bos_token_id=1, eos_token_id=2)
+    )
     with pytest.raises(ValueError, match="GPTJForCausalLM has no attention that goes through transformers"):
         trained(model, tmp_path)
     with pytest.raises(ValueError, match=r"layers: unknown \[3\]"):

@@ -110,13 +110,9 @@ class Forward:
         """The index of a layer."""
         return self.stack.layers[module][0]
 
-    def watches(self, module: nn.Module) -> bool:
-        """Whether ``module`` is one of the layers that are measured."""
-        return self.layer_of(module) in self.layers
-
     def wants(self, module: nn.Module) -> bool:
         """Whether a call of ``module`` is measured: never when the forward is over, or runs again for the backward."""
-        return not self.is_closed and self.watches(module) and not is_replay()
+        return not self.is_closed and self.layer_of(module) in self.layers and not is_replay()
 
     def count_call(self, module: nn.Module, *, from_zero: bool) -> None:
         """Take one more call of a module that a forward calls several times: each is a layer, in the order of calls.
@@ -295,7 +291,7 @@ class Observed:
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
-        self._modules = tuple(module for module in forward.stack.layers if forward.watches(module))
+        self._modules = tuple(forward.stack.layers)
 
     def __enter__(self) -> Forward:
         watch(self._modules, self.forward, TRANSFORMERS_OWN)

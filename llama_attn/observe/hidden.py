@@ -134,6 +134,7 @@ class Hook:
         self._call = call
 
     def __call__(self, *args: Any) -> None:
+        """See a forward."""
         self._call(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -184,7 +184,7 @@ def _shadow(interface: Any) -> None:
         def observed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             everyone = _watched.get(module, ())
             # Outside a graph that is being compiled nobody can be asked.
-            outside = torch.compiler.is_compiling() and not all([observer.is_traced for observer in everyone])
+            outside = torch.compiler.is_compiling() and not all(observer.is_traced for observer in everyone)
             observers = [o for o in everyone if (o.is_traced or not torch.compiler.is_compiling()) and o.wants(module)]
             if not observers and not outside:
                 return attend(module, *args, **kwargs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from llama_attn.stats.recorder import Unreadable
+from llama_attn.stats.recorder import UnreadableError
 
 
 def weight_of(
@@ -27,7 +27,7 @@ def weight_of(
         dtype: In which it is asked, if it has to be.
 
     Raises:
-        Unreadable: Its weight is not there and it cannot be asked without changing something.
+        UnreadableError: Its weight is not there and it cannot be asked without changing something.
     """
     if (weight := _plain(layer)) is not None:
         return weight
@@ -79,12 +79,12 @@ def _adapted(layer: Any, channels: int, device: torch.device, dtype: torch.dtype
 def _asked(layer: nn.Module, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Ask the layer itself, one unit vector per channel; not through its hooks, which are others'."""
     if any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in layer.modules()):
-        raise Unreadable(f"the weight of {type(layer).__name__} is not readable while its dropout is on")
+        raise UnreadableError(f"the weight of {type(layer).__name__} is not readable while its dropout is on")
     units = torch.eye(channels, device=device, dtype=dtype)
     try:
         return (layer.forward(units) - layer.forward(torch.zeros_like(units[:1]))).T
     except (RuntimeError, TypeError, NotImplementedError, ValueError, AttributeError) as error:
         message = (str(error) or type(error).__name__).splitlines()[0]
-        raise Unreadable(
+        raise UnreadableError(
             f"the weight of {type(layer).__name__} is not readable, and asked it says: {message}"
         ) from error

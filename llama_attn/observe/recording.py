@@ -245,7 +245,7 @@ class Recording:
     def _choose(self, course: Course) -> None:
         """Measure this stack and no other."""
         self._chosen = course.stack.name
-        for name, other in self._courses.items():
+        for other in self._courses.values():
             if other is not course:
                 other.drop()
                 other.past.clear()

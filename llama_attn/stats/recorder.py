@@ -26,7 +26,7 @@ Assign = Callable[..., Mapping[str, Sequence[Statistic]]]
 LAST = -1
 
 
-class Unreadable(ValueError):
+class UnreadableError(ValueError):
     """A model does not show what a statistic is of."""
 
 
@@ -274,7 +274,7 @@ class Recorder:
     ) -> None:
         try:
             weight = output_weight(value.device)
-        except Unreadable as error:
+        except UnreadableError as error:
             self._reasons[statistic.name] = str(error)
             return
         norms = statistic.stream(_wide(value), _wide(weight))
