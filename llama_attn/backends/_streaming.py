@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def attend_with(engine: str | None) -> Callable[..., tuple[Tensor, None]]:
         call = streaming_call(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
         visibility = sees(call)
         output, _ = fused(query, key, value, visibility, scoring(call, visibility.num_keys), engine=engine, wanted=None)
-        return cast(Tensor, output), None
+        return output, None
 
     # What an observer calls in its place, to take statistics from the same blocks.
     attend.engine = engine  # type: ignore[attr-defined]

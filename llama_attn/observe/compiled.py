@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llama_attn.backends._rules import AttentionCall
-from llama_attn.engines._operator import VECTORS, extent_of, scoring_of, visibility_of
+from llama_attn.engines._operator import extent_of, scoring_of, visibility_of
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.spans import VECTORS
 from llama_attn.stats.visibility import Visibility
 
 # Operators that change nothing are left out of a graph: these are said to write to it.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llama_attn.backends._rules import AttentionCall
 from llama_attn.backends.registry import Backend
 from llama_attn.engines import assign, choose_engine
-from llama_attn.engines._operator import VECTORS, extent_of, walk
+from llama_attn.engines._operator import extent_of, walk
 from llama_attn.observe import projection
 from llama_attn.observe.interface import TRANSFORMERS_OWN, unwatch, watch
 from llama_attn.stats.block import Wanted
@@ -23,6 +23,7 @@ from llama_attn.stats.merge import Measured
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.recorder import LAST, Recorder, Step
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.spans import VECTORS
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
 

@@ -196,7 +196,7 @@ def _embeddings(root: nn.Module) -> nn.Module | None:
 
 def _leaves(root: nn.Module, stack: Stack) -> list[nn.Module]:
     """Modules of the layers that may be projections: those without parts, and those that adapt another."""
-    found = {}
+    found: dict[nn.Module, None] = {}
     for _, holder in layer_modules(root, stack):
         for part in holder.modules():
             if hasattr(part, "base_layer") or not any(part.children()):

@@ -237,14 +237,15 @@ def _request_of(mask: Any, module: nn.Module, num_queries: int, num_slots: int) 
     if isinstance(mask, MaskRequest):
         return mask
     if mask is not None:
-        found: MaskRequest | None = getattr(mask, REQUEST, None)
-        return found
+        made: MaskRequest | None = getattr(mask, REQUEST, None)
+        return made
     if torch.compiler.is_compiling():
         return None
     _notes.are_used = True
     fitting = [request for request in _notes.requests if request.fits(num_queries, num_slots)]
     own = [request for request in fitting if request.config is getattr(module, "config", None)]
-    return (own or fitting or [None])[-1]
+    found = own or fitting
+    return found[-1] if found else None
 
 
 def _observe(
@@ -268,7 +269,8 @@ def _observe(
         call = streaming_call(module, query, key, value, mask, cross=cross, **options)
         visibility = (first and first.visibility(call, backend)) or backend.sees(call)
         scores = scoring(call, visibility.num_keys)
-        engine: str | None = choose_engine(backend.engine, visibility, scores, query.device)
+        prefer: str | None
+        prefer = engine = choose_engine(backend.engine, visibility, scores, query.device)
         share = first and first.fused(call, name, visibility, scores, engine)
         wanted, seen = share or (None, visibility)
         output, raw = fused(query, key, value, seen, scores, engine=engine, wanted=wanted)
@@ -283,12 +285,12 @@ def _observe(
         result = attend(module, *args, **kwargs)
         if known is None:
             return result
-        visibility, engine = known, None
+        visibility, prefer = known, None
         scores = scoring(call, visibility.num_keys, with_sinks=backend.has_sinks)
     for observer in observers:
-        observer.measure(call, name, visibility, scores, result[0], engine)
+        observer.measure(call, name, visibility, scores, result[0], prefer)
     if outside:
-        compiled.observe(call, name, visibility, scores, result[0], engine)
+        compiled.observe(call, name, visibility, scores, result[0], prefer)
     return result
 
 

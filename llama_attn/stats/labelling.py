@@ -166,7 +166,7 @@ class _Sheet:
             sizes[dims.index("key")] = self.length - self.first_key
         whole = parts[0].new_full(sizes, none)
         for part, counts, places in zip(parts, self.counts, self.places, strict=True):
-            spans: list[slice] = []
+            spans: list[slice[int, int, None]] = []
             for axis, dim in enumerate(dims[1:], 1):
                 begin = 0
                 if dim == "query":
@@ -175,7 +175,7 @@ class _Sheet:
                     begin = counts.offset - self.first_key
                 spans.append(slice(begin, begin + part.shape[axis]))
             for layer, place in enumerate(places):
-                whole[(place, *spans)] = part[layer]
+                whole[place][tuple(spans)] = part[layer]
         return whole
 
 

@@ -162,7 +162,8 @@ class Run:
             if name in raw:
                 total = grow(statistic, raw[name], before.length, group.length, self._config)
                 now = total if now is None else total + now
-            raw[name] = now
+            if now is not None:
+                raw[name] = now
         return replace(group, sights=(*before.sights, *group.sights), raw=raw)
 
     def _widened(self, raw: Tensor, statistic: Statistic) -> Tensor:
