@@ -103,11 +103,15 @@ class _Sheet:
         self.config, self.origin, self.device = config, origin, device
         self.groups = measured.groups
         self.counts = [self._counts(group, real_keys) for group in self.groups]
-        self.widest = max(self.counts, key=lambda counts: counts.real_queries.shape[1])
-        self.first_key = min(counts.offset for counts in self.counts)
-        self.length = max(counts.length for counts in self.counts)
+        # The layers with most queries stand for the forward; no `max` by a key, which Dynamo does not know.
+        self.widest = self.counts[0]
+        for counts in self.counts[1:]:
+            if counts.real_queries.shape[1] > self.widest.real_queries.shape[1]:
+                self.widest = counts
+        self.first_key = min([counts.offset for counts in self.counts])
+        self.length = max([counts.length for counts in self.counts])
         shards = 1 if origin.shard is None else origin.shard.size
-        self.num_heads = max((group.heads for group in self.groups), default=0) * shards
+        self.num_heads = max([group.heads for group in self.groups]) * shards
         self.heads = config.selected("heads", self.num_heads)
         # Where each group's layers lie on the layer axis.
         self.layers = tuple(layers)
