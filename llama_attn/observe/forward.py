@@ -103,6 +103,7 @@ class Forward:
         # Of the first call: where the forward stands among others.
         self.visibility_of_first: Visibility | None = None
         self._visibilities: dict[tuple[Any, ...], tuple[Any, Visibility]] = {}
+        self._traced: tuple[Any, Visibility] | None = None
         self._paths: dict[int, str] = {}
         # Hidden states that came to a layer whose attention has not been called yet.
         self._entered: dict[int, Tensor] = {}
@@ -136,6 +137,11 @@ class Forward:
         """Who sees whom, the same object for every layer with the same mask."""
         if call.sight is not None:
             return self._known(call.sight)
+        if self.is_traced:
+            # A graph keeps its lengths open, which a key of a dict would fix.
+            if self._traced is None or self._traced[0] is not call.mask:
+                self._traced = call.mask, backend.sees(call)
+            return self._traced[1]
         # The mask is kept beside, so that no other takes its identity.
         key = (id(call.mask), call.num_queries, call.num_slots, call.is_causal, call.key.device, backend.name)
         if key not in self._visibilities:
