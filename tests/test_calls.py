@@ -79,8 +79,8 @@ def test_any_call_equals_the_textbook(call, rows):
         largest + 1
     )
     for name, expected in call.expected().items():
-        # Below float64 the order of nearly equal weights is a matter of rounding.
-        if exact or name != "topk_position":
+        # Below float64, and where a soft-cap flattens scores, the order of nearly equal weights is a matter of rounding.
+        if name != "topk_position" or (exact and scoring.softcap is None):
             assert relative_error(values[name], expected) <= bound, name
     output, real = call.reference().output.transpose(1, 2), call.real_queries
     bound = bound * max(1.0, float(call.value.abs().max())) + torch.finfo(call.value.dtype).eps
