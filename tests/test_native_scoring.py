@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from calls import CPU, calls, make_call
-from hypothesis import given, strategies as st
+from hypothesis import given
 from oracle import rounding_bound
 from test_calls import BOUND, KINDS
 from test_native import SIZES
