@@ -39,6 +39,14 @@ class Call:
     slots: list[int]
 
     @property
+    def bias(self):
+        """What is added to scores: the position bias and the additive mask."""
+        mask = self.visibility.mask
+        terms = [self.scoring.position_bias, mask if mask is not None and mask.is_floating_point() else None]
+        terms = [term for term in terms if term is not None]
+        return sum(terms) if terms else None
+
+    @property
     def statistics(self):
         """Everything, but distances only where there are any."""
         chosen = wanted_statistics(self.config, has_tokens=True)
@@ -63,7 +71,7 @@ class Call:
         return values
 
     def reference(self, **leaves) -> Reference:
-        tensors = {"query": self.query, "key": self.key, "value": self.value, "bias": self.scoring.position_bias}
+        tensors = {"query": self.query, "key": self.key, "value": self.value, "bias": self.bias}
         return Reference(
             **tensors | {"sinks": self.scoring.sinks} | leaves, scaling=self.scoring.scale, visible=self.sees[:, None],
             real_queries=self.real_queries, rank=self.rank, query_positions=torch.tensor(self.slots),
@@ -97,6 +105,8 @@ class Call:
             scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
         if bias is not None:
             scores = scores + bias
+        if self.visibility.mask is not None and self.visibility.mask.is_floating_point():
+            scores = scores + self.visibility.mask
         visible = self.sees[:, None]
         # Finite, so that a query that sees nothing has no NaN in its gradient.
         scores = scores.masked_fill(~visible, -1e30)
@@ -127,6 +137,7 @@ def make_call(
     softcap=None,
     bias=None,
     sinks=None,
+    mask=None,
     spread=1.0,
     dtype=torch.float64,
     seed=0,
@@ -141,7 +152,8 @@ def make_call(
         after: Keys behind the last query, of a static cache.
         offset: Keys that the cache has dropped.
         bias: Batch and heads of a position bias.
-        sinks: Least and largest learned sink.
+        sinks: Learned sinks of even and of odd heads.
+        mask: "bool" or "additive", besides all else.
     """
     generator = torch.Generator().manual_seed(seed)
     keys = before + queries + after
@@ -153,6 +165,7 @@ def make_call(
     def integers(high, *shape):
         return torch.randint(0, high, shape, generator=generator)
 
+    mask = None if mask is None else _mask(mask, (batch, 1, queries, keys), generator)
     real = torch.rand(batch, keys, generator=generator) < 0.7 if padding else torch.ones(batch, keys, dtype=torch.bool)
     document = (torch.rand(batch, keys, generator=generator) < 0.2).long().cumsum(-1) if packed else None
     # What a cache has dropped may have been padding.
@@ -185,6 +198,9 @@ def make_call(
             for b in range(batch)
         ]
     ).view(batch, len(slots), keys)
+    if mask is not None:
+        shown = mask if mask.dtype == torch.bool else mask > -1e4
+        sees &= shown[:, 0, [i - begin for i in slots]]
     real_queries = sees.any(-1) & (real[:, slots] if aligned else torch.tensor(True))
     rank = torch.full((batch, keys), NOT_A_TOKEN)
     for b in range(batch):
@@ -208,7 +224,7 @@ def make_call(
     whole = Visibility(
         batch, begin, keys, CPU, causal=causal, real=real if padding else None, sequence=document,
         stop_query=begin + queries if after or not aligned else None, first_key=limits[spans][0],
-        stop_key=limits[spans][1], offset=offset, dropped=dropped, aligned=aligned,
+        stop_key=limits[spans][1], offset=offset, dropped=dropped, aligned=aligned, mask=mask,
     )  # fmt: skip
     scoring = Scoring(
         channels**-0.5, softcap, None if bias is None else draw(bias[0], bias[1], len(slots), keys),
@@ -230,6 +246,13 @@ def make_call(
     )
 
 
+def _mask(kind, shape, generator):
+    mask = torch.rand(shape, generator=generator) < 0.6
+    if kind == "bool":
+        return mask
+    return torch.randn(shape, generator=generator, dtype=torch.float64).masked_fill(~mask, -1e9)
+
+
 @st.composite
 def calls(draw, dtypes=(torch.float64,)):
     """Calls of every kind."""
@@ -247,6 +270,7 @@ def calls(draw, dtypes=(torch.float64,)):
         stride=draw(st.sampled_from([1, 1, 3])) if aligned else 1, softcap=draw(st.sampled_from([None, 0.5, 20.0])),
         bias=draw(st.sampled_from([None, (1, 1), (1, heads), (batch, 1), (batch, heads)])),
         sinks=draw(st.sampled_from([None, None, (-3.0, 3.0), (-400.0, 400.0)])),
+        mask=draw(st.sampled_from([None, None, None, "bool", "additive"])),
         spread=draw(st.sampled_from([0.1, 1.0, 4.0])), dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 2**32 - 1)), sink_tokens=draw(st.integers(1, 5)), window=draw(st.integers(1, 50)),
         top_k=draw(st.integers(1, 12)), map_size=draw(st.integers(1, 70)),

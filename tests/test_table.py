@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_model
 from oracle import capture, errors, expected, stock_of
 
+import llama_attn
 from llama_attn import AttentionStatsConfig, Statistic, register_statistic
 from llama_attn.stats.table import DIMENSIONS, default_statistics, statistics_table
 
+PACKAGE = Path(llama_attn.__file__).parent
 DEFAULT = {
     "entropy", "logsumexp", "max_logit", "max_weight", "sink_mass", "local_mass", "mean_distance", "received",
 }  # fmt: skip
@@ -100,3 +105,25 @@ def test_bad_registrations():
         Statistic("x", ("head", "batch"), "", "", stream=entropy.stream, textbook=entropy.textbook)
     with pytest.raises(ValueError, match="dims: expected"):
         Statistic("x", ("layer", "batch", "banana"), "", "", stream=entropy.stream, textbook=entropy.textbook)
+
+
+def imports_of(module: str) -> set[str]:
+    """Modules of llama_attn that ``module`` names in its imports, those for the type checker among them."""
+    path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+    if not path.is_file():
+        return set()
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    named = {node.module for node in nodes} | {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+    return {name.removeprefix("llama_attn.") for name in named if name.startswith("llama_attn.")}
+
+
+@pytest.mark.parametrize("module", ["table", "config", "reference", "visibility", "scoring", "block", "rows", "maps"])
+def test_definitions_and_configuration_do_not_go_in_circles(module):
+    start = f"stats.{module}"
+    reached, left = set(), [start]
+    while left:
+        new = imports_of(left.pop()) - reached
+        reached |= new
+        left += new
+    assert start not in reached
+    assert reached or module == "scoring"

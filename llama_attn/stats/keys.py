@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llama_attn.stats.block import Block
-from llama_attn.stats.parameters import Parameters
+from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
@@ -14,7 +14,7 @@ from llama_attn.stats.visibility import Visibility
 KEY_DIMS = ("layer", "batch", "head", "key")
 
 
-def _per_visible_query(total: Tensor, visibility: Visibility, config: Parameters) -> Tensor:
+def _per_visible_query(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
     return total / visibility.visible_queries_per_head
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from llama_attn.stats.block import Block
-from llama_attn.stats.parameters import Parameters
+from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
@@ -45,7 +45,7 @@ def _weights_map(block: Block) -> Float[Tensor, "batch head query_bin key_bin"]:
     return _pooled(block, block.weights)
 
 
-def _mean_over_queries(total: Tensor, visibility: Visibility, config: Parameters) -> Tensor:
+def _mean_over_queries(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
     width = config.bin_width(visibility.length)
     queries = total.new_zeros(visibility.batch, total.shape[-2])
     bins = (visibility.offset + visibility.query_positions) // width
@@ -60,7 +60,7 @@ def _logits_map(block: Block) -> Float[Tensor, "batch head 2 query_bin key_bin"]
     return torch.stack([_pooled(block, scores), _pooled(block, visible.to(scores.dtype))], dim=2)
 
 
-def _mean_over_pairs(total: Tensor, visibility: Visibility, config: Parameters) -> Tensor:
+def _mean_over_pairs(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
     # A sum over no pairs is 0 / 0 = NaN: the cell has no data.
     return total.select(-3, 0) / total.select(-3, 1)
 
@@ -114,7 +114,7 @@ def _distance_histogram(block: Block) -> Float[Tensor, "batch head distance_bin"
     return weights.new_zeros(*weights.shape[:2], bins).index_add_(-1, which, sheared.sum(-2))
 
 
-def _mean_over_all_queries(total: Tensor, visibility: Visibility, config: Parameters) -> Tensor:
+def _mean_over_all_queries(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
     return total / visibility.real_queries.sum(-1)[:, None, None]
 
 
