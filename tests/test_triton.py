@@ -102,4 +102,4 @@ def test_importing_llama_attn_loads_no_kernels():
 def test_it_refuses_tensors_elsewhere():
     inputs = make_inputs(head_dim=64)
     with pytest.raises(ValueError, match=r"device: the triton engine takes CUDA tensors, got cpu; .*streaming_torch"):
-        engine.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scaling)
+        engine.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scoring)

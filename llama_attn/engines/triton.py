@@ -99,9 +99,9 @@ def walk(
         stop_sink_ptr=_stop_sink(visibility, wanted.config.sink_tokens if wanted else 0),
         real_ptr=_real(visibility),
         query_strides=_strides(query), key_strides=_strides(key), value_strides=_strides(value),
-        output_strides=_strides(output), num_queries=num_queries, num_keys=key.shape[2],
+        output_strides=_strides(output), num_queries=num_queries, num_keys=visibility.num_keys,
         group_size=heads // key.shape[1], first_position=visibility.first_query,
-        position_step=visibility.stride, window=min(wanted.config.window, key.shape[2]) if wanted else 0,
+        position_step=visibility.stride, window=min(wanted.config.window, visibility.length) if wanted else 0,
         score_scale=scoring.scale * LOG2_E, HAS_VALUE=value is not None, MEASURE=measure,
     )  # fmt: skip
     # Each in memory of its own: an operator of torch may not return tensors that share theirs.
@@ -136,10 +136,12 @@ def backward(
     grad_rows = _dense(grad_output.to(query.dtype).transpose(1, 2))
     # Σ_j A_ij (dO_i · v_j) = dO_i · O_i
     shift = (grad_rows.float() * output.transpose(1, 2).float()).sum(-1)
+    num_queries, num_keys = query.shape[2], visibility.num_keys
+    # Keys behind the last that the visibility knows get none.
+    make = torch.empty_like if key.shape[2] == num_keys else torch.zeros_like
     grad_query, grad_key, grad_value = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+        make(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)
     )
-    num_queries, num_keys = query.shape[2], key.shape[2]
     shared: dict[str, Any] = {
         "query_ptr": query, "key_ptr": key, "value_ptr": value, "grad_output_ptr": grad_rows,
         "logsumexp_ptr": logsumexp, "shift_ptr": shift,
@@ -167,7 +169,7 @@ def _received(
 ) -> Float[Tensor, "batch head key"]:
     """Σ_i A_ij over the real queries."""
     batch, heads, num_queries, _ = query.shape
-    num_keys = key.shape[2]
+    num_keys = visibility.num_keys
     received = logsumexp.new_empty(batch, heads, num_keys)
     # exp(s − ∞) = 0: padding gives nothing.
     counted = torch.where(visibility.real_queries[:, None], logsumexp, torch.inf)
