@@ -76,6 +76,13 @@ FAMILIES = {
         "GptOssModel",
         "GptOssForCausalLM",
         _heads("GptOss", "SequenceClassification", "TokenClassification"),
-        {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+        {
+            "head_dim": 16,
+            # The kernel of its experts needs a multiple of sixteen bytes.
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+        },
     ),
 }

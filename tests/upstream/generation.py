@@ -216,11 +216,18 @@ class GenerationTesterMixin:
 
     def test_custom_4d_mask(self):
         for model, inputs in self._model(1):
-            length = inputs["input_ids"].shape[1]
-            mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
-            torch.testing.assert_close(
-                model(inputs["input_ids"], attention_mask=mask).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5
-            )
+            masks = {}
+            for layer in range(model.config.num_hidden_layers):
+                window = window_of(model.config, layer)
+                length = inputs["input_ids"].shape[1]
+                seen = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
+                if model.config._attn_implementation == "eager":
+                    seen = torch.zeros_like(seen, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
+                masks["full_attention" if window is None else "sliding_attention"] = seen[None, None]
+            # Models whose layers differ take a mask for each kind.
+            mask = masks if len(masks) > 1 else masks.popitem()[1]
+            got = model(inputs["input_ids"], attention_mask=mask).logits
+            torch.testing.assert_close(got, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
     def test_generate_compile_model_forward_fullgraph(self):
         for model, inputs in self._model():

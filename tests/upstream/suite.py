@@ -35,7 +35,7 @@ class ModelTester:
 
     def get_config(self):
         sizes = {name: getattr(self, name, value) for name, value in TINY.items()}
-        return Config(**sizes, **FAMILY.options)
+        return Config(**sizes | FAMILY.options)
 
     def prepare_config_and_inputs_for_common(self):
         ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
