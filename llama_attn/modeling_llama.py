@@ -51,7 +51,9 @@ def _with_argument(upstreams: Callable[..., Any]) -> Callable[[Forwards], Forwar
     """Give a forward the signature of upstream's, which generate and the Trainer read, and one parameter more."""
     signature = inspect.signature(upstreams)
     *named, rest = signature.parameters.values()
-    ours = inspect.Parameter("output_attention_stats", rest.POSITIONAL_OR_KEYWORD, default=None, annotation=StatsArgument)
+    ours = inspect.Parameter(
+        "output_attention_stats", rest.POSITIONAL_OR_KEYWORD, default=None, annotation=StatsArgument
+    )
 
     def decorate(forward: Forwards) -> Forwards:
         forward.__signature__ = signature.replace(parameters=[*named, ours, rest])  # type: ignore[attr-defined]
@@ -279,7 +281,11 @@ def refuse_inside(model: nn.Module) -> None:
     frame = sys._getframe(1)
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
         caller = frame.f_locals.get("self")
-        if isinstance(caller, PreTrainedModel) and caller is not model and any(part is model for part in caller.modules()):
+        if (
+            isinstance(caller, PreTrainedModel)
+            and caller is not model
+            and any(part is model for part in caller.modules())
+        ):
             raise ValueError(
                 f"output_attention_stats: {type(caller).__name__}, which runs {type(model).__name__} as a part of itself, has "
                 "no place for them in its output; use `with llama_attn.record(model) as recording:`"

@@ -82,6 +82,18 @@ class MaskRequest:
         self._is_read = False
         self._visibilities: dict[tuple[torch.device, bool], Visibility] = {}
 
+    # generate makes the masks of static caches itself and hands them to the forward, which asks for a mask of them.
+    ndim = 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """What a mask of it would have, (batch, 1, query, slot)."""
+        return self.batch, 1, self.num_queries, self.num_slots
+
+    def contiguous(self) -> MaskRequest:
+        """Itself, which is no matrix."""
+        return self
+
     def fits(self, num_queries: int, num_slots: int) -> bool:
         """Whether an attention call of these lengths is one that it was made for."""
         return self.num_queries == num_queries and self.num_slots == num_slots
@@ -268,9 +280,13 @@ def read(function: Any) -> Pattern | None:
 
 def is_decoder(function: Any) -> bool:
     """Whether a mask function is causal but for what else it shows."""
-    held = [] if getattr(function, "__closure__", None) is None else [cell.cell_contents for cell in function.__closure__]
+    held = (
+        [] if getattr(function, "__closure__", None) is None else [cell.cell_contents for cell in function.__closure__]
+    )
     parts = [part for content in held for part in (content if isinstance(content, tuple) else (content,))]
-    return getattr(function, "__qualname__", "") == "causal_mask_function" or any(map(is_decoder, filter(callable, parts)))
+    return getattr(function, "__qualname__", "") == "causal_mask_function" or any(
+        map(is_decoder, filter(callable, parts))
+    )
 
 
 def _all_of(parts: list[Pattern | None]) -> Pattern | None:

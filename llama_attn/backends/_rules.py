@@ -140,7 +140,7 @@ def by_vector(call: AttentionCall) -> Visibility:
     """
     num_queries, num_keys, options = call.num_queries, call.num_slots, call.options
     batch, device, mask = call.query.shape[0], call.key.device, call.mask
-    if mask is not None and (mask.ndim != 2 or mask.shape[1] != num_keys) or _has_empty_slots(call):
+    if (mask is not None and (mask.ndim != 2 or mask.shape[1] != num_keys)) or _has_empty_slots(call):
         raise ValueError(
             "past_key_values: FlashAttention has no mask that hides the unfilled slots of a static cache, so "
             "there is no attention to measure; use a DynamicCache, or another attn_implementation"

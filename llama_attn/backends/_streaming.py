@@ -23,6 +23,8 @@ NOT_SERVED = ("indices", "block_indices", "cache")
 
 def mask(**kwargs: Any) -> MaskRequest:
     """Who sees whom as it was asked for; of queries × keys only what cannot be said in vectors."""
+    if isinstance(made := kwargs.get("attention_mask"), MaskRequest):
+        return made
     request = MaskRequest(**kwargs)
     if request.pattern is None:
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -71,9 +73,7 @@ def attend_with(engine: str | None) -> Callable[..., tuple[Tensor, None]]:
         """
         call = streaming_call(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
         visibility = sees(call)
-        output, _ = fused(
-            query, key, value, visibility, scoring(call, visibility.num_keys), engine=engine, wanted=None
-        )
+        output, _ = fused(query, key, value, visibility, scoring(call, visibility.num_keys), engine=engine, wanted=None)
         return cast(Tensor, output), None
 
     # What an observer calls in its place, to take statistics from the same blocks.

@@ -69,7 +69,7 @@ class Backend:
         # Without a mask, sdpa and FlashAttention mean the same as long as no keys come from a cache.
         alike = origin == "sdpa" and self.name.startswith("flash") and causal
         if origin not in self.accepts_masks_of and not alike:
-            shape = None if attention_mask is None else tuple(attention_mask.shape)
+            shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else None
             raise ValueError(
                 f"attention_mask: layers pinned to {self.name!r} cannot read a mask made for {origin!r} (shape {shape}); "
                 f"set the model's attn_implementation to one of {list(self.accepts_masks_of)}"

@@ -210,4 +210,6 @@ def only(courses: Sequence[Course]) -> Course:
     if len(courses) == 1:
         return courses[0]
     names = [course.stack.name for course in courses]
-    raise ValueError(f"stack: none of them is a decoder's self-attention, so choose one: record(module, stack=…) of {names}")
+    raise ValueError(
+        f"stack: none of them is a decoder's self-attention, so choose one: record(module, stack=…) of {names}"
+    )

@@ -158,7 +158,13 @@ class Forward:
         self.recorder.put(self.layer_of(call.module), visibility, heads, raw, engine)
 
     def measure(
-        self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, output: Tensor, prefer: str | None
+        self,
+        call: AttentionCall,
+        name: str,
+        visibility: Visibility,
+        scores: Scoring,
+        output: Tensor,
+        prefer: str | None,
     ) -> None:
         """Measure the call, beside its backend what the backend has not."""
         self._started(call, name, visibility)

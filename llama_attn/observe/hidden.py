@@ -39,7 +39,9 @@ class Hooks:
         brackets: Whether the beginning of a forward has to be seen.
     """
 
-    def __init__(self, root: nn.Module, stack: Stack, config: AttentionStatsConfig, course: Course, *, brackets: bool) -> None:
+    def __init__(
+        self, root: nn.Module, stack: Stack, config: AttentionStatsConfig, course: Course, *, brackets: bool
+    ) -> None:
         self.root, self.stack, self.course, self.brackets = root, stack, course, brackets
         self.tokens: Tensor | None = None
         self._has_entered = False

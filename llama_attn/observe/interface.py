@@ -58,7 +58,13 @@ class Observer(Protocol):
         """Keep what was measured there."""
 
     def measure(
-        self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, output: Tensor, prefer: str | None
+        self,
+        call: AttentionCall,
+        name: str,
+        visibility: Visibility,
+        scores: Scoring,
+        output: Tensor,
+        prefer: str | None,
     ) -> None:
         """Measure the call, beside its backend what the backend has not."""
 

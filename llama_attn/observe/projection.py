@@ -85,4 +85,6 @@ def _asked(layer: nn.Module, channels: int, device: torch.device, dtype: torch.d
         return (layer.forward(units) - layer.forward(torch.zeros_like(units[:1]))).T
     except (RuntimeError, TypeError, NotImplementedError, ValueError, AttributeError) as error:
         message = (str(error) or type(error).__name__).splitlines()[0]
-        raise Unreadable(f"the weight of {type(layer).__name__} is not readable, and asked it says: {message}") from error
+        raise Unreadable(
+            f"the weight of {type(layer).__name__} is not readable, and asked it says: {message}"
+        ) from error

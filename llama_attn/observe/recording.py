@@ -75,7 +75,9 @@ class Recording:
         try:
             for name, module in asking.items():
                 if self._stack in (None, name):
-                    self._courses[name] = Course(self._module, stack_of(self._module, module), self._config, self._model)
+                    self._courses[name] = Course(
+                        self._module, stack_of(self._module, module), self._config, self._model
+                    )
             if len(self._courses) == 1:
                 next(iter(self._courses.values())).stack.check(self._config)
         except BaseException:
@@ -209,7 +211,13 @@ class Recording:
         self._of(call)[1].put(call, visibility, raw, engine)
 
     def measure(
-        self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, output: Tensor, prefer: str | None
+        self,
+        call: AttentionCall,
+        name: str,
+        visibility: Visibility,
+        scores: Scoring,
+        output: Tensor,
+        prefer: str | None,
     ) -> None:
         """Measure the call, beside its backend what the backend has not."""
         course, forward = self._of(call)
@@ -245,9 +253,7 @@ class Recording:
                 other.hooks.remove()
 
 
-def record(
-    module: nn.Module, config: AttentionStatsConfig | bool = True, *, stack: str | None = None
-) -> Recording:
+def record(module: nn.Module, config: AttentionStatsConfig | bool = True, *, stack: str | None = None) -> Recording:
     """Measure attention in any transformers model, or a part or wrapper of one, while a block of code runs.
 
     What is measured is what its layers hand to transformers' attention interface, on whatever backend. Outputs,

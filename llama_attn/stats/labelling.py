@@ -149,7 +149,9 @@ class _Sheet:
         tensor = group.raw[statistic.name].to(self.device)
         if shard is not None and "head" in statistic.dims:
             tensor = shard.gather_heads(tensor, statistic.dims.index("head"), self.heads, self.num_heads)
-        tensor = grow(statistic, tensor, group.length, self.length, self.config) if "key" not in statistic.dims else tensor
+        tensor = (
+            grow(statistic, tensor, group.length, self.length, self.config) if "key" not in statistic.dims else tensor
+        )
         if statistic.finish is not None:
             tensor = statistic.finish(tensor, counts.of_heads(list(self.heads)), self.config)
         if statistic.of_distance and counts.direction == "cross":

@@ -118,7 +118,8 @@ class Run:
             for name in raw:
                 if (statistic := self._statistics[name]) and _follow_one_another(statistic):
                     axis = statistic.dims.index("query" if "query" in statistic.dims else "key")
-                    raw[name] = torch.cat([self._widened(group.raw[name], statistic) for group in rows], dim=axis)
+                    parts = [self._widened(group.raw[name], statistic) for group in rows if name in group.raw]
+                    raw[name] = torch.cat(parts, dim=axis)
             groups.append(replace(total, raw=raw))
         hidden = {}
         for name, parts in self._hidden.items():
@@ -147,24 +148,28 @@ class Run:
         return replace(group, raw=raw)
 
     def _added(self, before: Group, group: Group) -> Group:
-        raw = {}
+        raw = dict(before.raw)
         first = before.sights[0].offset
-        for name, now in group.raw.items():
-            statistic = self._statistics[name]
+        for name in {**before.raw, **group.raw}:
+            statistic, now = self._statistics[name], group.raw.get(name)
             if _follow_one_another(statistic):
-                raw[name] = now
+                if now is not None:
+                    raw[name] = now
                 continue
-            total = grow(statistic, before.raw[name], before.length, group.length, self._config)
-            if statistic.dims[-1] == "key":
+            if now is not None and statistic.dims[-1] == "key":
                 now = pad(now, (group.sights[0].offset - first, 0))
-            raw[name] = total + now
+            # A forward without a measured query gives no sums.
+            if name in raw:
+                total = grow(statistic, raw[name], before.length, group.length, self._config)
+                now = total if now is None else total + now
+            raw[name] = now
         return replace(group, sights=(*before.sights, *group.sights), raw=raw)
 
     def _widened(self, raw: Tensor, statistic: Statistic) -> Tensor:
         """Segments that only later tokens have are added to earlier rows."""
         if statistic.dims[-1] != "segment":
             return raw
-        most = max(rows[-1].raw[statistic.name].shape[-1] for rows in self._rows)
+        most = max(g.raw[statistic.name].shape[-1] for rows in self._rows for g in rows if statistic.name in g.raw)
         return pad(raw, (0, most - raw.shape[-1]))
 
 

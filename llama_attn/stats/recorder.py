@@ -126,7 +126,11 @@ class Recorder:
         now, before = self.step.tokens, self.step.earlier_tokens
         if now is None or not visibility.aligned:
             return None
-        if before is not None and now.shape[1] + before.shape[1] == visibility.length and visibility.length > now.shape[1]:
+        if (
+            before is not None
+            and now.shape[1] + before.shape[1] == visibility.length
+            and visibility.length > now.shape[1]
+        ):
             now = torch.cat([before.to(now.device), now], dim=1)
         now = now[:, : visibility.length]
         if tuple(now.shape) != (visibility.batch, visibility.length):
@@ -205,7 +209,7 @@ class Recorder:
             return
         # Under autocast a float32 product would be computed in half precision.
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            if missing:
+            if missing and sight.visibility.num_queries:
                 seen, rows = sight.visibility, self._strided(query, 2, visibility)
                 seen_keys, scores = key, _of_queries(scoring, sight, visibility)
                 if chosen is not None:
@@ -302,13 +306,16 @@ class Recorder:
         groups = []
         for (at, heads, _), layers in self._groups.items():
             raw = {}
+            sight = self._sights[at][1]
             for statistic in statistics:
-                if statistic.dims[0] == "layer":
+                # A step of a run may have no query at a multiple of the stride.
+                is_there = statistic.is_norm or sight.visibility.num_queries > 0
+                if statistic.dims[0] == "layer" and is_there:
                     stacked = self.records.stacked(statistic.name, layers)
                     if stacked is None:
                         raise RuntimeError(f"{statistic.name}: layers {layers} report in different shapes")
                     raw[statistic.name] = stacked
-            groups.append(Group(tuple(layers), (self._sights[at][1].visibility,), raw, heads))
+            groups.append(Group(tuple(layers), (sight.visibility,), raw, heads))
         hidden_layers = (*sorted(layer for group in groups for layer in group.layers), LAST)
         hidden = {}
         for statistic in statistics:
@@ -331,7 +338,9 @@ class Recorder:
             records = self.hidden if statistic.observes == "hidden" else self.records
             if statistic.observes in ("hidden", "value_output") and not self._is_complete(records, statistic):
                 if name in named:
-                    why = self._reasons.get(name, f"it is of {WHERE[statistic.observes]}, which this model does not show")
+                    why = self._reasons.get(
+                        name, f"it is of {WHERE[statistic.observes]}, which this model does not show"
+                    )
                     raise ValueError(f"statistics: {name!r} cannot be given: {why}")
                 continue
             given.append(statistic)
