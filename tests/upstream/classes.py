@@ -5,6 +5,7 @@ them first.
 import functools
 import os
 import threading
+from pathlib import Path
 
 import torch
 import transformers
@@ -37,7 +38,7 @@ def observed(forward):
 
 def note(line):
     """Add ``line`` to the count of `run.py`; of one system call, since many processes write."""
-    with open(RECORDINGS, "ab", buffering=0) as file:
+    with Path(RECORDINGS).open("ab", buffering=0) as file:
         file.write(" ".join(line.split()).encode() + b"\n")
 
 
