@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from oracle import visible_by_hand
 
 from llama_attn import AttentionStatsConfig
@@ -70,7 +70,7 @@ def test_uniform_attention_behind_a_cache(ids):
     with torch.no_grad():
         cache = model(ids[:, :20], use_cache=True).past_key_values
         stats = model(
-            ids[:, 20:], past_key_values=cache, output_attention_stats=AttentionStatsConfig(window=5)
+            ids[:, 20:], **{CACHE: cache}, output_attention_stats=AttentionStatsConfig(window=5)
         ).attention_stats
     visible = np.tril(np.ones((37, 37), dtype=bool))[20:]
     found = uniform_attention(stats.to_xarray())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import StaticCache
 from transformers.models.llama import modeling_llama as upstream
@@ -168,7 +168,7 @@ def test_a_static_cache_under_flash_attention(ids):
     model.model.layers[0].register_forward_hook(lambda *_: ran.append(True))
     cache = StaticCache(config=model.config, max_cache_len=64)
     with pytest.raises(ValueError, match=r"unfilled slots of a static cache.*DynamicCache"):
-        model(ids, past_key_values=cache, output_attention_stats=True)
+        model(ids, **{CACHE: cache}, output_attention_stats=True)
     with pytest.raises(ValueError, match="unfilled slots of a static cache"):
         model.generate(
             ids,
@@ -208,7 +208,7 @@ def test_a_stride_that_misses_every_query(ids):
     with torch.no_grad():
         cache = model(ids[:, :9]).past_key_values
         with pytest.raises(ValueError, match="query_stride: no query of this call"):
-            model(ids[:, 9:10], past_key_values=cache, output_attention_stats=AttentionStatsConfig(query_stride=4))
+            model(ids[:, 9:10], **{CACHE: cache}, output_attention_stats=AttentionStatsConfig(query_stride=4))
 
 
 def test_weights_that_are_nan_give_no_number(ids):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from transformers import DynamicCache, StoppingCriteria
 from transformers.models.llama import modeling_llama as upstream
 
@@ -186,8 +186,8 @@ def test_continuing_a_cache(prompt):
     ids = prompt["input_ids"][1:]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :6], past_key_values=cache)
-    on = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, EVERYTHING, past_key_values=cache)
+        model(ids[:, :6], **{CACHE: cache})
+    on = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, EVERYTHING, **{CACHE: cache})
     stats = on.attention_stats
     assert stats.queries == range(6, on.sequences.shape[1] - 1)
     whole = one_forward(model, on.sequences, torch.ones_like(on.sequences[:, :-1]))

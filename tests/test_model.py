@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import CACHE, tiny_config, tiny_model
 from oracle import stock_of
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -165,7 +165,7 @@ def test_continuing_from_a_cache_gives_the_rows_of_one_forward(backend, first, i
     cache = run(model, input_ids=ids[:, :first], attention_mask=left_padding[:, :first]).past_key_values
     positions = torch.arange(first, 37)[None].expand(2, -1)
     rest = run(
-        model, input_ids=ids[:, first:], attention_mask=left_padding, past_key_values=cache,
+        model, input_ids=ids[:, first:], attention_mask=left_padding, **{CACHE: cache},
         position_ids=positions, output_attention_stats=EVERYTHING,
     ).attention_stats  # fmt: skip
     assert rest.queries == range(first, 37)
@@ -189,7 +189,7 @@ def test_a_mask_of_the_users_own_behind_a_cache(backend, ids):
     whole = run(model, input_ids=ids, attention_mask=mask, output_attention_stats=config).attention_stats
     cache = run(model, input_ids=ids[:, :22], attention_mask=mask[:, :, :22, :22]).past_key_values
     rest = run(
-        model, input_ids=ids[:, 22:], attention_mask=mask[:, :, 22:], past_key_values=cache,
+        model, input_ids=ids[:, 22:], attention_mask=mask[:, :, 22:], **{CACHE: cache},
         position_ids=torch.arange(22, 37)[None].expand(2, -1), output_attention_stats=config,
     ).attention_stats  # fmt: skip
     assert rest.queries == range(24, 37, 4)
@@ -217,7 +217,7 @@ def test_a_static_cache(kind, backend, ids, left_padding):
         mask = torch.nn.functional.pad(same, (0, 27))
     expected = run(model, input_ids=ids, attention_mask=same, output_attention_stats=EVERYTHING)
     cache = StaticCache(config=model.config, max_cache_len=64)
-    actual = run(model, input_ids=ids, attention_mask=mask, past_key_values=cache, output_attention_stats=EVERYTHING)
+    actual = run(model, input_ids=ids, attention_mask=mask, **{CACHE: cache}, output_attention_stats=EVERYTHING)
     for name, value in expected.attention_stats.values.items():
         torch.testing.assert_close(actual.attention_stats[name], value, equal_nan=True, rtol=1e-9, atol=1e-9, msg=name)
 

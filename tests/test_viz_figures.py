@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from matplotlib.colors import to_rgb
 from test_viz import Tokenizer, image
 
@@ -226,7 +226,7 @@ def test_positions_behind_a_cache_and_with_a_stride(ids):
     with torch.no_grad():
         cache = model(ids[:, :20], use_cache=True).past_key_values
         config = AttentionStatsConfig(statistics="all", norms=True, query_stride=4)
-        stats = model(ids[:, 20:], past_key_values=cache, output_attention_stats=config).attention_stats
+        stats = model(ids[:, 20:], **{CACHE: cache}, output_attention_stats=config).attention_stats
     ds = stats.to_xarray()
     assert ds["query"].values.tolist() == [20, 24, 28, 32, 36]
     ds["hidden_max"][2, 0, 3] = 1e6
