@@ -1,7 +1,7 @@
 """Put the raw numbers of several forwards of one run together, as if it had been one.
 
 Rows of queries and norms of keys follow one another. Sums over queries are added, after the sum so far has grown to
-the length that the row has now.
+the length that the row has now. A norm of all tokens together, such as a median, is neither, and has no merged form.
 """
 
 from __future__ import annotations
@@ -50,7 +50,14 @@ class Run:
         return whole
 
 
+def merges(statistic: Statistic) -> bool:
+    """Whether the numbers of several forwards can be put together to that of the run."""
+    return not statistic.is_norm or bool({"query", "key"} & set(statistic.dims))
+
+
 def _follow_one_another(statistic: Statistic) -> bool:
+    if not merges(statistic):
+        raise ValueError(f"{statistic.name}: forwards cannot be merged into one number of the run")
     return statistic.per_query or statistic.is_norm
 
 

@@ -16,11 +16,15 @@ from torch import Tensor
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import VISIBILITY_LABELS, AttentionStats, Label
+from llama_attn.stats.merge import merges
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.records import Records
 from llama_attn.stats.segments import add_generated
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
+
+# What is measured on the residual stream, not in the attention call.
+HIDDEN = ("hidden", "hidden_real")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +121,7 @@ class Recorder:
         if tokens is not None and tuple(tokens.shape) != shape:
             tokens = None
         self._segment_names = names
-        self._statistics = wanted_statistics(self.config, has_tokens=tokens is not None)
+        self._statistics = wanted_statistics(self.config, has_tokens=tokens is not None, alone=step is None)
         if self._shard is not None:
             self._shard.check(self._statistics)
         self._visibility = visibility.measured(
@@ -179,10 +183,13 @@ class Recorder:
 
     def record_hidden(self, layer: int, states: Tensor) -> None:
         """Measure the residual stream that enters ``layer``; the number of layers stands for the last one's output."""
-        if "hidden" not in self._observes or self._closed or (layer != self.num_layers and layer not in self.layers):
+        wanted = [statistic for statistic in self._statistics if statistic.observes in HIDDEN]
+        if not wanted or self._closed or (layer != self.num_layers and layer not in self.layers):
             return
         states = _wide(self._strided(states, 1))
-        self.records.put(layer, {s.name: s.stream(states) for s in self._statistics if s.observes == "hidden"})
+        real = self.visibility_on(states.device).real_queries
+        given = {"hidden": (states,), "hidden_real": (states, real, self.config)}
+        self.records.put(layer, {s.name: s.stream(*given[s.observes]) for s in wanted})
 
     def observe(
         self,
@@ -220,7 +227,7 @@ class Recorder:
             for engine, wanted in self._shares_on(query.device).items()
             if not self.records.has(wanted.statistics[0].name, layer)
         }
-        has_norms = self._observes - {"block", "hidden"}
+        has_norms = self._observes - {"block", *HIDDEN}
         if not missing and not has_norms:
             return
         visibility = self.visibility_on(query.device)
@@ -308,15 +315,17 @@ class Recorder:
         )
 
 
-def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool) -> tuple[Statistic, ...]:
+def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: bool = True) -> tuple[Statistic, ...]:
     """The entries of the table that ``config`` asks for, in the order of the table.
 
     Args:
         config: What was asked for.
         has_tokens: Whether the token ids of all keys are known.
+        alone: Whether the forward stands alone, and is not put together with others.
 
     Raises:
-        ValueError: A statistic is named that needs segments or token ids which are not there.
+        ValueError: A statistic is named that needs segments or token ids which are not there, or that several
+            forwards cannot give.
     """
     have = {"segments": config.segments is not None, "tokens": has_tokens, None: True}
     ways = {
@@ -327,7 +336,13 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool) -> tupl
     for name, statistic in statistics_table().items():
         possible = have[statistic.needs]
         if statistic.is_norm:
-            wanted = config.norms or (config.statistics != "all" and name in config.statistics)
+            named = config.statistics != "all" and name in config.statistics
+            if named and not alone and not merges(statistic):
+                raise ValueError(
+                    f"statistics: {name!r} is a number of one forward, which the steps of generate cannot be merged "
+                    "into; leave it out, or measure one forward over the finished sequence"
+                )
+            wanted = named or (config.norms and (alone or merges(statistic)))
         elif statistic.needs == "segments" and config.segments is not None:
             wanted = True
         else:
