@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 from llama_attn.stats.container import AttentionStats
 
@@ -46,3 +46,17 @@ def require(dataset: xarray.Dataset, *names: str) -> None:
             f"source: {missing} not measured; run the model with "
             f"output_attention_stats=AttentionStatsConfig(statistics=(…, {wanted})); there are {sorted(map(str, dataset.data_vars))}"
         )
+
+
+def direction_of(dataset: xarray.Dataset) -> Literal["causal", "bidirectional", "cross"]:
+    """Whether queries see keys before them, on both sides, or of another text.
+
+    Raises:
+        ValueError: The dataset says something else.
+    """
+    direction = dataset.attrs.get("direction", "causal")
+    if direction not in ("causal", "bidirectional", "cross"):
+        raise ValueError(
+            f"source: expected attrs['direction'] to be 'causal', 'bidirectional' or 'cross', got {direction!r}"
+        )
+    return cast('Literal["causal", "bidirectional", "cross"]', direction)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llama_attn.analysis.activations import massive_activations
+from llama_attn.analysis.activations import massive_activations, needed
 from llama_attn.analysis.dataset import as_dataset, require
 from llama_attn.analysis.sinks import seen_enough
 from llama_attn.analysis.uniform import measured_with
@@ -21,8 +21,7 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
     """The sink and the largest activation of every measured layer.
 
     Args:
-        source: Statistics with ``sink_mass``, ``received``, ``hidden_max``, ``hidden_max_channel`` and
-            ``hidden_median``.
+        source: Statistics with ``sink_mass`` and ``received``, and what `massive_activations` needs.
         batch: Row of the batch.
 
     Returns:
@@ -40,7 +39,7 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
     import pandas
 
     dataset = as_dataset(source)
-    require(dataset, "sink_mass", "received", "hidden_max", "hidden_max_channel", "hidden_median")
+    require(dataset, "sink_mass", "received", *needed(dataset))
     if batch not in dataset.batch.values or not (dataset.visible_keys.sel(batch=batch) > 0).any():
         raise ValueError(
             f"batch: {batch} was not measured or is all padding; there are {dataset.batch.values.tolist()}"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 LAYER_AXES, HEAD_AXES, TOKEN_AXES = ("layer", "hidden_layer"), ("head", "kv_head"), ("query", "key")
 # Statistics that have places of their own in the page, or none.
 MAP, TOP_KEYS, HISTOGRAM = "weights_map", ("topk_weight", "topk_position"), "distance_histogram"
+# What massive activations are found with.
+OF_MASSIVE = ("hidden_max_channel", "hidden_top", "hidden_top_channel", "hidden_layer_median")
 # As coarse as statistics along the text and maps may become [bins], and lists of keys [ranks].
 FEWEST_BINS, FEWEST_MAP_BINS, FEWEST_RANKS = 64, 16, 4
 # The page can do without the details of one statistic in one head sooner than without who attends to whom.
@@ -57,7 +59,7 @@ def along_text(row: xarray.Dataset) -> list[str]:
 
 def not_shown(row: xarray.Dataset) -> list[str]:
     """Names of what was measured and has no place in the report."""
-    shown = {*along_text(row), MAP, *TOP_KEYS, HISTOGRAM, "hidden_max_channel", "visible_keys", "visible_queries"}
+    shown = {*along_text(row), MAP, *TOP_KEYS, HISTOGRAM, *OF_MASSIVE, "visible_keys", "visible_queries"}
     return [str(name) for name in row.data_vars if name not in shown]
 
 

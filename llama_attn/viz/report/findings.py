@@ -16,7 +16,7 @@ from llama_attn.analysis import (
     sink_positions,
     sink_rate,
 )
-from llama_attn.analysis.activations import MAGNITUDE, RATIO
+from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed as needed_activations
 from llama_attn.analysis.locality import LOCAL_BELOW
 from llama_attn.analysis.sinks import EPSILON
 from llama_attn.analysis.uniform import measured_with
@@ -62,7 +62,7 @@ def findings(row: xarray.Dataset) -> list[Finding]:
         ),
         (
             "Where are the massive activations?",
-            ("hidden_max", "hidden_max_channel", "hidden_median"),
+            needed_activations(row),
             _activations,
         ),
     ]
@@ -195,7 +195,7 @@ def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
     tokens = np.flatnonzero(found.massive.any("hidden_layer").values)
     ratio = f"{_number(peak.ratio)} × the median"
     figure, caption = _number(peak.magnitude), f"largest magnitude in the residual stream, {ratio}"
-    bound = f"above {MAGNITUDE:g} and {RATIO:,.0f} × the median magnitude"
+    bound = f"above {MAGNITUDE:g} and at least {RATIO:,.0f} × the median magnitude"
     if not len(tokens):
         words = [f"No activation is massive ({bound}). The largest is {_number(peak.magnitude)}, on ", *where]
         return figure, caption, words
@@ -203,9 +203,7 @@ def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
     for at in tokens[np.argsort(-found.magnitude.max("hidden_layer").values[tokens])][:EXAMPLES]:
         token = found.isel(query=at)
         inside = token.massive.values
-        words += [{"token": int(token["query"])}, f" at {int(token['query'])}: channel "]
-        channels = np.unique(token.channel.values[inside]).tolist()
-        words.append(", ".join(map(str, channels[:EXAMPLES])) + ("…" if len(channels) > EXAMPLES else ""))
+        words += [{"token": int(token["query"])}, f" at {int(token['query'])}: {_channels(token)}"]
         last = int(token.hidden_layer.values[inside][-1])
         words.append(f", from what {_enters(row, int(token.appears))} to what {_enters(row, last)}")
         if "sink_heads" in found:
@@ -214,6 +212,17 @@ def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
             words.append(f"; {_percent(share)} of the heads of these layers have their sink here" if layers else "")
         words.append(". ")
     return figure, caption, [*words, f"The largest, {_number(peak.magnitude)}, is on ", *where]
+
+
+def _channels(token: xarray.Dataset) -> str:
+    """The channels of a token's massive activations, those first that are massive in most layers."""
+    listed = token.channels.values
+    numbers, counts = np.unique(listed[listed >= 0], return_counts=True)
+    shown = [str(number) for number in numbers[np.argsort(-counts, kind="stable")][:EXAMPLES]]
+    more = "" if len(numbers) == len(shown) else f" and {len(numbers) - len(shown)} more"
+    # Where everything that was measured of the token is massive, more may be.
+    unknown = "" if token.complete.all() else ", and perhaps others that were not measured"
+    return f"channel{'s' if len(numbers) > 1 else ''} {', '.join(shown)}{more}{unknown}"
 
 
 def _enters(row: xarray.Dataset, layer: int) -> str:

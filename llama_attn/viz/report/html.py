@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_attn.analysis import as_dataset, classify_heads, massive_activations, require
-from llama_attn.analysis.activations import MAGNITUDE, RATIO
+from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.token_text import readable
 from llama_attn.viz.report.contents import HISTOGRAM, MAP, TOP_KEYS, along_text, described, not_shown, one_row, parts_of
@@ -169,7 +169,7 @@ def _roles(row: xarray.Dataset) -> list[list[str | None]] | None:
 
 def _massive(row: xarray.Dataset) -> dict[str, Any] | None:
     """The largest magnitude of every hidden layer, where it is, and what would be massive; None if it is unknown."""
-    if not all(name in row for name in ("hidden_max", "hidden_max_channel", "hidden_median")):
+    if not all(name in row for name in needed(row)):
         return None
     found = massive_activations(row).isel(batch=0)
     magnitude = found.magnitude.transpose("hidden_layer", "query").fillna(-1)
