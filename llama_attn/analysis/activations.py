@@ -75,12 +75,14 @@ def massive_activations(ds: Source, magnitude: float = MAGNITUDE, ratio: float =
     ever = along.any("hidden_layer")
     appears = xarray.where(ever, ordered[along.argmax("hidden_layer").values], -1)
     disappears = xarray.where(ever, after[last.values], -1)
-    first = {"rank": 0, "drop": True}
+    first, first_over_median, first_channel = (
+        values.isel(rank=0, drop=True) for values in (largest, over_median, channels)
+    )
     described = {
         "massive": (massive, "bool", f"|x| > {magnitude:g} and ≥ {ratio:g} × median"),
-        "magnitude": (largest.isel(**first), "activation", "largest magnitude of the token"),
-        "ratio": (over_median.isel(**first), "ratio", "largest magnitude over the median"),
-        "channel": (channels.isel(**first), "channel", "channel of the largest magnitude"),
+        "magnitude": (first, "activation", "largest magnitude of the token"),
+        "ratio": (first_over_median, "ratio", "largest magnitude over the median"),
+        "channel": (first_channel, "channel", "channel of the largest magnitude"),
         "channels": (channels.where(each, -1), "channel", "channels of the massive activations, largest first"),
         "magnitudes": (largest.where(each), "activation", "magnitudes of the massive activations, largest first"),
         "complete": (~each.isel(rank=-1, drop=True), "bool", "whether all massive activations are listed"),

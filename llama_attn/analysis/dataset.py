@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -60,3 +61,14 @@ def direction_of(dataset: xarray.Dataset) -> Literal["causal", "bidirectional", 
             f"source: expected attrs['direction'] to be 'causal', 'bidirectional' or 'cross', got {direction!r}"
         )
     return cast('Literal["causal", "bidirectional", "cross"]', direction)
+
+
+def real_tokens(dataset: xarray.Dataset, axis: Literal["query", "key"]) -> xarray.DataArray:
+    """Which queries see some key in some layer, or which keys some query of some layer sees, (batch, axis)."""
+    seen = (dataset.visible_keys if axis == "query" else dataset.visible_queries) > 0
+    return seen.any("layer") if "layer" in seen.dims else seen
+
+
+def without_attention(dataset: xarray.Dataset) -> tuple[int, ...]:
+    """Layers of the model that have no attention and so no statistics; none if the dataset does not say."""
+    return tuple(int(layer) for layer in json.loads(dataset.attrs.get("without_attention", "[]")))

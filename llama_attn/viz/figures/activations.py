@@ -21,6 +21,7 @@ from llama_attn.viz.style import (
     explain_no_data,
     heat_map,
     label_tokens,
+    of_layers,
     pick,
     tokens_of,
 )
@@ -52,6 +53,7 @@ def plot_massive_activations(source: Source, *, batch: int = 0) -> Figure:
     dataset = as_dataset(source)
     pick(dataset, batch=batch)
     found = massive_activations(dataset.sel(batch=[batch])).isel(batch=0).sortby("hidden_layer")
+    found = found.assign_attrs(dataset.attrs)
     layers = found["hidden_layer"].values
     length = found.sizes["query"]
     # As wide as the labels of all tokens need, if they are written.
@@ -91,7 +93,7 @@ def _draw_tokens(figure: Figure, axes: Axes, found: xarray.Dataset) -> None:
     layers = found["hidden_layer"].values
     step = -(-len(layers) // 40)
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    axes.set(xlabel="position [token]", ylabel="layer")
+    axes.set(xlabel=f"position [token]{of_layers(found)}", ylabel="layer")
     channels = found.channels.transpose("hidden_layer", "query", "rank").values
     numbers, counts = np.unique(channels[channels >= 0], return_counts=True)
     often = numbers[np.argsort(-counts, kind="stable")]

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis import as_dataset, layer_evolution, require
-from llama_attn.viz.style import BLUE, ORANGE, heading, named, new_figure, of_head, pick, pick_head, say_no_data, spiky
+from llama_attn.viz.style import (
+    BLUE,
+    ORANGE,
+    heading,
+    named,
+    new_figure,
+    of_head,
+    of_layers,
+    pick,
+    pick_head,
+    say_no_data,
+    spiky,
+)
 
 if TYPE_CHECKING:
     import xarray
@@ -57,7 +69,7 @@ def plot_layer_profile(source: Source, *, statistic: str = "entropy", batch: int
     say_no_data(axes, mean)
     axes.set_title(f"{heading(statistic)} through the layers")
     output = ", the last is the output" if axis == "hidden_layer" else ""
-    axes.set(xlabel=f"layer{output}", ylabel=named(evolution))
+    axes.set(xlabel=f"layer{output}{of_layers(dataset)}", ylabel=named(evolution))
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.4)
     figure.legend(loc="outside lower center", ncols=3)
@@ -100,7 +112,7 @@ def plot_distance_histogram(source: Source, *, layer: int = 0, head: int | None 
         figure.legend(loc="outside lower center", ncols=2)
     say_no_data(axes, shown.values)
     # The last bin ends with the text.
-    lasts = np.minimum(2 * starts, row.sizes["key"] - 1)
+    lasts = np.minimum(2 * starts, row["key"].values[-1])
     axes.set_xticks(places, [f"{a}" if a == b else f"{a}–{b}" for a, b in zip(starts, lasts, strict=True)])
     if len(starts) > 10:
         axes.tick_params(axis="x", rotation=45)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_attn.analysis import head_means, layer_evolution
+from llama_attn.analysis.dataset import real_tokens
 from llama_attn.viz.figures.attention import bin_width
 from llama_attn.viz.figures.multiples import pooled_maps
 from llama_attn.viz.report.embedding import Embedded, Level, Part, embed, embed_rounded
@@ -43,6 +44,14 @@ def one_row(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
             array.attrs = mass.attrs
         row = row.drop_vars("segment_mass").assign(single)
     return row
+
+
+def from_the_first_token(row: xarray.Dataset) -> xarray.Dataset:
+    """The row with all its tokens, without numbers of those that are no longer in the cache."""
+    keys = row["key"].values
+    if not keys[0]:
+        return row
+    return row.reindex(key=np.arange(keys[-1] + 1), fill_value={"visible_queries": 0, "key_token": ""})
 
 
 def along_text(row: xarray.Dataset) -> list[str]:
@@ -90,7 +99,7 @@ def parts_of(row: xarray.Dataset) -> list[Part]:
         histogram = row[HISTOGRAM].isel(batch=0).transpose("layer", "head", ...).values
         parts.append(_fixed(HISTOGRAM, histogram))
     parts.extend(_summaries(row))
-    real = (row["visible_queries"].isel(batch=0).values > 0).astype(np.uint8)
+    real = real_tokens(row, "key").isel(batch=0).values.astype(np.uint8)
     parts.append(Part("real", [Level(real.size, lambda: {"real": embed(real)})]))
     return parts
 
@@ -161,7 +170,7 @@ def _map_part(row: xarray.Dataset) -> Part:
 
 def _top_keys_part(row: xarray.Dataset) -> Part:
     weight, position = (row[name].transpose("layer", "head", "query", "rank").values for name in TOP_KEYS)
-    real = row["visible_keys"].values > 0
+    real = real_tokens(row, "query").values
     if row.sizes["key"] <= 2**15:
         # Integers of 16 bits are sorted several times as fast.
         position = position.astype(np.int16)
