@@ -112,7 +112,7 @@ def test_layers_without_data(ids, tmp_path):
     for name, tensor in stats.values.items():
         if tensor.is_floating_point():
             tensor[1] = torch.nan
-        elif name in ("topk_position", "hidden_max_channel"):
+        elif name in ("topk_position", "hidden_max_channel", "hidden_top_channel"):
             tensor[1] = -1
     page = written(stats, tmp_path)
     assert np.isnan(page.array("heads entropy")[0][1]).all()

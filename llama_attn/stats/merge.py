@@ -1,7 +1,7 @@
 """Raw numbers of one forward, and of several that continue one another as if they had been one.
 
 Rows of queries and norms of keys follow one another. Sums over queries are added, after the sum so far has grown to
-the length that the row has now.
+the length that the row has now. A norm of all tokens together, such as a median, is neither, and has no merged form.
 """
 
 from __future__ import annotations
@@ -121,10 +121,11 @@ class Run:
                     parts = [self._widened(group.raw[name], statistic) for group in rows if name in group.raw]
                     raw[name] = torch.cat(parts, dim=axis)
             groups.append(replace(total, raw=raw))
-        hidden = {}
-        for name, parts in self._hidden.items():
-            dims = self._statistics[name].dims
-            hidden[name] = torch.cat(parts, dim=dims.index("query")) if "query" in dims else parts[-1]
+        hidden = {
+            name: torch.cat(parts, dim=self._statistics[name].dims.index("query"))
+            for name, parts in self._hidden.items()
+            if merges(self._statistics[name])
+        }
         return Measured(tuple(self._statistics.values()), tuple(groups), hidden, tuple(self._engines))
 
     def _apart(self, groups: Sequence[Group]) -> list[Group]:
@@ -182,7 +183,14 @@ def _is_simple(sight: Visibility) -> bool:
     )  # fmt: skip
 
 
+def merges(statistic: Statistic) -> bool:
+    """Whether the numbers of several forwards can be put together to that of the run."""
+    return not statistic.is_norm or bool({"query", "key"} & set(statistic.dims))
+
+
 def _follow_one_another(statistic: Statistic) -> bool:
+    if not merges(statistic):
+        raise ValueError(f"{statistic.name}: forwards cannot be merged into one number of the run")
     return statistic.per_query or statistic.is_norm
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.merge import Group, Measured
+from llama_attn.stats.merge import Group, Measured, merges
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.records import Records
 from llama_attn.stats.scoring import Scoring
@@ -24,6 +24,8 @@ Assign = Callable[..., Mapping[str, Sequence[Statistic]]]
 
 # Stands among the layers for the output of the last one.
 LAST = -1
+# What is measured on the residual stream, not in the attention call.
+HIDDEN = ("hidden", "hidden_real")
 
 
 class UnreadableError(ValueError):
@@ -108,7 +110,7 @@ class Recorder:
         step, config = self.step, self.config
         segments = self._segments(visibility)
         tokens = self._tokens(visibility)
-        statistics = wanted_statistics(config, has_tokens=tokens is not None)
+        statistics = wanted_statistics(config, has_tokens=tokens is not None, alone=step.prompt is None)
         if self.shard is not None:
             self.shard.check(statistics)
         measured = visibility.measured(stride=config.query_stride, first=step.first, rows=step.rows)
@@ -204,7 +206,7 @@ class Recorder:
         key, value = key[:, :, : visibility.num_keys], value[:, :, : visibility.num_keys]
         shares = self._assign(sight.wanted.statistics, visibility, scoring, prefer=prefer)
         missing = {e: share for e, share in shares.items() if not self.records.has(share[0].name, layer)}
-        observed = {s.observes for s in sight.statistics} - {"block", "hidden"}
+        observed = {s.observes for s in sight.statistics} - {"block", *HIDDEN}
         if not missing and not observed:
             return
         # Under autocast a float32 product would be computed in half precision.
@@ -291,9 +293,10 @@ class Recorder:
         sight = self.sight(visibility)
         states = _wide(self._strided(states.detach(), 1, visibility))
         with torch.no_grad():
+            given = {"hidden": (states,), "hidden_real": (states, sight.visibility.real_queries, self.config)}
             for statistic in sight.statistics:
-                if statistic.observes == "hidden":
-                    self.hidden.put(layer, {statistic.name: statistic.stream(states)})
+                if statistic.observes in HIDDEN:
+                    self.hidden.put(layer, {statistic.name: statistic.stream(*given[statistic.observes])})
 
     def measured(self) -> Measured:
         """What the forward gave.
@@ -335,8 +338,8 @@ class Recorder:
         for name, statistic in statistics_table().items():
             if name not in wanted:
                 continue
-            records = self.hidden if statistic.observes == "hidden" else self.records
-            if statistic.observes in ("hidden", "value_output") and not self._is_complete(records, statistic):
+            records = self.hidden if statistic.observes in HIDDEN else self.records
+            if statistic.observes in (*HIDDEN, "value_output") and not self._is_complete(records, statistic):
                 if name in named:
                     why = self._reasons.get(
                         name, f"it is of {WHERE[statistic.observes]}, which this model does not show"
@@ -348,7 +351,7 @@ class Recorder:
 
     def _is_complete(self, records: Records, statistic: Statistic) -> bool:
         layers = [layer for layers in self._groups.values() for layer in layers]
-        if statistic.observes == "hidden":
+        if statistic.observes in HIDDEN:
             layers.append(LAST)
         return all(records.has(statistic.name, layer) for layer in layers)
 
@@ -375,19 +378,22 @@ class Recorder:
 
 WHERE = {
     "hidden": "the residual stream that enters each layer, (batch, token, channel)",
+    "hidden_real": "the residual stream that enters each layer, (batch, token, channel)",
     "value_output": "an output projection that takes the attention's output as it is",
 }
 
 
-def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool) -> tuple[Statistic, ...]:
+def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: bool = True) -> tuple[Statistic, ...]:
     """The entries of the table that ``config`` asks for, in the order of the table.
 
     Args:
         config: What was asked for.
         has_tokens: Whether the token ids of all keys are known.
+        alone: Whether the forward stands alone, and is not put together with others.
 
     Raises:
-        ValueError: A statistic is named that needs segments or token ids which are not there.
+        ValueError: A statistic is named that needs segments or token ids which are not there, or that several
+            forwards cannot give.
     """
     have = {"segments": config.segments is not None, "tokens": has_tokens, None: True}
     ways = {
@@ -398,7 +404,13 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool) -> tupl
     for name, statistic in statistics_table().items():
         possible = have[statistic.needs]
         if statistic.is_norm:
-            wanted = config.norms or (config.statistics != "all" and name in config.statistics)
+            named = config.statistics != "all" and name in config.statistics
+            if named and not alone and not merges(statistic):
+                raise ValueError(
+                    f"statistics: {name!r} is a number of one forward, which the steps of generate cannot be merged "
+                    "into; leave it out, or measure one forward over the finished sequence"
+                )
+            wanted = named or (config.norms and (alone or merges(statistic)))
         elif statistic.needs == "segments" and config.segments is not None:
             wanted = True
         else:
