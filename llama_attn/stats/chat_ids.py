@@ -1,20 +1,22 @@
 """Messages read from ids alone, for chats whose messages are not at hand.
 
-What a template writes around messages is learned from chats of single characters. A chat is read as messages only if
-every border between them holds a special token, and only if the messages, rendered again, are exactly the ids.
+What a template writes around messages is learned from chats of single characters. Messages are taken to hold no special
+tokens, so that special tokens stand at their borders, and are rendered again: they must make exactly the ids, and no
+others may. What cannot be told apart so is refused.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from jinja2 import TemplateError
 
 from llama_attn.stats.token_ids import Row
 
-# The beginning of a chat, and its end without and with a prompt for generation; other sides of a border are roles.
+# Before the first message, and behind the last without and with a prompt for generation; else a role follows a role.
 _START, _END, _PROMPT = "start", "end", "prompt"
 _ENDS = (_END, _PROMPT)
 
@@ -33,9 +35,12 @@ _CONVERSATIONS = [
 # Contents that stand for any: nothing that is trimmed or looked for.
 _CONTENTS = [chr(0xF0000 + i) for i in range(max(map(len, _CONVERSATIONS)))]
 
+# More ways to read a row are not tried.
+_MOST_READINGS = 64
 
 # Texts and who follows them, by who comes before.
 Borders = dict[str, dict[tuple[str, str], None]]
+Messages = list[dict[str, str]]
 
 
 def render_ids(tokenizer: Any, messages: Any, options: dict[str, Any]) -> list[int]:
@@ -43,7 +48,7 @@ def render_ids(tokenizer: Any, messages: Any, options: dict[str, Any]) -> list[i
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
 
-def read_chat(tokenizer: Any, row: Row, options: dict[str, Any]) -> tuple[Row, list[dict[str, str]], bool]:
+def read_chat(tokenizer: Any, row: Row, options: dict[str, Any]) -> tuple[Row, Messages, bool]:
     """The messages that one row of ids is made of.
 
     Args:
@@ -55,7 +60,7 @@ def read_chat(tokenizer: Any, row: Row, options: dict[str, Any]) -> tuple[Row, l
         The row with its padding found, its messages, and whether a prompt for generation follows them.
 
     Raises:
-        ValueError: No messages of which the template makes these ids were found.
+        ValueError: No messages make these ids, or several different ones do.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     ordered = sorted(special.union(tokenizer.all_special_tokens), key=len, reverse=True)
@@ -65,20 +70,28 @@ def read_chat(tokenizer: Any, row: Row, options: dict[str, Any]) -> tuple[Row, l
     # The token that pads may also begin or end a chat.
     chats = ([-1], [-1, pad], [pad, -1], [pad, -1, pad])
     real = [row.real] if row.real else [row.without_padding(pad, chat) for chat in chats]
+    made: dict[tuple[tuple[str, str], ...], tuple[Row, Messages, bool]] = {}
     for place in dict.fromkeys(real):
         ids = row.ids[place.start : place.stop]
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for messages, prompt in _readings(text, borders, specials):
+        for tried, (messages, prompt) in enumerate(_readings(text, borders, specials)):
+            if tried == _MOST_READINGS:
+                made.clear()
+                break
             try:
                 same = render_ids(tokenizer, messages, options | {"add_generation_prompt": prompt}) == ids
             except TemplateError:
                 continue
             if same:
-                return Row(row.ids, place), messages, prompt
-    raise ValueError(
-        "input_ids: from ids alone no messages can be read of which the chat template makes exactly these; "
-        "give them too: chat_segments(tokenizer, messages, input_ids=…)"
-    )
+                # A system prompt that the template adds counts as given, and what says nothing makes no difference.
+                said = tuple((m["role"], m["content"]) for m in messages if m["role"] != "system" and m["content"])
+                made.setdefault(said, (Row(row.ids, place), messages, prompt))
+    if len(made) != 1:
+        raise ValueError(
+            "input_ids: from ids alone no messages can be read, or not for certain, of which the chat template makes "
+            "exactly these; give them too: chat_segments(tokenizer, messages, input_ids=…)"
+        )
+    return next(iter(made.values()))
 
 
 def _borders(tokenizer: Any, options: dict[str, Any]) -> Borders:
@@ -101,40 +114,35 @@ def _borders(tokenizer: Any, options: dict[str, Any]) -> Borders:
     return borders
 
 
-def _readings(text: str, borders: Borders, specials: re.Pattern[str]) -> Iterator[tuple[list[dict[str, str]], bool]]:
-    """Messages that the text may be made of, and whether a prompt follows; with a system message first."""
-    for head, role in borders.get(_START, ()):
-        at, messages = len(head), []
-        if not text.startswith(head):
+def _readings(text: str, borders: Borders, specials: re.Pattern[str]) -> Iterator[tuple[Messages, bool]]:
+    """All messages that the text may be made of, and whether a prompt follows; given system prompts come first."""
+    plain = [
+        border
+        for role, following in borders.items()
+        for border, role_after in following
+        if role != _START and not specials.search(border) and (border or role_after not in _ENDS)
+    ]
+    # Where a border is ordinary text, what holds it may be two.
+    begun: list[tuple[int, str, Messages]] = [
+        (len(head), role, [])
+        for head, role in reversed(borders.get(_START, {}))
+        if text.startswith(head) and not any(border in head for border in plain)
+    ]
+    while begun:
+        at, role, messages = begun.pop()
+        if role in _ENDS:
+            if not any(border in message["content"] for message, border in itertools.product(messages, plain)):
+                yield messages, role == _PROMPT
             continue
-        while role not in _ENDS:
-            found = _next_border(text, at, borders.get(role, ()), specials)
-            if found is None:
-                break
-            end, behind, following = found
-            messages.append({"role": role, "content": text[at:end]})
-            role, at = following, behind
-        else:
-            yield messages, role == _PROMPT
-
-
-def _next_border(
-    text: str, at: int, borders: Iterable[tuple[str, str]], specials: re.Pattern[str]
-) -> tuple[int, int, str] | None:
-    """Where the content that begins at ``at`` ends, where the next one begins, and whose that is.
-
-    A content reaches to the next special token, but for what the border has in front of that.
-    """
-    found = specials.search(text, at)
-    stop = found.start() if found else len(text)
-    # The longest that is there; if it is the last, a prompt rather than a message without a content.
-    for border, following in sorted(borders, key=lambda item: (-len(item[0]), item[1] not in _ENDS)):
-        special = specials.search(border)
-        if special is None and (border or found):
-            continue
-        begin = stop - (special.start() if special else 0)
-        behind = begin + len(border)
-        ends = following in _ENDS
-        if begin >= at and text.startswith(border, begin) and (behind == len(text) or not ends):
-            return begin, behind, following
-    return None
+        found = specials.search(text, at)
+        stop = found.start() if found else len(text)
+        for border, following in borders.get(role, ()):
+            special = specials.search(border)
+            if special is None and (border or found):
+                continue
+            # A content reaches to the next special token, but for what the border has in front of that.
+            end = stop - (special.start() if special else 0)
+            behind = end + len(border)
+            whole = behind == len(text) or following not in _ENDS
+            if end >= at and text.startswith(border, end) and whole:
+                begun.append((behind, following, [*messages, {"role": role, "content": text[at:end]}]))

@@ -21,8 +21,7 @@ class Words:
     """One string of a chat.
 
     Args:
-        speaker: Number of the first message that is equal to the one it stands in: templates may compare messages, so
-            equal ones are changed alike. −1 for tools and documents.
+        speaker: Number of the message it stands in, or of the first that is equal to it; −1 for tools and documents.
         label: What the string is part of: a role, ``tool_call``, ``tools`` or ``documents``.
         text: The string, or the JSON of a number.
         kind: Whether it is said, or part of a structure, or a number in one.
@@ -38,13 +37,17 @@ Change = Callable[[Words], str | int]
 
 
 def changed(
-    messages: Sequence[Mapping[str, Any]], tools: Any, documents: Any, change: Change
+    messages: Sequence[Mapping[str, Any]], tools: Any, documents: Any, change: Change, *, alike: bool
 ) -> tuple[list[dict[str, Any]], Any, Any]:
-    """Messages, tools and documents after a ``change`` of their strings, and of the numbers in calls."""
+    """Messages, tools and documents after a ``change`` of their strings, and of the numbers in calls.
+
+    Templates may compare messages, so equal ones should be changed ``alike``, as one speaker.
+    """
     first: dict[str, int] = {}
     new = []
     for number, message in enumerate(messages):
-        speaker, role = first.setdefault(repr(message), number), str(message.get("role"))
+        speaker = first.setdefault(repr(message), number) if alike else number
+        role = str(message.get("role"))
         said = {key: _said(message[key], change, speaker, role) for key in _SPOKEN if key in message}
         if "tool_calls" in message:
             said["tool_calls"] = _mapped(message["tool_calls"], change, speaker, TOOL_CALL)

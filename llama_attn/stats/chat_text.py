@@ -19,7 +19,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from llama_attn.stats.chat_strings import Words, changed, leaves, structures, written
+from llama_attn.stats.chat_strings import Change, Words, changed, leaves, structures, written
 
 # The planes of Unicode for private use; transformers itself uses characters of the first plane.
 # In structures they may be written as Python's or JSON's escapes.
@@ -46,6 +46,7 @@ class Chat:
         messages: The messages.
         tools: JSON schemas of tools, or None.
         documents: Documents, or None.
+        alike: Whether equal messages are marked alike.
 
     Attributes:
         text: What the template makes of them.
@@ -57,11 +58,13 @@ class Chat:
         messages: Sequence[Mapping[str, Any]],
         tools: Any = None,
         documents: Any = None,
+        *,
+        alike: bool = True,
     ) -> None:
-        self._render, self._given = render, (messages, tools, documents)
+        self._render, self._given, self._alike = render, (messages, tools, documents), alike
         self.text = render(messages, tools, documents)
         seen: dict[Words, None] = {}
-        changed(messages, tools, documents, lambda words: seen.setdefault(words) or words.text)
+        changed(messages, tools, documents, lambda words: seen.setdefault(words) or words.text, alike=alike)
         self._words = tuple(words for words in seen if words.text)
         strings = (self.text, *(words.text for words in self._words))
         taken = {_character(found[0]) for string in strings for found in _MARK.finditer(string)}
@@ -75,14 +78,27 @@ class Chat:
         """
         labels: list[str | None] = [None] * len(self.text)
         strings = [words for words in self._words if words.kind != "number"]
-        ends = self._survey([(words, place) for words in strings for place in (0, len(words.text))])
+        places = [(words, place) for words in strings for place in (0, len(words.text))]
+        ends = self._survey(places)
         for words in strings:
             for begin, end in self._spans(words, ends):
                 labels[begin:end] = [words.label] * (end - begin)
         for label, values in structures(*self._given).items():
             self._label_whole(labels, label, values)
         self._label_numbers(labels)
+        messages = list(map(repr, self._given[0]))
+        if self._alike and len(ends) < len(places) and len(set(messages)) < len(messages):
+            # Of equal messages the template may trim one and not the other.
+            try:
+                apart = Chat(self._render, *self._given, alike=False).labels()
+            except ValueError:
+                # It compares them, and what differs between them cannot be told.
+                return labels
+            labels = [ours or other for ours, other in zip(labels, apart, strict=True)]
         return labels
+
+    def _rendered(self, change: Change) -> str:
+        return self._render(*changed(*self._given, change, alike=self._alike))
 
     def _marked(self, places: Sequence[Place]) -> dict[Place, list[int]] | None:
         """Where in `text` each of the places went, which may be nowhere; None if marks there disturb the template."""
@@ -99,7 +115,7 @@ class Chat:
             return pieces[0] + "".join(marks[words, cut] + piece for cut, piece in zip(cuts, pieces[1:], strict=True))
 
         try:
-            marked = self._render(*changed(*self._given, change))
+            marked = self._rendered(change)
         except _COMPLAINTS:
             return None
         place_of = {mark: place for place, mark in marks.items()}
@@ -170,10 +186,12 @@ class Chat:
             )
         kept = [place for place in places if found.get((words, place))]
         # Where it stands whole it counts as a whole, with what cannot be marked because the template looks for it.
+        whole = text[first:last]
         starts = [at - kept[0] + first for at in found[words, kept[0]]] if kept else []
-        if starts and all(self.text.startswith(text[first:last], max(start, 0)) for start in starts):
-            if all([at - place + first for at in found[words, place]] == starts for place in kept):
-                return [(start, start + last - first) for start in starts]
+        stands = all(start >= 0 and self.text.startswith(whole, start) for start in starts)
+        aligned = all([at - place + first for at in found[words, place]] == starts for place in kept)
+        if starts and stands and aligned:
+            return [(start, start + len(whole)) for start in starts]
         spans = []
         for begin, end in itertools.pairwise(kept):
             ends = set(found[words, end])
@@ -218,7 +236,7 @@ class Chat:
             unlikely = {words: _UNLIKELY + i for i, words in enumerate(group)}
             by_digits = {str(number): words for words, number in unlikely.items()}
             try:
-                exchanged = self._render(*changed(*self._given, lambda words: unlikely.get(words, words.text)))  # noqa: B023
+                exchanged = self._rendered(lambda words: unlikely.get(words, words.text))  # noqa: B023
             except _COMPLAINTS:
                 continue
             at, spans = 0, []
