@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,12 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.config import AttentionStatsConfig, as_integer
 from llama_attn.stats.counts import Direction
 from llama_attn.stats.display import as_html, as_text
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.hub import HubMixin
 from llama_attn.stats.table import DIMENSIONS, Statistic
+from llama_attn.stats.token_ids import read_ids, token_strings
 
 if TYPE_CHECKING:
     import xarray
@@ -165,24 +165,24 @@ class AttentionStats(HubMixin):
     def _repr_html_(self) -> str:
         return as_html(self)
 
-    def with_tokens(self, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor | Sequence[Any]) -> AttentionStats:
+    def with_tokens(self, tokenizer: PreTrainedTokenizerBase, input_ids: Any) -> AttentionStats:
         """A copy that knows its token strings, which pictures use as labels.
 
         Args:
-            tokenizer: Turns ids into strings.
-            input_ids: Ids of the key axis, (batch, key) or (key). After ``generate`` the returned sequences
-                may be given: the one token at the end that was never fed is dropped.
+            tokenizer: Turns ids into strings; those that it does not know become ``<id:50000>``.
+            input_ids: Ids of the key axis, (batch, key) or (key), or the ``BatchEncoding`` that holds them. After
+                ``generate`` the returned sequences may be given: the one token at the end that was never fed is
+                dropped.
 
         Raises:
-            ValueError: Another shape.
+            ValueError: Another shape, or no integers.
         """
-        ids = torch.as_tensor(input_ids)
-        ids = ids[None] if ids.ndim == 1 else ids
-        if ids.ndim == 2 and ids.shape[1] == self.num_keys + 1:
+        ids = read_ids(input_ids)
+        if ids.shape[1] == self.num_keys + 1:
             ids = ids[:, :-1]
         if ids.shape != (self.batch, self.num_keys):
             raise ValueError(f"input_ids: expected shape {(self.batch, self.num_keys)}, got {tuple(ids.shape)}")
-        return replace(self, tokens=[tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()])
+        return replace(self, tokens=[token_strings(tokenizer, row) for row in ids.tolist()])
 
     def select(
         self,
@@ -339,8 +339,11 @@ class AttentionStats(HubMixin):
             expected = tuple(lengths.get(dim, size) for dim, size in zip(dims, tensor.shape, strict=True))
             if unknown or tuple(tensor.shape) != expected:
                 raise ValueError(f"{name}: expected {dims} of {expected}, got {tuple(tensor.shape)}")
-        if stats.tokens is not None and [len(row) for row in stats.tokens] != [stats.num_keys] * stats.batch:
-            raise ValueError("tokens: as many as keys expected in every row")
+        if stats.tokens is not None:
+            if [len(row) for row in stats.tokens] != [stats.num_keys] * stats.batch:
+                raise ValueError("tokens: as many as keys expected in every row")
+            if not all(isinstance(token, str) for row in stats.tokens for token in row):
+                raise ValueError("tokens: expected strings")
         return stats
 
 
@@ -351,11 +354,13 @@ def _positions(
     if chosen is None:
         return available, list(range(len(available)))
     try:
-        # Whatever counts as an integer: Python's, numpy's, elements of a tensor.
-        indices = tuple(operator.index(i) for i in (chosen if isinstance(chosen, Iterable) else (chosen,)))
+        # A tensor or array without axes can be iterated by its type, but not in fact.
+        indices = tuple(
+            map(as_integer, chosen if getattr(chosen, "ndim", 1) and isinstance(chosen, Iterable) else (chosen,))
+        )
     except TypeError:
         indices = ()
-    if isinstance(chosen, bool) or not indices or any(index not in available for index in indices):
+    if not indices or any(index not in available for index in indices):
         raise ValueError(f"{axis}: expected some of {list(available)}, got {chosen!r}")
     return indices, [available.index(index) for index in indices]
 
