@@ -30,6 +30,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from llama_attn.backends.registry import all_backends, attention_function, check_request, get_backend, is_streaming
 from llama_attn.engines import assign, get_engine
 from llama_attn.engines._operator import walk
+from llama_attn.observe.architecture import refuse_other_architectures
 from llama_attn.observe.generation import GeneratesAttentionStats
 from llama_attn.observe.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
 from llama_attn.observe.pipelining import RefusesInPipelines, refuse_pipeline
@@ -177,6 +178,7 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
     """The decoder without a head."""
 
     def __init__(self, config: LlamaConfig) -> None:
+        refuse_other_architectures(config)
         super().__init__(config)
         # Swapped, not built again: a second set of weights would move the random state of the first.
         for layer in self.layers:
