@@ -19,7 +19,7 @@ class _Entry(LlamaForCausalLM):
     ``trust_remote_code=True``. To its own classes it prefers that code, so the entry says that it is one of them.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> LlamaForCausalLM:  # type: ignore[misc]
+    def __new__(cls, *args: Any, **kwargs: Any) -> LlamaForCausalLM:
         return LlamaForCausalLM(*args, **kwargs)
 
     @classmethod
