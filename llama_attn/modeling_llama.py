@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from transformers.utils.generic import can_return_tuple
 
 from llama_attn.backends.registry import check_request, get_backend, is_streaming
+from llama_attn.observe.architecture import refuse_other_architectures
 from llama_attn.observe.forward import Forward, Observed, Stack
 from llama_attn.observe.generation import GeneratesAttentionStats
 from llama_attn.observe.interface import show_states
@@ -163,6 +164,7 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
     """The decoder without a head."""
 
     def __init__(self, config: LlamaConfig) -> None:
+        refuse_other_architectures(config)
         super().__init__(config)
         # Swapped, not built again: a second set of weights would move the random state of the first.
         for layer in self.layers:

@@ -48,9 +48,7 @@ def _heads(prefix: str, *tasks: str) -> tuple[str, ...]:
 _TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 FAMILIES = {
-    "llama": Family(
-        "LlamaConfig", "LlamaModel", "LlamaForCausalLM", _heads("Llama", *_TASKS), {"hidden_act": "gelu"}
-    ),
+    "llama": Family("LlamaConfig", "LlamaModel", "LlamaForCausalLM", _heads("Llama", *_TASKS), {"hidden_act": "gelu"}),
     "qwen3": Family("Qwen3Config", "Qwen3Model", "Qwen3ForCausalLM", _heads("Qwen3", *_TASKS), {"head_dim": 16}),
     "mistral": Family(
         "MistralConfig",
