@@ -103,7 +103,11 @@ def _honours(axis: Axis, visible: Sequence[Tensor], queries: list[int]) -> bool:
     """Whether documents that are packed into a row are kept apart, which not every model and backend does."""
     for b, row in enumerate(axis.sequence.tolist()):
         for at, position in enumerate(queries):
-            if position and row[position] != row[position - 1] and any(v[b, :, at, position - 1].any() for v in visible):
+            if (
+                position
+                and row[position] != row[position - 1]
+                and any(v[b, :, at, position - 1].any() for v in visible)
+            ):
                 return False
     return True
 
@@ -120,9 +124,13 @@ def output_weight(model: nn.Module, stack: Stack, path: str) -> Tensor | None:
 
 
 def gather(
-    model: nn.Module, captured: Captured, stack: Stack, axes: dict[str, Axis], config: AttentionStatsConfig,
+    model: nn.Module,
+    captured: Captured,
+    stack: Stack,
+    axes: dict[str, Axis],
+    config: AttentionStatsConfig,
     forwards: slice = slice(None),
-) -> Layers:  # fmt: skip
+) -> Layers:
     """What was captured of some forwards of one stack, on the axis of absolute positions."""
     all_forwards = captured.of(stack)
     chosen, where = all_forwards[forwards], places(all_forwards, stack, axes)[forwards]
@@ -132,15 +140,24 @@ def gather(
     if stack.cross and (keys is None or keys.real.shape[1] != length):
         keys = None
     keys = Axis.plain(batch, length) if keys is None else keys.upto(length)
-    starts = [(max(p.start + c.query.shape[2] for p, c in zip(ps, cs, strict=True)), ps, cs) for ps, cs in zip(where, chosen, strict=True)]
+    starts = [
+        (max(p.start + c.query.shape[2] for p, c in zip(ps, cs, strict=True)), ps, cs)
+        for ps, cs in zip(where, chosen, strict=True)
+    ]
     queries = [position for end, ps, cs in starts for position in range(min(p.start for p in ps), end)]
     query_axis = axes["decoder"] if stack.cross else keys
     real = query_axis.real[:, queries]
     made: list[list[Materialised]] = [[materialise(call) for call in layers] for layers in chosen]
     visible = [
-        torch.cat([_absolute(made[f][n].visible.expand(-1, _masks(made, n), -1, -1), where[f][n], length, 3, False) for f in range(len(chosen))], 2)
+        torch.cat(
+            [
+                _absolute(made[f][n].visible.expand(-1, _masks(made, n), -1, -1), where[f][n], length, 3, False)
+                for f in range(len(chosen))
+            ],
+            2,
+        )
         for n in range(num_layers)
-    ]  # fmt: skip
+    ]
     if not stack.cross and not _honours(keys, visible, queries):
         keys = Axis(keys.ids, keys.real, torch.zeros_like(keys.sequence))
     layers, pairs, present = [], [], []
@@ -149,7 +166,9 @@ def gather(
         spots = [ps[n] for ps in where]
 
         def joined(pick: Any, dim: int, fill: Any, n: int = n) -> Tensor:
-            return torch.cat([_absolute(pick(made[f][n]), where[f][n], length, dim, fill) for f in range(len(chosen))], 2)
+            return torch.cat(
+                [_absolute(pick(made[f][n]), where[f][n], length, dim, fill) for f in range(len(chosen))], 2
+            )
 
         seen = visible[n]
         # A query that is real sees no padding; what padding sees is nothing to count.
@@ -162,18 +181,37 @@ def gather(
         for place in spots:
             held[place.offset : place.offset + place.filled] = True
         key, value = _last_held(calls, spots, length, "key"), _last_held(calls, spots, length, "value")
-        hidden = None if any(c.hidden is None or c.hidden.ndim != 3 for c in calls) else torch.cat([c.hidden for c in calls], 1)
+        states = [c.hidden for c in calls]
+        # Windows of an image are rows of attention, but not of the residual stream.
+        fits = all(
+            s is not None and s.shape[:2] == (c.query.shape[0], c.query.shape[2])
+            for s, c in zip(states, calls, strict=True)
+        )
+        hidden = torch.cat(states, 1) if fits else None
         layers.append(
             Written(
-                query=torch.cat([c.query for c in calls], 2), key=key, value=value, scaling=calls[0].scaling,
-                scores=joined(lambda m: m.scores, 3, -torch.inf), weights=joined(lambda m: m.weights, 3, 0.0),
-                sinks=made[0][n].sinks, sink_weights=torch.cat([made[f][n].sink_weights for f in range(len(chosen))], 2),
-                visible=seen, real_queries=real_queries, rank=_ranks(keys), query_positions=torch.tensor(queries),
-                distance=(torch.tensor(queries)[:, None] - torch.arange(length)).abs(), config=config, bidirectional=True,
-                segments=None if config._segments is None else config._segments[0][:, :length], tokens=keys.ids,
-                hidden=hidden, output_weight=output_weight(model, stack, calls[0].path), bias=None,
+                query=torch.cat([c.query for c in calls], 2),
+                key=key,
+                value=value,
+                scaling=calls[0].scaling,
+                scores=joined(lambda m: m.scores, 3, -torch.inf),
+                weights=joined(lambda m: m.weights, 3, 0.0),
+                sinks=made[0][n].sinks,
+                sink_weights=torch.cat([made[f][n].sink_weights for f in range(len(chosen))], 2),
+                visible=seen,
+                real_queries=real_queries,
+                rank=_ranks(keys),
+                query_positions=torch.tensor(queries),
+                distance=(torch.tensor(queries)[:, None] - torch.arange(length)).abs(),
+                config=config,
+                bidirectional=True,
+                segments=None if config._segments is None else config._segments[0][:, :length],
+                tokens=keys.ids,
+                hidden=hidden,
+                output_weight=output_weight(model, stack, calls[0].path),
+                bias=None,
             )
-        )  # fmt: skip
+        )
         pairs.append(seen & real_queries[:, None, :, None])
         present.append(held)
     outputs = captured.last_outputs.get(stack.path)
@@ -201,7 +239,7 @@ def _last_held(calls: list[Call], spots: list[Places], length: int, name: str) -
 
 def _index(stack: Stack, path: str, order: int) -> int:
     """Number of the layer: its place in the list, or the order of calls where places do not number them."""
-    if stack.shared or stack.path.count("#") > 1 and stack.layer is None:
+    if stack.shared or (stack.path.count("#") > 1 and stack.layer is None):
         return order
     return int(layer_path(stack, path).rpartition(".")[2])
 
@@ -237,7 +275,15 @@ def expected(found: Layers, names: Sequence[str], config: AttentionStatsConfig, 
         if statistic.dims[0] == "hidden_layer":
             last = Written(**{**found.layers[-1].__dict__, "hidden": found.last_hidden})
             value = form(last)
-            values.append(_hide(value.double() if value.is_floating_point() else value, statistic.dims[1:], "query", ~found.real_queries, none))
+            values.append(
+                _hide(
+                    value.double() if value.is_floating_point() else value,
+                    statistic.dims[1:],
+                    "query",
+                    ~found.real_queries,
+                    none,
+                )
+            )
         results[name] = torch.stack(_same_heads(values, none))
     return results
 
@@ -251,6 +297,8 @@ def _same_heads(values: list[Tensor], none: float) -> list[Tensor]:
     """Layers with fewer heads have no data for the others."""
     most = max(value.shape[1] for value in values) if values[0].ndim > 2 else 0
     return [
-        value if value.shape[1] == most or not most else torch.cat([value, value.new_full((value.shape[0], most - value.shape[1], *value.shape[2:]), none)], 1)
+        value
+        if value.shape[1] == most or not most
+        else torch.cat([value, value.new_full((value.shape[0], most - value.shape[1], *value.shape[2:]), none)], 1)
         for value in values
-    ]  # fmt: skip
+    ]

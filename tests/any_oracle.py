@@ -208,7 +208,7 @@ def materialise(call: Call) -> Materialised:
         given = call.kwargs.get("is_causal")
         if call.backend == "sdpa" and num_queries > 1 and (call.is_causal if given is None else given):
             visible = visible.tril()
-    visible = visible.expand(scores.shape[0], -1, -1, -1)
+    visible = visible.expand(scores.shape[0], -1, num_queries, num_slots)
     scores = scores.masked_fill(~visible, -torch.inf)
     sinks = None if call.sinks is None else call.sinks.double()
     columns = scores
@@ -224,6 +224,18 @@ def output_of(call: Call, made: Materialised) -> Tensor:
     """Weights times values, (batch, query, head, value channel)."""
     groups = call.query.shape[1] // call.value.shape[1]
     return (made.weights @ call.value.double().repeat_interleave(groups, dim=1)).transpose(1, 2)
+
+
+def rounding(call: Call) -> float:
+    """What rounding may do to an output or a weight of this call, relative to itself.
+
+    A score of D products is off by about √D roundings of scaling · |q| |k|, and of what is added to it; a weight,
+    relative to itself, by as much again; a sum over keys adds one each.
+    """
+    eps = torch.finfo(call.query.dtype).eps
+    channels, slots = call.query.shape[-1], call.key.shape[2]
+    longest = float(call.query.double().norm(dim=-1).max() * call.key.double().norm(dim=-1).max()) * call.scaling
+    return (8 + slots) * eps + 4 * channels**0.5 * eps / 2 * (longest + 1)
 
 
 @dataclass(frozen=True)
@@ -246,8 +258,8 @@ class Places:
 def places(forwards: list[list[Call]], stack: Stack, axes: dict[str, Axis]) -> list[list[Places]]:
     """Of every layer of every forward.
 
-    A cache holds the last keys: with T tokens so far, slot s of K is at position max(T − K, 0) + s. Slots beyond T are
-    of a static cache that is not full.
+    A cache holds the last keys: with T tokens so far, slot s of K is at position max(T − K, 0) + s. Slots beyond T
+    are of a static cache that is not full.
     """
     found, start = [], 0
     for layers in forwards:

@@ -1,4 +1,4 @@
-"""The zoo: a tiny random model of every type whose attention goes through transformers' interface, and of some that do not.
+"""The zoo: a tiny random model of every type whose attention uses transformers' interface, and some that do not.
 
 An entry says what a model is and which situations it is tested in. What attention really got in them is captured from
 the model itself, see ``any_oracle``.

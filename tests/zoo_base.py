@@ -79,7 +79,7 @@ class Entry:
         make: Builds it in float32, on the backend that is named.
         family: ``"decoder"``, ``"encoder"``, ``"vision"``, ``"audio"``, ``"pair"`` (encoder and decoder) or ``"joint"``
             (vision and text).
-        stacks: Its attention stacks, the one that ``record`` takes by default first; none if it never calls the interface.
+        stacks: Its attention stacks, the one that ``record`` takes by default first; none if it never asks.
         situations: Names of the situations it is tested in.
         stock: The backends of transformers that it runs on here.
         inputs: What is fed besides ids: a function of the batch size.
@@ -129,7 +129,10 @@ def of_class(name: str, settings: Any) -> Callable[[str], PreTrainedModel]:
 
     def make(backend: str) -> PreTrainedModel:
         made = settings() if callable(settings) else settings
-        return getattr(transformers, name)._from_config(made, attn_implementation=backend)
+        # The other way to multiply with experts is not for float64.
+        return getattr(transformers, name)._from_config(
+            made, attn_implementation=backend, experts_implementation="eager"
+        )
 
     return make
 

@@ -14,7 +14,13 @@ from zoo_other import IMAGE_PLACE, IMAGE_TOKEN
 
 BATCH, TOKENS, NEW = 2, 12, 5
 # Past a full window of 5, one token and several at a time.
-CHUNKS = {"cached": (8, 1, 1, 3, 1), "cached_left": (8, 1, 1, 3, 1), "cached_one": (8, 1, 1), "chunked": (4, 4, 3), "static": (8, 1, 1, 3)}
+CHUNKS = {
+    "cached": (8, 1, 1, 3, 1),
+    "cached_left": (8, 1, 1, 3, 1),
+    "cached_one": (8, 1, 1),
+    "chunked": (4, 4, 3),
+    "static": (8, 1, 1, 3),
+}
 PACKED = ((5, 7), (3, 9))
 
 
@@ -159,9 +165,16 @@ def _pair(entry: Entry, model: PreTrainedModel, situation: str) -> Run:
     if situation == "generated":
 
         def generate() -> Iterator[Any]:
-            sequences = model.generate(**source, decoder_input_ids=decoder[:, :3], **GREEDY)
-            axes["decoder"] = Axis.of(sequences[:, :-1])
-            yield sequences
+            # Some do not return all that they fed.
+            fed: list[torch.Tensor] = []
+            hook = model.register_forward_pre_hook(
+                lambda module, args, kwargs: fed.append(kwargs["decoder_input_ids"]), with_kwargs=True
+            )
+            try:
+                yield model.generate(**source, decoder_input_ids=decoder[:, :3], **GREEDY)
+            finally:
+                hook.remove()
+            axes["decoder"] = Axis.of(torch.cat(fed, 1))
 
         return Run(generate, axes)
     if situation != "cached":
@@ -171,7 +184,9 @@ def _pair(entry: Entry, model: PreTrainedModel, situation: str) -> Run:
     def forwards() -> Iterator[Any]:
         inputs, cache, start = dict(source), None, 0
         for size in (5, 1, 1):
-            output = model(**inputs, decoder_input_ids=decoder[:, start : start + size], past_key_values=cache, use_cache=True)
+            output = model(
+                **inputs, decoder_input_ids=decoder[:, start : start + size], past_key_values=cache, use_cache=True
+            )
             cache, start = output.past_key_values, start + size
             inputs = {name: value for name, value in source.items() if name == "attention_mask"}
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
