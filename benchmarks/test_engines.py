@@ -14,6 +14,7 @@ from llama_attn import AttentionStatsConfig, available_backends
 from llama_attn.engines import ENGINES, get_engine
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.recorder import wanted_statistics
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 
 pytestmark = pytest.mark.benchmark(group="engines")
@@ -40,7 +41,7 @@ def test_attention(benchmark, device, model_name):
         torch.randn(1, length, count, channels, generator=generator).to(device).transpose(1, 2)
         for count in (heads, kv_heads, kv_heads)
     )
-    scaling, config = channels**-0.5, AttentionStatsConfig()
+    scoring, config = Scoring(channels**-0.5), AttentionStatsConfig()
     visibility = Visibility.of_inputs(batch=1, num_queries=length, offset=0, device=query.device)
     wanted = Wanted(wanted_statistics(config, has_tokens=False), config)
 
@@ -50,13 +51,13 @@ def test_attention(benchmark, device, model_name):
     expected, cases = attend().transpose(1, 2), []
     for name in engines_on(device):
         engine = get_engine(name)
-        walk = engine.walk(query, key, value, visibility, scaling, wanted)
+        walk = engine.walk(query, key, value, visibility, scoring, wanted)
         torch.testing.assert_close(walk.output, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(walk.raw["received"].sum(-1), torch.full((1, heads), float(length)).to(device))
         for what, arguments in {
-            "output alone": (value, visibility, scaling),
-            "output and statistics": (value, visibility, scaling, wanted),
-            "statistics alone": (None, visibility, scaling, wanted),
+            "output alone": (value, visibility, scoring),
+            "output and statistics": (value, visibility, scoring, wanted),
+            "statistics alone": (None, visibility, scoring, wanted),
         }.items():
             cases.append(Case(f"{name}: {what}", lambda e=engine, a=arguments: e.walk(query, key, *a)))
             cases[-1].call()

@@ -10,6 +10,7 @@ from llama_attn import AttentionStatsConfig
 from llama_attn.engines import triton as engine
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.recorder import wanted_statistics
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 
 pytestmark = [
@@ -20,14 +21,14 @@ HEADS, KV_HEADS, ROUNDS = 32, 8, 20
 
 
 def layer(device, length, head_dim):
-    """Query, key and value of a layer in bfloat16, scaling, who sees whom and the default statistics."""
+    """Query, key and value of a layer in bfloat16, who sees whom, how scores are made, and the default statistics."""
     tensors = [
         torch.randn(1, heads, length, head_dim, device=device, dtype=torch.bfloat16)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     ]
     visibility = Visibility.of_inputs(batch=1, num_queries=length, offset=0, device=tensors[0].device)
     config = AttentionStatsConfig()
-    return tensors, visibility, head_dim**-0.5, Wanted(wanted_statistics(config, has_tokens=False), config)
+    return tensors, visibility, Scoring(head_dim**-0.5), Wanted(wanted_statistics(config, has_tokens=False), config)
 
 
 def attend(query, key, value):
@@ -38,15 +39,15 @@ def attend(query, key, value):
 @pytest.mark.parametrize("head_dim", engine.HEAD_DIMS)
 @torch.no_grad()
 def test_forward(benchmark, device, head_dim, length):
-    (query, key, value), visibility, scaling, wanted = layer(device, length, head_dim)
-    walk = engine.walk(query, key, value, visibility, scaling, wanted)
+    (query, key, value), visibility, scoring, wanted = layer(device, length, head_dim)
+    walk = engine.walk(query, key, value, visibility, scoring, wanted)
     torch.testing.assert_close(walk.output.transpose(1, 2), attend(query, key, value), rtol=0.02, atol=0.02)
     total = walk.raw["received"].sum(-1)
     torch.testing.assert_close(total, torch.full_like(total, length), rtol=0.01, atol=0)
     cases = {
-        "output alone": (value, visibility, scaling),
-        "output and statistics": (value, visibility, scaling, wanted),
-        "statistics alone": (None, visibility, scaling, wanted),
+        "output alone": (value, visibility, scoring),
+        "output and statistics": (value, visibility, scoring, wanted),
+        "statistics alone": (None, visibility, scoring, wanted),
     }
     alternate(
         benchmark,
@@ -60,8 +61,8 @@ def test_forward(benchmark, device, head_dim, length):
 @pytest.mark.parametrize("length", [2048, 8192, 32768])
 @pytest.mark.parametrize("head_dim", engine.HEAD_DIMS)
 def test_backward(benchmark, device, head_dim, length):
-    tensors, visibility, scaling, _ = layer(device, length, head_dim)
-    walk = engine.walk(*tensors, visibility, scaling)
+    tensors, visibility, scoring, _ = layer(device, length, head_dim)
+    walk = engine.walk(*tensors, visibility, scoring)
     inputs = [tensor.clone().requires_grad_() for tensor in tensors]
     attended = attend(*inputs)
     gradient = torch.randn_like(walk.output)
@@ -70,9 +71,9 @@ def test_backward(benchmark, device, head_dim, length):
         return torch.autograd.grad(attended, inputs, gradient.transpose(1, 2), retain_graph=True)
 
     def measured():
-        return engine.backward(gradient, *tensors, walk.output, walk.logsumexp, visibility, scaling)
+        return engine.backward(gradient, *tensors, walk.output, walk.logsumexp, visibility, scoring)
 
-    for ours, stock in zip(measured(), theirs(), strict=True):
+    for ours, stock in zip(measured()[:3], theirs(), strict=True):
         # Both round to bfloat16, so they may differ by some of it.
         assert (ours - stock).float().norm() <= 0.02 * stock.float().norm()
     alternate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from llama_attn.backends.registry import available_backends, register_backend
 from llama_attn.modeling_llama import LlamaForCausalLM, LlamaModel
+from llama_attn.observe.recording import record
 from llama_attn.registration import register, unregister
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
@@ -24,6 +25,7 @@ __all__ = [
     "Statistic",
     "available_backends",
     "chat_segments",
+    "record",
     "register",
     "register_backend",
     "register_statistic",

@@ -20,6 +20,7 @@ from transformers.masking_utils import create_causal_mask
 from llama_attn.backends.registry import attention_function, get_backend
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.reference import Reference
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 
 Padding = Literal["none", "left", "right"]
@@ -64,6 +65,11 @@ class AttentionInputs:
         if self.attention_mask is None:
             return torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool)
         return self.attention_mask.bool().cpu()
+
+    @property
+    def scoring(self) -> Scoring:
+        """How their scores are made, in the form that llama_attn's engines take."""
+        return Scoring(self.scaling)
 
     @property
     def visibility(self) -> Visibility:

@@ -161,7 +161,7 @@ def test_the_operator_keeps_the_rules_of_operators(padding):
     recorded = []
 
     def record(query, key, value):
-        result = walk("torch", query, key, value, inputs.visibility, inputs.scaling, wanted)
+        result = walk("torch", query, key, value, inputs.visibility, inputs.scoring, wanted)
         recorded.append((result.output, result.logsumexp, *result.raw.values()))
         return recorded[-1]
 

@@ -53,7 +53,7 @@ def test_access(stats):
     assert "entropy" in stats
     assert "entropie" not in stats
     assert list(stats) == list(stats.names)
-    assert len(stats) == len(stats.names) == 28
+    assert len(stats) == len(stats.names) == 29
     with pytest.raises(KeyError, match=r"no statistic 'entropie'; there are \['entropy'"):
         stats["entropie"]
 

@@ -59,7 +59,7 @@ def test_every_statistic_of_a_padded_batch(backend, dtype, ids, left_padding):
         model, everything(segments, map_size=10, top_k=40, window=5, sink_tokens=3, layers=layers),
         bound=BOUND[dtype], real=left_padding.bool(), segments=segments, input_ids=ids, attention_mask=left_padding,
     )  # fmt: skip
-    assert len(stats.names) == 28
+    assert len(stats.names) == 29
     assert stats["entropy"].dtype == dtype
 
 

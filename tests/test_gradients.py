@@ -60,15 +60,15 @@ def test_statistics_carry_no_gradient(ids):
 def test_a_query_that_sees_nothing():
     """Its output is 0, and whatever its gradient is, it moves nothing."""
     inputs = make_inputs(queries=33, padding="left", dtype=torch.float64)
-    walk = engine.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scaling)
+    walk = engine.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scoring)
     nothing = ~inputs.real_keys
     assert (walk.output[nothing] == 0).all()
     grad = torch.randn(walk.output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     actual, expected = (
         engine.backward(
             given, inputs.query, inputs.key, inputs.value, walk.output, walk.logsumexp, inputs.visibility,
-            inputs.scaling,
-        )
+            inputs.scoring,
+        )[:3]
         for given in (grad, grad.masked_fill(nothing[..., None, None], 0))
     )  # fmt: skip
     for a, b in zip(actual, expected, strict=True):
@@ -91,12 +91,12 @@ def test_autocast_changes_nothing():
 
 def test_block_size_does_not_change_gradients():
     inputs = make_inputs(queries=63, padding="left", dtype=torch.float64)
-    walk = engine.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scaling)
+    walk = engine.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scoring)
     results = [
         engine.backward(
             torch.ones_like(walk.output), inputs.query, inputs.key, inputs.value, walk.output, walk.logsumexp,
-            inputs.visibility, inputs.scaling, block_rows=rows,
-        )
+            inputs.visibility, inputs.scoring, block_rows=rows,
+        )[:3]
         for rows in (1, 7, 64)
     ]  # fmt: skip
     for gradients_of_block in results[1:]:

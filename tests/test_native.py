@@ -67,7 +67,7 @@ def known_of(case):
 
 
 def arguments(case):
-    return case.query, case.key, case.value, case.visibility, case.query.shape[-1] ** -0.5
+    return case.query, case.key, case.value, case.visibility, case.scoring
 
 
 def test_what_it_knows():
@@ -107,7 +107,7 @@ def test_gradients_equal_those_of_the_torch_engine(case, sizes):
 
     def backward(engine, walk, *sizes):
         tensors = (grad, *arguments(case)[:3], walk.output, walk.logsumexp)
-        return engine.backward(*tensors, *arguments(case)[3:], *sizes)
+        return engine.backward(*tensors, *arguments(case)[3:], *sizes)[:3]
 
     expected = backward(reference_engine, walk)
     for actual, wanted in zip(backward(native, native.walk(*arguments(case)), *sizes), expected, strict=True):
@@ -148,7 +148,7 @@ def test_some_of_the_queries(changes, padding):
 def compare(inputs, visibility):
     """Output and statistics of both engines."""
     wanted = Wanted(KNOWN, AttentionStatsConfig(sink_tokens=3, window=11))
-    call = (inputs.query, inputs.key, inputs.value, visibility, inputs.scaling)
+    call = (inputs.query, inputs.key, inputs.value, visibility, inputs.scoring)
     expected = reference_engine.walk(*call, wanted)
     actual = native.walk(*call, wanted, tile_rows=24, block_keys=64)
     assert relative_error(actual.output, expected.output) < 1e-12
@@ -176,9 +176,9 @@ def test_gradients_equal_those_of_sdpa(dtype, value_channels):
     grad = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     expected = torch.autograd.grad(output, leaves, grad)
     call = (inputs.query.to(dtype), inputs.key.to(dtype), value.to(dtype))
-    walk = native.walk(*call, inputs.visibility, inputs.scaling)
+    walk = native.walk(*call, inputs.visibility, inputs.scoring)
     actual = native.backward(
-        grad.transpose(1, 2).to(dtype), *call, walk.output, walk.logsumexp, inputs.visibility, inputs.scaling,
+        grad.transpose(1, 2).to(dtype), *call, walk.output, walk.logsumexp, inputs.visibility, inputs.scoring,
         tile_rows=30, block_keys=64,
     )  # fmt: skip
     for mine, sdpas in zip(actual, expected, strict=True):
@@ -198,9 +198,9 @@ def test_the_number_of_threads_changes_nothing():
     for threads in (1, 2, 5, 2):
         torch.set_num_threads(threads)
         call = (inputs.query, inputs.key, inputs.value)
-        walk = native.walk(*call, inputs.visibility, inputs.scaling, wanted)
+        walk = native.walk(*call, inputs.visibility, inputs.scoring, wanted)
         gradients = native.backward(
-            torch.ones_like(walk.output), *call, walk.output, walk.logsumexp, inputs.visibility, inputs.scaling
+            torch.ones_like(walk.output), *call, walk.output, walk.logsumexp, inputs.visibility, inputs.scoring
         )
         results.append([walk.output, walk.logsumexp, *(walk.raw[name] for name in sorted(NAMES)), *gradients])
     torch.set_num_threads(1)
@@ -213,7 +213,7 @@ def test_scores_that_are_no_numbers(strange):
     inputs = make_inputs(queries=80, padding="right")
     query = inputs.query.clone()
     query[1, 1, 40] = strange
-    call = (query, inputs.key, inputs.value, inputs.visibility, inputs.scaling)
+    call = (query, inputs.key, inputs.value, inputs.visibility, inputs.scoring)
     wanted = Wanted(KNOWN, AttentionStatsConfig())
     actual, expected = native.walk(*call, wanted, 24, 64), reference_engine.walk(*call, wanted)
     spoiled = torch.zeros(2, 80, 4, dtype=torch.bool)
@@ -228,7 +228,7 @@ def test_scores_that_are_no_numbers(strange):
 
 def test_only_what_is_wanted():
     inputs = make_inputs()
-    call = (inputs.query, inputs.key, None, inputs.visibility, inputs.scaling)
+    call = (inputs.query, inputs.key, None, inputs.visibility, inputs.scoring)
     everything = native.walk(*call, Wanted(KNOWN, AttentionStatsConfig())).raw
     for statistic in KNOWN:
         raw = native.walk(*call, Wanted([statistic], AttentionStatsConfig())).raw
@@ -266,7 +266,7 @@ def test_it_is_the_default_and_says_so(ids, left_padding):
 def test_what_it_refuses(changes, error, message):
     inputs = make_inputs(device=changes.pop("device", "cpu"))
     with pytest.raises(error, match=message):
-        native.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scaling, **changes)
+        native.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scoring, **changes)
 
 
 @pytest.mark.usefixtures("_nothing_built")
@@ -300,7 +300,7 @@ def test_building(monkeypatch, tmp_path):
     assert result.exit_code == 0, "it is there, so no compiler is needed"
     assert "was there already" in result.output
     inputs = make_inputs()
-    call = (inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scaling)
+    call = (inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scoring)
     assert relative_error(native.walk(*call).output, reference_engine.walk(*call).output) < 1e-5
 
 

@@ -20,6 +20,7 @@ from llama_attn.stats.block import Wanted
 from llama_attn.stats.merge import Run
 from llama_attn.stats.recorder import mark_padding, wanted_statistics
 from llama_attn.stats.reference import Reference
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import relative_error
 
@@ -49,6 +50,10 @@ class Case:
     def bound(self) -> float:
         return rounding_bound(self.query, self.key)
 
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.query.shape[-1] ** -0.5)
+
     def wanted(self) -> Wanted:
         segments = self.config.segments
         return Wanted(self.statistics, self.config, segments, int(segments.max()) + 1, self.tokens)
@@ -56,7 +61,7 @@ class Case:
     def walk(self, **changes):
         case = replace(self, **changes)
         return engine.walk(
-            case.query, case.key, case.value, case.visibility, case.query.shape[-1] ** -0.5, case.wanted(),
+            case.query, case.key, case.value, case.visibility, case.scoring, case.wanted(),
             block_rows=case.block_rows,
         )  # fmt: skip
 
@@ -77,7 +82,7 @@ class Case:
             real, self.query.shape[2], sequences=self.sequences, causal=self.visibility.causal
         )
         return Reference(
-            query=self.query, key=self.key, value=self.value, scaling=self.query.shape[-1] ** -0.5, visible=visible,
+            query=self.query, key=self.key, value=self.value, scaling=self.scoring.scale, visible=visible,
             real_queries=real_queries, rank=rank, query_positions=self.visibility.query_positions, config=self.config,
             bidirectional=not self.visibility.causal, segments=self.config.segments, tokens=self.tokens,
         )  # fmt: skip
@@ -170,9 +175,7 @@ def test_in_pieces_as_at_once(case, cuts):
         )  # fmt: skip
         # As many segments in every piece, whatever it happens to hold.
         wanted = replace(case.wanted(), tokens=case.tokens[:, :last], segments=case.config.segments[:, :last])
-        walk = engine.walk(
-            case.query[:, :, first:last], case.key[:, :, :last], None, visibility, case.query.shape[-1] ** -0.5, wanted
-        )
+        walk = engine.walk(case.query[:, :, first:last], case.key[:, :, :last], None, visibility, case.scoring, wanted)
         run.add(tuple(case.statistics), {name: raw[None] for name, raw in walk.raw.items()}, last)
     pieces = case.finished({name: raw[0] for name, raw in run.result(length).items()})
     for name, value in case.finished(case.walk().raw).items():

@@ -25,7 +25,7 @@ def test_the_table():
     assert {name for name, statistic in table.items() if statistic.is_norm} == NORMS
     others = {
         "effective_keys", "received_total", "weights_map", "logits_map", "distance_histogram", "topk_weight",
-        "topk_position", "segment_mass", "previous_token", "duplicate_token", "induction",
+        "topk_position", "segment_mass", "previous_token", "duplicate_token", "induction", "learned_sink_mass",
     }  # fmt: skip
     assert set(table) == DEFAULT | NORMS | others
     for name, statistic in table.items():

@@ -32,7 +32,7 @@ def test_the_number_of_threads_does_not_matter(padding, four_threads):
     wanted = Wanted(statistics, config, segments, 1, tokens)
 
     def walk():
-        arguments = (inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scaling, wanted)
+        arguments = (inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scoring, wanted)
         # Nine blocks of which the last is short; more than threads.
         return engine.walk(*arguments, block_rows=5)
 
@@ -54,7 +54,7 @@ def test_as_many_blocks_as_memory_allows(four_threads, monkeypatch):
     monkeypatch.setattr(engine, "in_threads", lambda work, count: counts.append(count) or in_threads(work, count))
     for allowed in (4 * block_bytes, 3 * block_bytes - 1, 1):
         monkeypatch.setattr(engine, "ALL_BLOCKS_BYTES", allowed)
-        engine.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scaling, block_rows=5)
+        engine.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scoring, block_rows=5)
     assert counts == [4, 2, 1]
 
 

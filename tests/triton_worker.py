@@ -17,6 +17,7 @@ from llama_attn.engines import triton as engine
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.recorder import mark_padding
 from llama_attn.stats.reference import Reference
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import statistics_table
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import relative_error
@@ -92,7 +93,9 @@ class Case:
     def walk(self, value=True, statistics=STATISTICS):
         wanted = Wanted(statistics, self.config) if statistics else None
         visibility = self.visibility.to(DEVICE)
-        return engine.walk(self.query, self.key, self.value if value else None, visibility, self.scaling, wanted)
+        return engine.walk(
+            self.query, self.key, self.value if value else None, visibility, Scoring(self.scaling), wanted
+        )
 
     def reference(self, **leaves) -> Reference:
         num_queries = self.key.shape[2] - self.visibility.first_query
@@ -199,7 +202,7 @@ def test_gradients(situation, dtype):
     grad_output = torch.randn(walk.output.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
     actual = engine.backward(
         grad_output, case.query, case.key, case.value, walk.output, walk.logsumexp, case.visibility.to(DEVICE),
-        case.scaling,
+        Scoring(case.scaling),
     )  # fmt: skip
     leaves = {n: getattr(case, n).double().cpu().requires_grad_() for n in ("query", "key", "value")}
     reference = case.reference(**leaves)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from llama_attn.engines import ENGINES, default_engine, get_engine
-from llama_attn.engines._operator import walk
-from llama_attn.engines._walk import Walk, full_precision
+from llama_attn.engines import choose_engine, get_engine
+from llama_attn.engines._operator import ONCE, walk
+from llama_attn.engines._walk import Gradients, Walk, full_precision
 from llama_attn.stats.block import Wanted
-from llama_attn.stats.recorder import Recorder
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
-
-# Backends that take a visibility in place of a mask, and read one another's.
-STREAMING_BACKENDS = ("streaming", *(f"streaming_{engine}" for engine in ENGINES))
 
 
 class FusedAttention(torch.autograd.Function):
@@ -30,28 +27,47 @@ class FusedAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        position_bias: Tensor | None,
+        sinks: Tensor | None,
         engine: ModuleType,
         visibility: Visibility,
-        scaling: float,
+        scoring: Scoring,
         wanted: Wanted | None,
         raw: dict[str, Tensor],
     ) -> Tensor | None:
         """Walk once; ``raw`` is filled with the statistics."""
-        output, logsumexp, measured = _walk(query, key, value, engine, visibility, scaling, wanted)
+        output, logsumexp, measured = _walk(query, key, value, engine, visibility, scoring, wanted)
         raw.update(measured)
-        ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.engine, ctx.visibility, ctx.scaling = engine, visibility, scaling
+        ctx.save_for_backward(query, key, value, output, logsumexp, position_bias, sinks)
+        ctx.engine, ctx.visibility = engine, visibility
+        ctx.scoring = replace(scoring, position_bias=None, sinks=None)
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Walk again, computing the weights of each block anew."""
+        """Walk again, computing the weights of each block anew.
+
+        Raises:
+            RuntimeError: Somebody wants to differentiate these gradients once more.
+        """
+        # Autograd records a backward only if told to; what is recorded here would take the weights for constants.
+        if torch.is_grad_enabled():
+            raise RuntimeError(ONCE)
         # Read once: under gradient checkpointing a second reading is an error.
-        saved = ctx.saved_tensors
+        *saved, position_bias, sinks = ctx.saved_tensors
+        scoring = replace(ctx.scoring, position_bias=position_bias, sinks=sinks)
         with full_precision(saved[0].device):
-            gradients = ctx.engine.backward(grads[0], *saved, ctx.visibility, ctx.scaling)
+            gradients: Gradients = ctx.engine.backward(grads[0], *saved, ctx.visibility, scoring)
         return (*gradients, None, None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        """Refuse forward mode.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(ONCE)
 
 
 def _walk(
@@ -60,66 +76,62 @@ def _walk(
     value: Tensor,
     engine: ModuleType,
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
     wanted: Wanted | None,
 ) -> Walk:
     with full_precision(query.device):
-        result: Walk = engine.walk(query, key, value, visibility, scaling, wanted)
+        result: Walk = engine.walk(query, key, value, visibility, scoring, wanted)
     return result
 
 
-def attend_with(engine: str | None) -> Callable[..., tuple[Tensor, None]]:
-    """An attention function for transformers that runs on ``engine``; None for the default one of the device."""
+def fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility,
+    scoring: Scoring,
+    engine: str | None,
+    wanted: Wanted | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Attention in blocks, and statistics from the same blocks.
 
-    def attend(
-        module: torch.nn.Module,
-        query: Float[Tensor, "batch head query channel"],
-        key: Float[Tensor, "batch kv_head key channel"],
-        value: Float[Tensor, "batch kv_head key channel"],
-        attention_mask: Tensor | None = None,
-        *,
-        scaling: float,
-        dropout: float = 0.0,
-        visibility: Visibility | None = None,
-        recorder: Recorder | None = None,
-        **kwargs: Any,
-    ) -> tuple[Float[Tensor, "batch query head channel"], None]:
-        """Attention in blocks; measures from the same blocks what ``recorder`` wants.
+    Args:
+        query: (batch, head, query, channel).
+        key: (batch, kv_head, key, channel); those behind the last that ``visibility`` knows are not looked at.
+        value: (batch, kv_head, key, value channel).
+        visibility: Who may see whom, on the device of the tensors.
+        scoring: How scores are made.
+        engine: Name of the engine; None for the default one.
+        wanted: What to measure; None for the output alone.
 
-        Raises:
-            ValueError: The model is not llama_attn's, or attention dropout is on.
-        """
-        if visibility is None:
-            raise ValueError(
-                "the streaming backends take padding from llama_attn's LlamaModel, which called them without it; "
-                f"use llama_attn.LlamaForCausalLM, not {type(module).__name__} of another model"
-            )
-        if dropout:
-            raise ValueError(f"attention dropout is not supported by streaming backends, got {dropout}; set it to 0")
-        visibility = visibility.to(query.device)
-        key, value = key[:, :, : visibility.num_keys], value[:, :, : visibility.num_keys]
-        layer = getattr(module, "layer_idx", 0)
-        name = engine or default_engine(query.device)
-        wanted = None
-        if recorder is not None:
-            wanted = recorder.fused(layer, query.device, name)
-            # The same, knowing besides which rows of the batch are measured.
-            visibility = recorder.visibility_on(query.device) if wanted else visibility
-        if torch.compiler.is_compiling():
-            output, _, raw = walk(name, query, key, value, visibility, scaling, wanted)
-        elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            raw = {}
-            output = FusedAttention.apply(query, key, value, get_engine(name), visibility, scaling, wanted, raw)
-        else:
-            # An autograd function costs as much as a decoding step's attention.
-            output, _, raw = _walk(query, key, value, get_engine(name), visibility, scaling, wanted)
-        if recorder is not None:
-            recorder.records.put(layer, raw)
-        return cast(Tensor, output), None
+    Returns:
+        The output, (batch, query, head, value channel), differentiable once by all tensors, and the raw statistics.
 
-    return attend
+    Raises:
+        ValueError: The tensors do not fit one another, or the named engine refuses such a call.
+    """
+    name, num_keys = choose_engine(engine, visibility, scoring, query.device), visibility.num_keys
+    compiling = torch.compiler.is_compiling()
+    # In a graph the length of a static cache is a number that is not known.
+    if compiling or key.shape[2] != num_keys:
+        key, value = key[:, :, :num_keys], value[:, :, :num_keys]
+        if scoring.position_bias is not None:
+            scoring = replace(scoring, position_bias=scoring.position_bias[..., :num_keys])
+    if compiling:
+        output, _, raw = walk(name, query, key, value, visibility, scoring, wanted)
+        return cast(Tensor, output), raw
+    leaves = (query, key, value, scoring.position_bias, scoring.sinks)
+    if _differentiated(leaves):
+        raw = {}
+        output = FusedAttention.apply(*leaves, get_engine(name), visibility, scoring, wanted, raw)
+    else:
+        # An autograd function costs as much as a decoding step's attention.
+        output, _, raw = _walk(query, key, value, get_engine(name), visibility, scoring, wanted)
+    return cast(Tensor, output), raw
 
 
-def padding_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask that streaming backends need: the (batch, key) vector of real tokens, nothing of queries × keys."""
-    return attention_mask
+def _differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
+    # Tensors of forward mode need no gradient: they are let in, to be refused and not to be taken for constants.
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -12,9 +12,9 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -23,14 +23,32 @@ import torch
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
-Function = Callable[[ctypes.Structure], bytes | None]
+# What a function returns if there is not enough memory; 0 is success, all else a call that it refuses.
+NO_MEMORY = 1
 HOW_TO_BUILD = "not built; run `llama-attn build`"
 
 
 class Tensor(ctypes.Structure):
     """``Tensor`` of csrc/call.h."""
 
-    _fields_ = (("data", ctypes.c_void_p), ("type", ctypes.c_int64), ("stride", ctypes.c_int64 * 4))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int64),
+        ("size", ctypes.c_int64 * 4),
+        ("stride", ctypes.c_int64 * 4),
+    )
+
+
+# The types of csrc/call.h.
+TYPES = {
+    dtype: index
+    for index, dtype in enumerate(
+        (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int32, torch.int64)
+    )
+}
+FLOATS = frozenset(dtype for dtype in TYPES if dtype.is_floating_point)
+# Packed in one go: ctypes takes twice as long, and a token of a model makes hundreds.
+_PACKED = struct.Struct("Pqqqqqqqqq")
 
 
 class Call(ctypes.Structure):
@@ -39,17 +57,33 @@ class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in (
             "batch", "heads", "kv_heads", "num_queries", "num_keys", "channels", "value_channels", "first_query",
-            "query_step", "causal", "threads", "tile_rows", "block_keys", "sink_tokens", "window", "distance_bins",
+            "query_step", "causal", "threads", "tile_rows", "block_keys", "sink_tokens", "window", "logsumexp", "entropy",
+            "max_logit", "max_weight", "effective_keys", "sink_mass", "local_mass", "mean_distance", "learned_sink_mass",
         )),
-        *((name, ctypes.c_double) for name in ("scaling", "hidden_score", "unseen_bias")),
-        *((name, Tensor) for name in ("query", "key", "value", "output", "mask")),
-        *((name, ctypes.c_void_p) for name in (
-            "real_keys", "real_queries", "sequence", "rank", "row_logsumexp", "logsumexp", "entropy", "max_logit", "max_weight",
-            "effective_keys", "sink_mass", "local_mass", "mean_distance", "received", "distance_histogram",
+        *((name, ctypes.c_double) for name in ("scaling", "softcap", "hidden_score", "unseen_bias")),
+        *((name, Tensor) for name in (
+            "query", "key", "value", "output", "mask", "position_bias", "real_keys", "real_queries", "first_key",
+            "stop_key", "rank", "sinks", "row_logsumexp", "rows", "received", "distance_histogram", "grad_output",
+            "grad_query", "grad_key", "grad_value", "grad_position_bias", "shift",
         )),
-        *((name, Tensor) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
-        ("shift", ctypes.c_void_p),
+        ("message", ctypes.c_char * 256),
     )  # fmt: skip
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Describe ``tensor``, which must live until the call has returned.
+
+        Raises:
+            ValueError: A dtype that the library does not know, or more than four axes.
+        """
+        if (kind := TYPES.get(tensor.dtype)) is None or tensor.ndim > 4:
+            raise ValueError(
+                f"{name}: the native engine takes up to four axes of {sorted(map(str, TYPES))}, got "
+                f"{tuple(tensor.shape)} of {tensor.dtype}"
+            )
+        size, stride = tensor.shape, tensor.stride()
+        if (missing := 4 - len(stride)) > 0:
+            size, stride = (*size, *(1,) * missing), (*stride, *(0,) * missing)
+        _PACKED.pack_into(self, getattr(Call, name).offset, tensor.data_ptr(), kind, *size, *stride)
 
 
 def compiler() -> str:
@@ -109,11 +143,23 @@ def load(library: Path) -> ctypes.CDLL:
         raise ImportError(HOW_TO_BUILD)
     loaded = ctypes.CDLL(str(library))
     for function in (loaded.llama_attn_forward, loaded.llama_attn_backward):
-        function.argtypes, function.restype = (ctypes.POINTER(Call),), ctypes.c_char_p
+        function.argtypes, function.restype = (ctypes.POINTER(Call),), ctypes.c_int64
     loaded.llama_attn_call_size.restype = ctypes.c_int64
     if loaded.llama_attn_call_size() != ctypes.sizeof(Call):
         raise ImportError(f"{library} expects calls of another layout; remove it and run `llama-attn build`")
     return loaded
+
+
+def run(function: str, call: Call) -> None:
+    """Run ``"forward"`` or ``"backward"``.
+
+    Raises:
+        ValueError: A tensor has not the extents that the call says, or a number is out of range.
+        MemoryError: There is not enough memory.
+    """
+    outcome = getattr(load(path()), f"llama_attn_{function}")(call)
+    if outcome:
+        raise (MemoryError if outcome == NO_MEMORY else ValueError)(call.message.decode())
 
 
 def _flags() -> list[str]:

@@ -17,8 +17,16 @@ from llama_attn.engines._walk import Walk, compute_dtype, full_precision
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig, bin_width
 from llama_attn.stats.maps import num_distance_bins
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
+
+ONCE = (
+    "streaming attention can be differentiated once, in backward mode; for second derivatives (create_graph=True, "
+    "autograd.functional.hvp, a gradient penalty) and for forward mode use attn_implementation='eager' or 'sdpa'"
+)
+# What a visibility holds in tensors, in the order in which an operator gets them.
+VECTORS = ("real", "sequence", "mask", "rows", "sees", "first_key", "stop_key", "dropped")
 
 
 def walk(
@@ -27,27 +35,40 @@ def walk(
     key: Float[Tensor, "batch kv_head key channel"],
     value: Float[Tensor, "batch kv_head key value_channel"] | None,
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
     wanted: Wanted | None,
 ) -> Walk:
     """The walk of ``engine``; in a graph that is being compiled it is differentiable."""
     if not torch.compiler.is_compiling():
-        return get_engine(engine).walk(query, key, value, visibility, scaling, wanted)
+        return get_engine(engine).walk(query, key, value, visibility, scoring, wanted)
     config = AttentionStatsConfig() if wanted is None else wanted.config
     output, logsumexp, *raw = _walk(
         query,
         key,
         value,
+        scoring.position_bias,
+        scoring.sinks,
         [
             visibility.real,
             visibility.sequence,
             visibility.mask,
             visibility.rows,
             visibility.sees,
+            visibility.first_key,
+            visibility.stop_key,
+            visibility.dropped,
             None if wanted is None else wanted.segments,
             None if wanted is None else wanted.tokens,
         ],
-        [visibility.first_query, visibility.num_keys, visibility.stride, int(visibility.causal)],
+        [
+            visibility.first_query,
+            visibility.num_keys,
+            visibility.stride,
+            int(visibility.causal),
+            -1 if visibility.stop_query is None else visibility.stop_query,
+            visibility.offset,
+            int(visibility.aligned),
+        ],
         [
             0 if wanted is None else wanted.num_segments,
             config.sink_tokens,
@@ -56,7 +77,7 @@ def walk(
             config.map_size,
             config.query_stride,
         ],
-        scaling,
+        [scoring.scale, scoring.softcap or 0.0],
         engine,
         "" if wanted is None else ",".join([statistic.name for statistic in wanted.statistics]),
     )
@@ -67,26 +88,29 @@ def walk(
 @torch.library.custom_op(
     "llama_attn::walk",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor? value, Tensor?[] vectors, SymInt[] extent, SymInt[] parameters, "
-    "float scaling, str engine, str names) -> Tensor[]",
+    schema="(Tensor query, Tensor key, Tensor? value, Tensor? position_bias, Tensor? sinks, Tensor?[] vectors, "
+    "SymInt[] extent, SymInt[] parameters, float[] scores, str engine, str names) -> Tensor[]",
 )
 def _walk(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
+    position_bias: Tensor | None,
+    sinks: Tensor | None,
     vectors: Sequence[Tensor | None],
     extent: Sequence[int],
     parameters: Sequence[int],
-    scaling: float,
+    scores: Sequence[float],
     engine: str,
     names: str,
 ) -> list[Tensor]:
     wanted = None
     if statistics := _statistics(names):
-        wanted = Wanted(statistics, _config(parameters), vectors[5], parameters[0], vectors[6])
-    visibility = _visibility(query, vectors[:5], extent)
+        segments, tokens = vectors[len(VECTORS) :]
+        wanted = Wanted(statistics, _config(parameters), segments, parameters[0], tokens)
+    visibility, scoring = _visibility(query, vectors, extent), _scoring(scores, position_bias, sinks)
     with full_precision(query.device):
-        result = get_engine(engine).walk(query, key, value, visibility, scaling, wanted)
+        result = get_engine(engine).walk(query, key, value, visibility, scoring, wanted)
     output = query.new_empty(0) if result.output is None else result.output
     # Results of an operator share no memory, and are laid out like those of the fake below, which the graph relies on.
     raw = [torch.clone(result.raw[s.name], memory_format=torch.contiguous_format) for s in statistics]
@@ -98,24 +122,27 @@ def _(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
+    position_bias: Tensor | None,
+    sinks: Tensor | None,
     vectors: Sequence[Tensor | None],
     extent: Sequence[int],
     parameters: Sequence[int],
-    scaling: float,
+    scores: Sequence[float],
     engine: str,
     names: str,
 ) -> list[Tensor]:
     batch, heads, num_queries, _ = query.shape
     num_keys, dtype = extent[1], compute_dtype(query)
+    length = extent[5] + num_keys
     num_segments, _, _, top_k, map_size, _ = parameters
     statistics = _statistics(names)
     sizes = {"query": num_queries, "key": num_keys, "rank": top_k, "segment": num_segments}
     dims = {dim for statistic in statistics for dim in statistic.dims}
     # Only where they are needed: the length of a static cache is a number that the graph does not know.
     if "key_bin" in dims:
-        sizes["query_bin"] = sizes["key_bin"] = -(-num_keys // bin_width(num_keys, map_size))
+        sizes["query_bin"] = sizes["key_bin"] = -(-length // bin_width(length, map_size))
     if "distance_bin" in dims:
-        sizes["distance_bin"] = num_distance_bins(num_keys)
+        sizes["distance_bin"] = num_distance_bins(length)
     output = query.new_empty(0)
     if value is not None:
         output = value.new_empty(batch, num_queries, heads, value.shape[-1])
@@ -130,7 +157,7 @@ def _(
     "llama_attn::walk_backward",
     mutates_args=(),
     schema="(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, "
-    "Tensor?[] vectors, SymInt[] extent, float scaling, str engine) -> (Tensor, Tensor, Tensor)",
+    "Tensor? position_bias, Tensor? sinks, Tensor?[] vectors, SymInt[] extent, float[] scores, str engine) -> Tensor[]",
 )
 def _walk_backward(
     grad_output: Tensor,
@@ -139,33 +166,50 @@ def _walk_backward(
     value: Tensor,
     output: Tensor,
     logsumexp: Tensor,
+    position_bias: Tensor | None,
+    sinks: Tensor | None,
     vectors: Sequence[Tensor | None],
     extent: Sequence[int],
-    scaling: float,
+    scores: Sequence[float],
     engine: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    visibility = _visibility(query, vectors, extent)
+) -> list[Tensor]:
+    visibility, scoring = _visibility(query, vectors, extent), _scoring(scores, position_bias, sinks)
     with full_precision(query.device):
-        gradients = get_engine(engine).backward(grad_output, query, key, value, output, logsumexp, visibility, scaling)
-    grad_query, grad_key, grad_value = (gradient.contiguous() for gradient in gradients)
-    return grad_query, grad_key, grad_value
+        gradients = get_engine(engine).backward(grad_output, query, key, value, output, logsumexp, visibility, scoring)
+    # There is no list of optional tensors that an operator could give back.
+    return [gradient.contiguous() for gradient in gradients if gradient is not None]
 
 
 @_walk_backward.register_fake
-def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    position_bias: Tensor | None,
+    sinks: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    inputs = (query, key, value, position_bias, sinks)
+    return [tensor.new_empty(tensor.shape) for tensor in inputs if tensor is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    query, key, value, vectors, extent, _, scaling, engine, _ = inputs
-    ctx.save_for_backward(query, key, value, *output[:2], *vectors[:5])
-    ctx.extent, ctx.scaling, ctx.engine = extent, scaling, engine
+    query, key, value, position_bias, sinks, vectors, extent, _, scores, engine, _ = inputs
+    ctx.save_for_backward(query, key, value, *output[:2], position_bias, sinks, *vectors[: len(VECTORS)])
+    ctx.extent, ctx.scores, ctx.engine = extent, scores, engine
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    tensors, vectors = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-    gradients = _walk_backward(grads[0], *tensors, vectors, ctx.extent, ctx.scaling, ctx.engine)
-    return (*gradients, *[None] * 6)
+    if torch.is_grad_enabled():
+        raise RuntimeError(ONCE)
+    tensors, vectors = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    gradients = iter(_walk_backward(grads[0], *tensors, vectors, ctx.extent, ctx.scores, ctx.engine))
+    query, key, value = next(gradients), next(gradients), next(gradients)
+    position_bias, sinks = (None if tensor is None else next(gradients) for tensor in tensors[5:])
+    return (query, key, value, position_bias, sinks, *[None] * 6)
 
 
 _walk.register_autograd(_backward, setup_context=_setup_context)
@@ -177,11 +221,24 @@ def _statistics(names: str) -> list[Statistic]:
 
 
 def _visibility(query: Tensor, vectors: Sequence[Tensor | None], extent: Sequence[int]) -> Visibility:
-    first_query, num_keys, stride, causal = extent
-    real, sequence, mask, rows, sees = vectors
+    first_query, num_keys, stride, causal, stop_query, offset, aligned = extent
     return Visibility(
-        query.shape[0], first_query, num_keys, query.device, bool(causal), real, sequence, mask, rows, sees, stride
+        batch=query.shape[0],
+        first_query=first_query,
+        num_keys=num_keys,
+        device=query.device,
+        causal=bool(causal),
+        stride=stride,
+        stop_query=None if stop_query < 0 else stop_query,
+        offset=offset,
+        aligned=bool(aligned),
+        **dict(zip(VECTORS, vectors, strict=False)),
     )
+
+
+def _scoring(scores: Sequence[float], position_bias: Tensor | None, sinks: Tensor | None) -> Scoring:
+    scale, softcap = scores
+    return Scoring(scale, softcap or None, position_bias, sinks)
 
 
 def _config(parameters: Sequence[int]) -> AttentionStatsConfig:

@@ -11,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_attn.engines import _library as library
-from llama_attn.engines._walk import Walk, compute_dtype
+from llama_attn.engines._walk import Gradients, Walk, check_call, compute_dtype
 from llama_attn.stats.block import HIDDEN_SCORE, Wanted
 from llama_attn.stats.maps import num_distance_bins
+from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.spans import UNSEEN_BIAS
 from llama_attn.stats.table import Statistic
-from llama_attn.stats.visibility import UNSEEN_BIAS, Visibility
+from llama_attn.stats.visibility import Visibility
 
 # Query rows of all heads of a group in one tile, and keys in one block: their scores take 96 KiB in float32, which with
 # the keys and values they meet fits the L2 cache of any processor of today. Time changes little around them, see
@@ -27,11 +29,15 @@ PANEL_KEYS = 64
 
 # Names are also those of the fields of the C++ call.
 _PER_QUERY = frozenset(
-    {"entropy", "logsumexp", "max_logit", "max_weight", "effective_keys", "sink_mass", "local_mass", "mean_distance"}
-)
+    {
+        "entropy", "logsumexp", "max_logit", "max_weight", "effective_keys", "sink_mass", "local_mass", "mean_distance",
+        "learned_sink_mass",
+    }
+)  # fmt: skip
 _RECEIVED = frozenset({"received", "received_total"})
 _KNOWN = _PER_QUERY | _RECEIVED | {"distance_histogram"}
-_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
+# More tokens than there are, and few enough that sums with them do not overflow.
+_BEYOND = 2**40
 
 
 def unavailable() -> str | None:
@@ -44,12 +50,17 @@ def knows(statistic: Statistic) -> bool:
     return statistic.name in _KNOWN
 
 
+def refuses(visibility: Visibility, scoring: Scoring) -> str | None:
+    """It takes whatever can be said of who sees whom and of scores."""
+    return None
+
+
 def walk(
     query: Float[Tensor, "batch head query channel"],
     key: Float[Tensor, "batch kv_head key channel"],
     value: Float[Tensor, "batch kv_head key value_channel"] | None,
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
     wanted: Wanted | None = None,
     tile_rows: int = TILE_ROWS,
     block_keys: int = BLOCK_KEYS,
@@ -61,7 +72,7 @@ def walk(
         key: Keys after RoPE and cache.
         value: Values, to get the output too (fused); ``None`` to measure only (observed).
         visibility: Who may see whom.
-        scaling: What scores are multiplied with.
+        scoring: How scores are made.
         wanted: What to measure; ``None`` for the output alone.
         tile_rows: Query rows, of all heads of a group, that are worked on at once.
         block_keys: Keys that are worked on at once, a multiple of `PANEL_KEYS`. The result depends on neither beyond
@@ -71,16 +82,17 @@ def walk(
         The output in the dtype of ``value``, the logsumexp and the raw statistics in float32 or wider.
 
     Raises:
-        ValueError: The tensors are not on the CPU, or ``block_keys`` is no such multiple.
+        ValueError: The tensors do not fit one another or are not on the CPU, or ``block_keys`` is no such multiple.
         MemoryError: There is not enough memory.
     """
+    check_call(query, key, value, visibility, scoring)
     batch, heads, num_queries, _ = query.shape
     logsumexp = query.new_empty(batch, heads, num_queries, dtype=compute_dtype(query))
-    call, held = _call(query, key, value, visibility, scaling, logsumexp, tile_rows, block_keys)
+    call, held = _call(query, key, value, visibility, scoring, logsumexp, tile_rows, block_keys)
     output = None
     if value is not None:
         output = value.new_empty(batch, num_queries, heads, value.shape[-1])
-        call.output = _described(output)
+        call.put("output", output)
     raw: dict[str, Tensor] = {}
     if wanted:
         names = [statistic.name for statistic in wanted.statistics]
@@ -88,23 +100,23 @@ def walk(
         if per_query:
             rows = logsumexp.new_empty(len(per_query), *logsumexp.shape)
             raw.update(zip(per_query, rows.unbind(), strict=True))
+            call.put("rows", rows)
+            for place, name in enumerate(per_query, start=1):
+                setattr(call, name, place)
         if received := _RECEIVED.intersection(names):
             totals = logsumexp.new_empty(batch, heads, visibility.num_keys)
-            call.received = totals.data_ptr()
+            call.put("received", totals)
             raw.update(dict.fromkeys(received, totals))
         if "distance_histogram" in names:
-            bins = num_distance_bins(visibility.num_keys)
+            bins = num_distance_bins(visibility.length)
             raw["distance_histogram"] = logsumexp.new_empty(batch, heads, bins)
-            call.distance_histogram, call.distance_bins = raw["distance_histogram"].data_ptr(), bins
-        for name in per_query:
-            setattr(call, name, raw[name].data_ptr())
-        call.sink_tokens = min(wanted.config.sink_tokens, visibility.num_keys)
-        call.window = min(wanted.config.window, visibility.num_keys)
+            call.put("distance_histogram", raw["distance_histogram"])
+        call.sink_tokens = min(wanted.config.sink_tokens, _BEYOND)
+        call.window = min(wanted.config.window, _BEYOND)
         if "sink_mass" in raw and not visibility.plain:
-            rank = visibility.rank.contiguous()
-            held.append(rank)
-            call.rank = rank.data_ptr()
-    _run(library.load(library.path()).llama_attn_forward, call)
+            held.append(visibility.rank.contiguous())
+            call.put("rank", held[-1])
+    library.run("forward", call)
     return Walk(output, logsumexp, raw)
 
 
@@ -116,22 +128,41 @@ def backward(
     output: Float[Tensor, "batch query head value_channel"],
     logsumexp: Float[Tensor, "batch head query"],
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
     tile_rows: int = TILE_ROWS,
     block_keys: int = BLOCK_KEYS,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; the weights of each block are computed again from the logsumexp.
+) -> Gradients:
+    """Gradients of all that scores and output are made of; the weights of each block are computed again.
+
+    Raises:
+        ValueError: As `walk`.
+        MemoryError: There is not enough memory.
 
     Source: Dao et al., arXiv 2205.14135, algorithm 4.
     """
-    call, _held = _call(query, key, value, visibility, scaling, logsumexp, tile_rows, block_keys)
+    check_call(query, key, value, visibility, scoring)
+    call, held = _call(query, key, value, visibility, scoring, logsumexp.contiguous(), tile_rows, block_keys)
     # Σ_j A_ij (dO_i · v_j) = dO_i · O_i
     products = (grad_output.to(logsumexp.dtype) * output.to(logsumexp.dtype)).sum(-1)
     shift = rearrange(products, "b q h -> b h q").contiguous()
-    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    call.shift, call.grad_output = shift.data_ptr(), _described(grad_output)
-    call.grad_query, call.grad_key, call.grad_value = (_described(gradient) for gradient in gradients)
-    _run(library.load(library.path()).llama_attn_backward, call)
+    gradients = Gradients(torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None)
+    call.put("shift", shift)
+    call.put("grad_output", grad_output)
+    call.put("grad_query", gradients.query)
+    call.put("grad_key", gradients.key)
+    call.put("grad_value", gradients.value)
+    if scoring.position_bias is not None:
+        # One tile meets all pairs of its own head once, so nothing is added: what is shared is summed afterwards.
+        held.append(logsumexp.new_zeros(*query.shape[:3], visibility.num_keys))
+        call.put("grad_position_bias", held[-1])
+    library.run("backward", call)
+    if scoring.position_bias is not None:
+        grad_bias = held[-1].sum_to_size(scoring.position_bias.shape).to(scoring.position_bias.dtype)
+        gradients = gradients._replace(position_bias=grad_bias)
+    if scoring.sinks is not None:
+        # The sink's weight times what its weight would have to give, zero, less the row's mean.
+        weights = (scoring.sinks.to(logsumexp.dtype)[:, None] - logsumexp).exp()
+        gradients = gradients._replace(sinks=-(weights * shift).sum((0, 2)).to(scoring.sinks.dtype))
     return gradients
 
 
@@ -140,7 +171,7 @@ def _call(
     key: Tensor,
     value: Tensor | None,
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
     logsumexp: Tensor,
     tile_rows: int,
     block_keys: int,
@@ -158,42 +189,34 @@ def _call(
         num_queries=num_queries,
         num_keys=visibility.num_keys,
         channels=channels,
+        value_channels=0 if value is None else value.shape[-1],
         first_query=visibility.queries.start,
         query_step=visibility.queries.step,
         causal=visibility.causal,
         threads=torch.get_num_threads(),
         tile_rows=tile_rows,
         block_keys=block_keys,
-        scaling=scaling,
+        scaling=scoring.scale,
+        softcap=scoring.softcap or 0.0,
         hidden_score=HIDDEN_SCORE,
-        query=_described(query),
-        key=_described(key),
-        row_logsumexp=logsumexp.data_ptr(),
     )
-    held: list[Tensor] = []
+    tensors = {"query": query, "key": key, "row_logsumexp": logsumexp}
     if value is not None:
-        call.value_channels, call.value = value.shape[-1], _described(value)
-    vectors = {"real_keys": visibility.real, "sequence": visibility.sequence}
+        tensors["value"] = value
+    if visibility.real is not None:
+        tensors["real_keys"] = visibility.real.contiguous()
     if not (visibility.real is visibility.sees is visibility.rows is None):
-        vectors["real_queries"] = visibility.real_queries
-    for name, vector in vectors.items():
-        if vector is not None:
-            held.append(vector.long().contiguous() if name == "sequence" else vector.contiguous())
-            setattr(call, name, held[-1].data_ptr())
-    if visibility.mask is not None:
-        mask = visibility.mask.expand(batch, heads, -1, -1)
-        held.append(mask)
-        call.mask = _described(mask)
-        if mask.dtype != torch.bool:
-            # As torch compares: in the dtype of the mask.
-            call.unseen_bias = torch.tensor(UNSEEN_BIAS, dtype=mask.dtype).item()
-    return call, held
-
-
-def _described(tensor: Tensor) -> library.Tensor:
-    return library.Tensor(tensor.data_ptr(), _TYPES[tensor.dtype], tensor.stride())
-
-
-def _run(function: library.Function, call: library.Call) -> None:
-    if message := function(call):
-        raise MemoryError(message.decode())
+        tensors["real_queries"] = visibility.real_queries.contiguous()
+    if not (visibility.sequence is visibility.first_key is visibility.stop_key is None):
+        tensors["first_key"], tensors["stop_key"] = (span.contiguous() for span in visibility.key_spans)
+    if scoring.sinks is not None:
+        tensors["sinks"] = scoring.sinks.to(logsumexp.dtype).contiguous()
+    for name, pairs in (("mask", visibility.mask), ("position_bias", scoring.position_bias)):
+        if pairs is not None:
+            tensors[name] = pairs.expand(batch, heads, -1, -1)
+    for name, tensor in tensors.items():
+        call.put(name, tensor)
+    if visibility.mask is not None and visibility.mask.dtype != torch.bool:
+        # As torch compares: in the dtype of the mask.
+        call.unseen_bias = torch.tensor(UNSEEN_BIAS, dtype=visibility.mask.dtype).item()
+    return call, list(tensors.values())

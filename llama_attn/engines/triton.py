@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llama_attn.engines._walk import Walk
+from llama_attn.engines._walk import Gradients, Walk, check_call
 from llama_attn.stats.block import Wanted
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
 
@@ -46,12 +47,25 @@ def knows(statistic: Statistic) -> bool:
     return statistic.name in ROW_STATISTICS + KEY_STATISTICS
 
 
+def refuses(visibility: Visibility, scoring: Scoring) -> str | None:
+    """It takes padding, packing, windows and chunks, and plain scores."""
+    if visibility.mask is not None:
+        return (
+            f"attention_mask: the triton engine takes padding, packing, windows and chunks, got a 4-D mask of shape "
+            f"{tuple(visibility.mask.shape)}; {ELSEWHERE}"
+        )
+    for name in ("softcap", "position_bias", "sinks"):
+        if getattr(scoring, name) is not None:
+            return f"{name}: the triton engine takes scores without; {ELSEWHERE}"
+    return None
+
+
 def walk(
     query: Float[Tensor, "batch head query channel"],
     key: Float[Tensor, "batch kv_head key channel"],
     value: Float[Tensor, "batch kv_head key value_channel"] | None,
     visibility: Visibility,
-    scaling: float,
+    scoring: Scoring,
     wanted: Wanted | None = None,
 ) -> Walk:
     """Attention output and statistics of one layer.
@@ -61,16 +75,16 @@ def walk(
         key: Keys after RoPE and cache.
         value: Values, to get the output too (fused); ``None`` to measure only (observed).
         visibility: Who may see whom.
-        scaling: What scores are multiplied with.
+        scoring: How scores are made.
         wanted: What to measure; ``None`` for the output alone.
 
     Returns:
         The output in the dtype of ``value``, the logsumexp and the raw statistics in float32.
 
     Raises:
-        ValueError: A head size, dtype, device or mask that the kernels are not made for.
+        ValueError: A head size, dtype, device, mask or way to score that the kernels are not made for.
     """
-    _check(query, key, value, visibility)
+    _check(query, key, value, visibility, scoring)
     query, key, value = _dense(query), _dense(key), None if value is None else _dense(value)
     batch, heads, num_queries, head_dim = query.shape
     names = [statistic.name for statistic in wanted.statistics] if wanted else []
@@ -88,14 +102,14 @@ def walk(
         output_strides=_strides(output), num_queries=num_queries, num_keys=key.shape[2],
         group_size=heads // key.shape[1], first_position=visibility.first_query,
         position_step=visibility.stride, window=min(wanted.config.window, key.shape[2]) if wanted else 0,
-        score_scale=scaling * LOG2_E, HAS_VALUE=value is not None, MEASURE=measure,
+        score_scale=scoring.scale * LOG2_E, HAS_VALUE=value is not None, MEASURE=measure,
     )  # fmt: skip
     # Each in memory of its own: an operator of torch may not return tensors that share theirs.
     raw = {
         name: rows[ROW_STATISTICS.index(name)].clone() for name in names if rows is not None and name in ROW_STATISTICS
     }
     if any(name in KEY_STATISTICS for name in names):
-        received = _received(query, key, logsumexp, visibility, scaling)
+        received = _received(query, key, logsumexp, visibility, scoring.scale)
         raw |= {name: received.clone() for name in names if name in KEY_STATISTICS}
     return Walk(None if output is None else output.transpose(1, 2), logsumexp, raw)
 
@@ -108,16 +122,16 @@ def backward(
     output: Float[Tensor, "batch query head value_channel"],
     logsumexp: Float[Tensor, "batch head query"],
     visibility: Visibility,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    scoring: Scoring,
+) -> Gradients:
     """Gradients of query, key and value; the weights are computed again from the logsumexp.
 
     Raises:
-        ValueError: A head size, dtype, device or mask that the kernels are not made for.
+        ValueError: A head size, dtype, device, mask or way to score that the kernels are not made for.
 
     Source: Dao et al., arXiv 2205.14135, algorithm 4; Dao, arXiv 2307.08691 for the order of the loops.
     """
-    _check(query, key, value, visibility)
+    _check(query, key, value, visibility, scoring)
     query, key, value = _dense(query), _dense(key), _dense(value)
     grad_rows = _dense(grad_output.to(query.dtype).transpose(1, 2))
     # Σ_j A_ij (dO_i · v_j) = dO_i · O_i
@@ -131,7 +145,7 @@ def backward(
         "logsumexp_ptr": logsumexp, "shift_ptr": shift,
         "query_strides": _strides(query), "key_strides": _strides(key), "value_strides": _strides(value),
         "grad_output_strides": _strides(grad_rows), "num_queries": num_queries, "num_keys": num_keys,
-        "group_size": query.shape[1] // key.shape[1], "scaling": scaling, "score_scale": scaling * LOG2_E,
+        "group_size": query.shape[1] // key.shape[1], "scaling": scoring.scale, "score_scale": scoring.scale * LOG2_E,
     }  # fmt: skip
     _launch(
         "attention_backward_query", query, query.shape[1], over="queries", **shared,
@@ -145,7 +159,7 @@ def backward(
         grad_value_ptr=grad_value, grad_value_strides=_strides(grad_value),
         first_query_ptr=visibility.query_spans[0], stop_query_ptr=visibility.query_spans[1],
     )  # fmt: skip
-    return grad_query, grad_key, grad_value
+    return Gradients(grad_query, grad_key, grad_value, None, None)
 
 
 def _received(
@@ -180,18 +194,16 @@ def _launch(kernel: str, query: Tensor, heads: int, *, over: str, **arguments: A
         getattr(kernels, kernel)[blocks, heads, query.shape[0]](**arguments, **options)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor | None, visibility: Visibility) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor | None, visibility: Visibility, scoring: Scoring) -> None:
     """Refuse what the kernels are not made for.
 
     Raises:
         ValueError: It says what to use instead.
     """
+    if reason := refuses(visibility, scoring):
+        raise ValueError(reason)
+    check_call(query, key, value, visibility, scoring)
     head_dim = query.shape[-1]
-    if visibility.mask is not None:
-        raise ValueError(
-            f"attention_mask: the triton engine takes padding and packing, got a 4-D mask of shape "
-            f"{tuple(visibility.mask.shape)}; {ELSEWHERE}"
-        )
     if head_dim not in HEAD_DIMS or (value is not None and value.shape[-1] != head_dim):
         raise ValueError(
             f"head_dim: the triton engine takes {list(HEAD_DIMS)}, the same for query, key and value, got {head_dim} "
@@ -228,9 +240,9 @@ def _real(visibility: Visibility) -> Int[Tensor, "batch key"] | None:
 
 def _stop_sink(visibility: Visibility, sink_tokens: int) -> Int[Tensor, "batch query"]:
     """The first key behind the sinks of each query's own sequence."""
-    first_key, stop_key = visibility.key_spans
-    if visibility.real is None:
-        return (first_key + min(sink_tokens, visibility.num_keys)).contiguous()
+    # The keys that are sinks and seen are those before the last sink that stands before the query's last key.
+    stop_key = visibility.key_spans[1]
     sinks = visibility.real_keys & (visibility.rank < sink_tokens)
-    stops = torch.where(sinks, torch.arange(1, visibility.num_keys + 1, device=sinks.device), 0).cummax(-1).values
-    return stops.gather(1, stop_key.long() - 1).int()
+    places = torch.arange(1, visibility.num_keys + 1, device=sinks.device)
+    stops = torch.nn.functional.pad(torch.where(sinks, places, 0).cummax(-1).values, (1, 0))
+    return stops.gather(1, stop_key.long()).int()

@@ -40,28 +40,35 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Scores and weights of some query rows, all heads, for the keys 0 … ``num_keys`` − 1 that they could see.
+    """Scores and weights of some query rows, all heads, for the run of keys that they could see.
 
     Args:
-        centred: Scaled scores less their row maximum [logit], about `HIDDEN_SCORE` for hidden keys,
-            (batch, head, row, key).
+        centred: Scores less their row maximum [logit], about `HIDDEN_SCORE` for hidden keys, (batch, head, row, key).
         exponentials: exp of the above, zero for hidden keys, (batch, head, row, key).
         row_max: Largest score of each row [logit], (batch, head, row).
         row_sum: Sum of the exponentials of each row, (batch, head, row).
-        scale: 1 / row_sum, and 0 for rows that are padding or see nothing, (batch, head, row).
+        logsumexp: ln of the sum of all exponentiated scores, the learned sink's among them [logit],
+            (batch, head, row).
+        scale: What turns exponentials into weights: the share of the keys / row_sum, and 0 for rows that are padding
+            or see nothing, (batch, head, row).
         rows: Which of the measured queries these are.
+        first_key: Slot of the first column.
         visibility: Who may see whom.
         wanted: What is measured, and its parameters.
+        sink_odds: ln of the learned sink's weight over that of all keys, (batch, head, row); ``None`` without sinks.
     """
 
     centred: Float[Tensor, "batch head row key"]
     exponentials: Float[Tensor, "batch head row key"]
     row_max: Float[Tensor, "batch head row"]
     row_sum: Float[Tensor, "batch head row"]
+    logsumexp: Float[Tensor, "batch head row"]
     scale: Float[Tensor, "batch head row"]
     rows: range
+    first_key: int
     visibility: Visibility
     wanted: Wanted
+    sink_odds: Float[Tensor, "batch head row"] | None = None
 
     @property
     def config(self) -> AttentionStatsConfig:
@@ -70,8 +77,18 @@ class Block:
 
     @property
     def num_keys(self) -> int:
-        """Number of keys in this block, counted from the first key of the row."""
+        """Number of keys in this block."""
         return self.exponentials.shape[-1]
+
+    @property
+    def keys(self) -> slice:
+        """Slots of the keys in this block."""
+        return slice(self.first_key, self.first_key + self.num_keys)
+
+    @property
+    def key_positions(self) -> Int[Tensor, " key"]:
+        """Slot of each key in this block [token]."""
+        return torch.arange(self.keys.start, self.keys.stop, device=self.exponentials.device)
 
     @cached_property
     def weights(self) -> Float[Tensor, "batch head row key"]:
@@ -80,7 +97,7 @@ class Block:
 
     @cached_property
     def logits(self) -> Float[Tensor, "batch head row key"]:
-        """Scaled scores [logit]; meaningless where a key is hidden."""
+        """Scores [logit]; meaningless where a key is hidden."""
         return self.centred + self.row_max[..., None]
 
     @cached_property
@@ -95,18 +112,18 @@ class Block:
 
     @property
     def query_positions(self) -> Int[Tensor, " row"]:
-        """Absolute position of each row [token]."""
+        """Slot of each row [token]."""
         return self.visibility.query_positions[self.rows.start : self.rows.stop]
 
     def distance(self, first: int, stop: int) -> Int[Tensor, "row key"]:
-        """How far the keys ``first`` … ``stop`` − 1 lie behind each query [token]; |i − j| if it may see later keys."""
+        """How far slots ``first`` … ``stop`` − 1 lie behind each query [token]; |i − j| if it may see later keys."""
         keys = torch.arange(first, stop, device=self.exponentials.device)
         signed = self.query_positions[:, None] - keys
         return signed if self.visibility.causal else signed.abs()
 
     @cached_property
     def topk(self) -> tuple[Float[Tensor, "batch head row rank"], Int[Tensor, "batch head row rank"]]:
-        """The ``top_k`` largest centred scores and their keys, ties to the lower index; missing ones are −inf."""
+        """The ``top_k`` largest centred scores and their slots, ties to the lower one; missing ones are −inf."""
         k = min(self.config.top_k, self.num_keys)
         values, keys = self.centred.topk(k)
         # torch.topk breaks ties as it likes. Ties inside the k are put in order; where a tie reaches beyond the
@@ -122,28 +139,31 @@ class Block:
         seen = values > HIDDEN_SCORE / 2
         values = values.masked_fill(~seen, -torch.inf)
         missing = self.config.top_k - k
-        return torch.nn.functional.pad(values, (0, missing), value=-torch.inf), torch.nn.functional.pad(
-            keys, (0, missing)
-        )
+        values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
+        return values, torch.nn.functional.pad(keys + self.first_key, (0, missing))
+
+    def tokens_at(self, slots: slice | Int[Tensor, " slot"]) -> Int[Tensor, "batch slot"]:
+        """Token ids at ``slots``."""
+        if self.wanted.tokens is None:
+            raise ValueError("the statistic needs token ids, which this forward does not have")
+        return self.wanted.tokens[:, slots]
 
     @cached_property
     def tokens(self) -> Int[Tensor, "batch key"]:
         """Token id of every key of this block."""
-        if self.wanted.tokens is None:
-            raise ValueError("the statistic needs token ids, which this forward does not have")
-        return self.wanted.tokens[:, : self.num_keys]
+        return self.tokens_at(self.keys)
 
     @cached_property
     def row_tokens(self) -> Int[Tensor, "batch row"]:
         """Token id of every row of this block."""
-        return self.tokens[:, self.query_positions]
+        return self.tokens_at(self.query_positions)
 
     def mass(self, pairs: Bool[Tensor, "_ row key"]) -> Float[Tensor, "batch head row"]:
         """Σ_j A_ij over the marked pairs, the same for every head."""
         return (self.exponentials * pairs[:, None]).sum(-1) * self.scale
 
     def mean(self, columns: Float[Tensor, "*batch key"]) -> Float[Tensor, "batch head row"]:
-        """Σ_j A_ij c_j for a number per key, (key) or (batch, key)."""
+        """Σ_j A_ij c_j for a number per key of this block, (key) or (batch, key)."""
         if columns.ndim == 2:
             columns = columns[:, None, :, None]
             return torch.matmul(self.exponentials, columns).squeeze(-1) * self.scale

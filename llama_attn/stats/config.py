@@ -91,6 +91,11 @@ class AttentionStatsConfig:
             return value
         raise ValueError(f"output_attention_stats: expected None, a bool or an AttentionStatsConfig, got {value!r}")
 
+    @property
+    def labelled(self) -> int | None:
+        """How many tokens of a row segments were given for; None without any."""
+        return None if self._segments is None else self._segments[0].shape[1]
+
     def segments_of(
         self, shape: tuple[int, int], device: torch.device
     ) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:

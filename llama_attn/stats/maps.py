@@ -12,17 +12,17 @@ from torch import Tensor
 
 from llama_attn.stats.block import Block
 from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.counts import Counts
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.table import Statistic
-from llama_attn.stats.visibility import Visibility
 
 MAP_DIMS = ("layer", "batch", "head", "query_bin", "key_bin")
 
 
-def num_distance_bins(num_keys: int) -> int:
-    """Bins [2^b − 1, 2^(b+1) − 1) that cover the distances 0 … num_keys − 1."""
+def num_distance_bins(length: int) -> int:
+    """Bins [2^b − 1, 2^(b+1) − 1) that cover the distances 0 … length − 1."""
     bins = 1
-    while 2**bins - 1 < num_keys:
+    while 2**bins - 1 < length:
         bins += 1
     return bins
 
@@ -30,12 +30,14 @@ def num_distance_bins(num_keys: int) -> int:
 def _pooled(block: Block, values: Shaped[Tensor, "*batch row key"]) -> Float[Tensor, "*batch query_bin key_bin"]:
     """Sum ``values`` over the pairs of each cell of the map."""
     visibility = block.visibility
-    width = block.config.bin_width(visibility.num_keys)
-    bins = -(-visibility.num_keys // width)
-    padding = -values.shape[-1] % width
-    columns = torch.nn.functional.pad(values, (0, padding)).unflatten(-1, (-1, width)).sum(-1)
+    width = block.config.bin_width(visibility.length)
+    bins = -(-visibility.length // width)
+    first_bin, before = divmod(visibility.offset + block.first_key, width)
+    padding = -(before + values.shape[-1]) % width
+    columns = torch.nn.functional.pad(values, (before, padding)).unflatten(-1, (-1, width)).sum(-1)
     pooled = columns.new_zeros(*columns.shape[:-2], bins, bins)
-    pooled[..., : columns.shape[-1]].index_add_(-2, block.query_positions // width, columns)
+    rows = (visibility.offset + block.query_positions) // width
+    pooled[..., first_bin : first_bin + columns.shape[-1]].index_add_(-2, rows, columns)
     return pooled
 
 
@@ -43,10 +45,11 @@ def _weights_map(block: Block) -> Float[Tensor, "batch head query_bin key_bin"]:
     return _pooled(block, block.weights)
 
 
-def _mean_over_queries(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
-    width = config.bin_width(visibility.num_keys)
-    queries = total.new_zeros(visibility.batch, total.shape[-2])
-    queries.index_add_(-1, visibility.query_positions // width, visibility.real_queries.to(total.dtype))
+def _mean_over_queries(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
+    width = config.bin_width(counts.length)
+    queries = total.new_zeros(counts.batch, total.shape[-2])
+    bins = (counts.offset + counts.query_positions) // width
+    queries.index_add_(-1, bins, counts.real_queries.to(total.dtype))
     return total / queries[:, None, :, None]
 
 
@@ -57,19 +60,19 @@ def _logits_map(block: Block) -> Float[Tensor, "batch head 2 query_bin key_bin"]
     return torch.stack([_pooled(block, scores), _pooled(block, visible.to(scores.dtype))], dim=2)
 
 
-def _mean_over_pairs(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
+def _mean_over_pairs(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
     # A sum over no pairs is 0 / 0 = NaN: the cell has no data.
     return total.select(-3, 0) / total.select(-3, 1)
 
 
 def _map_edges(reference: Reference) -> tuple[int, list[slice], list[slice]]:
     width = 1
-    while -(-reference.num_keys // width) > reference.config.map_size:
+    while -(-reference.num_positions // width) > reference.config.map_size:
         width *= 2
-    bins = range(0, reference.num_keys, width)
-    rows = [torch.nonzero(reference.query_positions // width == start // width).flatten() for start in bins]
+    bins, offset = range(0, reference.num_positions, width), reference.offset
+    rows = [torch.nonzero((offset + reference.query_positions) // width == b // width).flatten() for b in bins]
     query_bins = [slice(int(r[0]), int(r[-1]) + 1) if len(r) else slice(0, 0) for r in rows]
-    return width, query_bins, [slice(start, start + width) for start in bins]
+    return width, query_bins, [slice(max(0, b - offset), max(0, b + width - offset)) for b in bins]
 
 
 def _weights_map_textbook(reference: Reference) -> Tensor:
@@ -104,21 +107,21 @@ def _distance_histogram(block: Block) -> Float[Tensor, "batch head distance_bin"
     steps = (*sheared.stride()[:2], length - stride, 1)
     sheared.as_strided(weights.shape, steps, (num_rows - 1) * stride).copy_(weights)
     last_query = block.visibility.queries[block.rows[-1]]
-    distance = (last_query - torch.arange(length, device=weights.device)).abs()
-    bins = num_distance_bins(block.visibility.num_keys)
+    distance = (last_query - block.first_key - torch.arange(length, device=weights.device)).abs()
+    bins = num_distance_bins(block.visibility.length)
     edges = 2 ** torch.arange(1, bins, device=weights.device) - 1
     which = torch.bucketize(distance, edges, right=True)
     return weights.new_zeros(*weights.shape[:2], bins).index_add_(-1, which, sheared.sum(-2))
 
 
-def _mean_over_all_queries(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
-    return total / visibility.real_queries.sum(-1)[:, None, None]
+def _mean_over_all_queries(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
+    return total / counts.real_queries.sum(-1)[:, None, None]
 
 
 def _distance_histogram_textbook(reference: Reference) -> Tensor:
     real = reference.real_queries.double()
     masses = []
-    for low in (2**b - 1 for b in range(reference.num_keys.bit_length())):
+    for low in (2**b - 1 for b in range(reference.num_positions.bit_length())):
         inside = (reference.distance >= low) & (reference.distance < 2 * low + 1)
         masses.append(((reference.weights * inside).sum(-1) * real[:, None]).sum(-1) / real.sum(-1)[:, None])
     return torch.stack(masses, dim=-1)
@@ -139,6 +142,7 @@ STATISTICS = (
         "distance_histogram", ("layer", "batch", "head", "distance_bin"), "probability",
         "Vig & Belinkov (2019), arXiv 1906.04284, in bins that double",
         stream=_distance_histogram, textbook=_distance_histogram_textbook, finish=_mean_over_all_queries,
+        of_distance=True,
         meaning="attention mass by distance",
     ),
 )  # fmt: skip

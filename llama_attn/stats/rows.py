@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from llama_attn.stats.block import Block
 from llama_attn.stats.reference import Reference
@@ -15,16 +16,31 @@ QUERY_DIMS = ("layer", "batch", "head", "query")
 
 def _entropy(block: Block) -> Float[Tensor, "batch head row"]:
     # ln Σe^(s−m) − E[s−m]: the textbook lse − E[s] cancels when scores are large.
-    return block.row_sum.log() - torch.einsum("bhrk,bhrk->bhr", block.exponentials, block.centred) * block.scale
+    of_keys = block.row_sum.log() - torch.einsum("bhrk,bhrk->bhr", block.exponentials, block.centred) / block.row_sum
+    odds = block.sink_odds
+    if odds is None:
+        return of_keys
+    # First whether it is the sink or a key, then which key. All terms are above 0.
+    keys, sink = torch.sigmoid(-odds), torch.sigmoid(odds)
+    return keys * (of_keys + softplus(odds)) + sink * softplus(-odds)
 
 
 def _entropy_textbook(reference: Reference) -> Tensor:
-    return -torch.xlogy(reference.weights, reference.weights).sum(-1)
+    outcomes = reference.outcomes
+    return -torch.xlogy(outcomes, outcomes).sum(-1)
 
 
 def _effective_keys(block: Block) -> Float[Tensor, "batch head row"]:
     norm = torch.linalg.vector_norm(block.exponentials, dim=-1)
-    return (block.row_sum / norm).square()
+    of_keys = (block.row_sum / norm).square()
+    if block.sink_odds is None:
+        return of_keys
+    keys, sink = torch.sigmoid(-block.sink_odds), torch.sigmoid(block.sink_odds)
+    return 1 / (keys.square() / of_keys + sink.square())
+
+
+def _learned_sink_mass(block: Block) -> Float[Tensor, "batch head row"]:
+    return torch.zeros_like(block.scale) if block.sink_odds is None else torch.sigmoid(block.sink_odds)
 
 
 def _sink_mass(block: Block) -> Float[Tensor, "batch head row"]:
@@ -32,7 +48,7 @@ def _sink_mass(block: Block) -> Float[Tensor, "batch head row"]:
     if visibility.plain:
         return block.exponentials[..., :sink_tokens].sum(-1) * block.scale
     sinks = (visibility.rank < sink_tokens) & visibility.real_keys
-    return block.mean(sinks[:, : block.num_keys].to(block.exponentials.dtype))
+    return block.mean(sinks[:, block.keys].to(block.exponentials.dtype))
 
 
 def _sink_mass_textbook(reference: Reference) -> Tensor:
@@ -43,22 +59,26 @@ def _sink_mass_textbook(reference: Reference) -> Tensor:
 def _local_mass(block: Block) -> Float[Tensor, "batch head row"]:
     window = block.config.window
     # Only keys near the block can be near a row of it.
-    first = max(0, int(block.visibility.queries[block.rows[0]]) - window + 1)
-    last = min(block.num_keys, int(block.visibility.queries[block.rows[-1]]) + window)
-    near = block.distance(first, last) < window
-    return (block.exponentials[..., first:last] * near).sum(-1) * block.scale
+    first = max(block.keys.start, block.visibility.queries[block.rows[0]] - window + 1)
+    stop = max(first, min(block.keys.stop, block.visibility.queries[block.rows[-1]] + window))
+    near = block.distance(first, stop) < window
+    return (block.exponentials[..., first - block.first_key : stop - block.first_key] * near).sum(-1) * block.scale
 
 
 def _mean_distance(block: Block) -> Float[Tensor, "batch head row"]:
-    if not block.visibility.causal:
-        return (block.exponentials * block.distance(0, block.num_keys)).sum(-1) * block.scale
-    # Σ A (i − j) = Σ A (i₀ − j) + (i − i₀) Σ A with i₀ the block's first query: one product with a vector, and
-    # no cancellation of large positions.
-    first, stride = block.visibility.queries[block.rows[0]], block.visibility.stride
-    dtype, device = block.exponentials.dtype, block.exponentials.device
-    from_first = torch.arange(first, first - block.num_keys, -1, dtype=dtype, device=device)
-    beyond_first = torch.arange(0, stride * len(block.rows), stride, dtype=dtype, device=device)
-    return block.mean(from_first) + beyond_first * (block.row_sum * block.scale)
+    # Keys before the block lie i − j = (i₀ − j) + (i − i₀) behind a query of it, i₀ being its first: two products with
+    # vectors. For the others pair by pair; either way all terms are of one sign, so that nothing cancels.
+    first = block.visibility.queries[block.rows[0]]
+    before = min(max(0, first - block.first_key), block.num_keys) if block.visibility.causal else 0
+    middle, stop = block.first_key + before, block.keys.stop
+    total = (block.exponentials[..., before:] * block.distance(middle, stop)).sum(-1)
+    if before:
+        dtype, device = block.exponentials.dtype, block.exponentials.device
+        from_first = torch.arange(first - block.first_key, first - middle, -1, dtype=dtype, device=device)
+        beyond_first = (block.query_positions - first).to(dtype)
+        earlier = block.exponentials[..., :before]
+        total += torch.matmul(earlier, from_first) + beyond_first * earlier.sum(-1)
+    return total * block.scale
 
 
 def _topk_weight(block: Block) -> Float[Tensor, "batch head row rank"]:
@@ -68,7 +88,7 @@ def _topk_weight(block: Block) -> Float[Tensor, "batch head row rank"]:
 
 def _topk_position(block: Block) -> Int[Tensor, "batch head row rank"]:
     values, keys = block.topk
-    return torch.where(values == -torch.inf, -1, keys).int()
+    return torch.where(values == -torch.inf, -1, keys + block.visibility.offset).int()
 
 
 def _topk_textbook(reference: Reference) -> tuple[Tensor, Tensor]:
@@ -80,7 +100,7 @@ def _topk_textbook(reference: Reference) -> tuple[Tensor, Tensor]:
         weights, keys = (torch.nn.functional.pad(t, (0, missing)) for t in (weights, keys))
     k = reference.config.top_k
     none = scores[..., :k] == -torch.inf
-    return weights[..., :k].masked_fill(none, torch.nan), keys[..., :k].masked_fill(none, -1)
+    return weights[..., :k].masked_fill(none, torch.nan), (keys + reference.offset)[..., :k].masked_fill(none, -1)
 
 
 def _segment_mass(block: Block) -> Float[Tensor, "batch head row segment"]:
@@ -88,7 +108,7 @@ def _segment_mass(block: Block) -> Float[Tensor, "batch head row segment"]:
     if labels is None:
         raise ValueError("segment_mass: needs `segments` in the AttentionStatsConfig")
     names = torch.arange(block.wanted.num_segments, device=labels.device)
-    columns = (labels[:, : block.num_keys, None] == names).to(block.exponentials.dtype)
+    columns = (labels[:, block.keys, None] == names).to(block.exponentials.dtype)
     return torch.matmul(block.exponentials, columns[:, None]) * block.scale[..., None]
 
 
@@ -105,6 +125,13 @@ def _beyond_visible(reference: Reference) -> Tensor:
     return torch.where(reference.scores.isinf().all(-1, keepdim=True), 0, reference.scores)
 
 
+def _logsumexp_textbook(reference: Reference) -> Tensor:
+    outcomes = _beyond_visible(reference)
+    if reference.sinks is not None:
+        outcomes = torch.cat([outcomes, reference.sink_scores], dim=-1)
+    return outcomes.logsumexp(-1)
+
+
 STATISTICS = (
     Statistic(
         "entropy", QUERY_DIMS, "nat", "Shannon (1948); used for collapse by Zhai et al., arXiv 2303.06296",
@@ -112,8 +139,7 @@ STATISTICS = (
     ),
     Statistic(
         "logsumexp", QUERY_DIMS, "logit", "Dao et al., arXiv 2205.14135",
-        stream=lambda block: block.row_max + block.row_sum.log(),
-        textbook=lambda reference: _beyond_visible(reference).logsumexp(-1),
+        stream=lambda block: block.logsumexp, textbook=_logsumexp_textbook,
         default=True, meaning="log of the sum of exponentiated scores",
     ),
     Statistic(
@@ -132,18 +158,24 @@ STATISTICS = (
         meaning="effective number of attended keys",
     ),
     Statistic(
+        "learned_sink_mass", QUERY_DIMS, "probability", "gpt-oss, arXiv 2508.10925 (learned attention sinks)",
+        stream=_learned_sink_mass, textbook=lambda reference: reference.sink_weight,
+        meaning="share that goes to a learned sink, which is no key",
+    ),
+    Statistic(
         "sink_mass", QUERY_DIMS, "probability", "Xiao et al., arXiv 2309.17453 (StreamingLLM)",
         stream=_sink_mass, textbook=_sink_mass_textbook, default=True,
         meaning="attention mass on the first tokens of the query's own sequence",
     ),
     Statistic(
         "local_mass", QUERY_DIMS, "probability", "attention within a window, cf. Beltagy et al., arXiv 2004.05150",
-        stream=_local_mass, default=True, meaning="attention mass on the nearest keys",
+        stream=_local_mass, default=True, of_distance=True, meaning="attention mass on the nearest keys",
         textbook=lambda reference: (reference.weights * (reference.distance < reference.config.window)).sum(-1),
     ),
     Statistic(
         "mean_distance", QUERY_DIMS, "tokens", "Vig & Belinkov (2019), arXiv 1906.04284",
-        stream=_mean_distance, default=True, meaning="mean distance from the query to the attended keys",
+        stream=_mean_distance, default=True, of_distance=True,
+        meaning="mean distance from the query to the attended keys",
         textbook=lambda reference: (reference.weights * reference.distance).sum(-1),
     ),
     Statistic(

@@ -37,7 +37,7 @@ class Statistic:
         source: Where the definition comes from.
         stream: The streaming form. For a statistic of attention it takes a ``Block`` of query rows. With a
             ``query`` axis it returns the block's rows (batch, head, rows, …); without one it returns what the
-            block adds to a running sum whose shape is (batch, head, …), keys counted from 0.
+            block adds to a running sum whose shape is (batch, head, …), and for keys those of the block.
             For a norm it takes the observed tensor itself.
         textbook: The definition on materialised float64 weights, which the tests compare with.
         meaning: One line for labels and docs.
@@ -47,6 +47,7 @@ class Statistic:
         parts: Sizes of axes which the running sum has behind ``head`` and ``finish`` removes.
         observes: What the streaming form is given. Everything but ``"block"`` is a norm (``norms=True``).
         needs: ``"segments"`` or ``"tokens"`` (ids) if it cannot be measured without them.
+        of_distance: Whether it compares positions of queries and keys, which cross-attention does not have.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Statistic:
     parts: tuple[int, ...] = ()
     observes: Observed = "block"
     needs: Literal["segments", "tokens"] | None = None
+    of_distance: bool = False
 
     def __post_init__(self) -> None:
         unknown = [dim for dim in self.dims if dim not in DIMENSIONS]

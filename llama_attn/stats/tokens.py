@@ -15,13 +15,14 @@ LENS = "TransformerLens, head_detector"
 
 
 def _previous_token(block: Block) -> Float[Tensor, "batch head row"]:
-    keys = block.query_positions - 1
-    weights = block.exponentials.gather(-1, keys.clamp(min=0).expand(*block.scale.shape)[..., None]).squeeze(-1)
-    return weights * (keys >= 0) * block.scale
+    columns = block.query_positions - 1 - block.first_key
+    inside = (columns >= 0) & (columns < block.num_keys)
+    columns = torch.where(inside, columns, 0).expand(*block.scale.shape)
+    return block.exponentials.gather(-1, columns[..., None]).squeeze(-1) * inside * block.scale
 
 
 def _earlier(block: Block) -> Bool[Tensor, "row key"]:
-    return torch.arange(block.num_keys, device=block.scale.device) < block.query_positions[:, None]
+    return block.key_positions < block.query_positions[:, None]
 
 
 def _duplicate_token(block: Block) -> Float[Tensor, "batch head row"]:
@@ -30,13 +31,12 @@ def _duplicate_token(block: Block) -> Float[Tensor, "batch head row"]:
 
 
 def _induction(block: Block) -> Float[Tensor, "batch head row"]:
-    # A key whose predecessor is padding or of another sequence follows nothing.
-    visibility = block.visibility
-    follows = (visibility.rank > 0) & visibility.real_keys.roll(1, dims=-1)
-    predecessor = block.tokens.roll(1, dims=-1)
-    matches = (predecessor[:, None] == block.row_tokens[..., None]) & follows[:, None, : block.num_keys]
-    last = torch.arange(block.num_keys, device=block.scale.device) == block.query_positions[:, None]
-    return block.mass(matches & (_earlier(block) | last))
+    # A key whose predecessor is padding or of another sequence, or is not there, follows nothing.
+    visibility, keys = block.visibility, block.key_positions
+    predecessors = (keys - 1).clamp(min=0)
+    follows = (visibility.rank[:, block.keys] > 0) & visibility.real_keys[:, predecessors] & (keys > 0)
+    matches = (block.tokens_at(predecessors)[:, None] == block.row_tokens[..., None]) & follows[:, None]
+    return block.mass(matches & (keys <= block.query_positions[:, None]))
 
 
 def _textbook(reference: Reference, role: str) -> Tensor:
@@ -62,18 +62,18 @@ def _textbook(reference: Reference, role: str) -> Tensor:
 
 STATISTICS = (
     Statistic(
-        "previous_token", QUERY_DIMS, "probability", LENS,
+        "previous_token", QUERY_DIMS, "probability", LENS, of_distance=True,
         stream=_previous_token, textbook=lambda reference: _textbook(reference, "previous"),
         meaning="attention mass on the token before the query",
     ),
     Statistic(
-        "duplicate_token", QUERY_DIMS, "probability", LENS, needs="tokens",
+        "duplicate_token", QUERY_DIMS, "probability", LENS, needs="tokens", of_distance=True,
         stream=_duplicate_token, textbook=lambda reference: _textbook(reference, "duplicate"),
         meaning="attention mass on earlier copies of the query's token",
     ),
     Statistic(
         "induction", QUERY_DIMS, "probability", f"{LENS}; Olsson et al., arXiv 2209.11895", needs="tokens",
-        stream=_induction, textbook=lambda reference: _textbook(reference, "induction"),
+        of_distance=True, stream=_induction, textbook=lambda reference: _textbook(reference, "induction"),
         meaning="attention mass on tokens that followed earlier copies of the query's token",
     ),
 )  # fmt: skip

@@ -7,6 +7,16 @@ namespace {
 // Each stripe has gradients of all keys and values of its own.
 constexpr int64_t kStripes = 4;
 
+// Scores x become y = c · tanh(x / c), whose slope is 1 − (y / c)².
+template <class T>
+void cap(T* scores, int64_t width, T softcap, T* slopes) {
+  for (int64_t j = 0; j < width; j += kLanes<T>) {
+    const Vector<T> capped = hyperbolic_tangent<T>(load(scores + j) / softcap);
+    store(scores + j, softcap * capped);
+    store(slopes + j, (1 - capped) * (1 + capped));
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -33,6 +43,7 @@ typename Backward<T>::Scratch Backward<T>::make_scratch() const {
   scratch.grad_query = allocate<T>(rows * width_);
   scratch.weights = allocate<T>(rows * call_.block_keys);
   scratch.grad_scores = allocate<T>(rows * call_.block_keys);
+  scratch.slopes = allocate<T>(call_.softcap != 0 ? call_.block_keys : 0);
   scratch.row = allocate<T>(std::max({call_.block_keys, kLanes<T> * width_, kLanes<T> * value_width_}));
   return scratch;
 }
@@ -76,12 +87,14 @@ void Backward<T>::walk(const Tile& tile, int64_t stripe, Scratch& scratch) const
   std::fill_n(scratch.grad_query.get(), tile.rows() * width_, T{0});
   const int64_t slot = (tile.batch * call_.kv_heads + tile.kv_head) * stripes_.count + stripe;
   const Span seen = sight_.span(tile);
-  for (int64_t first = seen.first / call_.block_keys * call_.block_keys; first < seen.stop; first += call_.block_keys)
-    block(tile, {first, std::min(first + call_.block_keys, seen.stop)}, slot, scratch);
+  for (int64_t first = seen.first; first < seen.stop; first += call_.block_keys) {
+    const Span keys{first, std::min(first + call_.block_keys, seen.stop)};
+    if (sight_.any_real(tile, keys)) block(tile, keys, slot, scratch);
+  }
   for (int64_t row = 0; row < tile.rows(); ++row) {
     const int64_t begin = tile.batch * grad_query.stride[0] + tile.head(row) * grad_query.stride[1] +
                           tile.query(row) * grad_query.stride[2];
-    write(grad_query, begin, call_.channels, scratch.grad_query.get() + row * width_, scaling);
+    write(grad_query, begin, grad_query.stride[3], call_.channels, scratch.grad_query.get() + row * width_, scaling);
   }
 }
 
@@ -96,10 +109,10 @@ void Backward<T>::block(const Tile& tile, Span keys, int64_t slot, Scratch& scra
                   scratch.grad_output.get(), value_width_, grad_scores, stride);
   for (int64_t row = 0; row < rows; ++row) {
     T *mine = weights + row * stride, *grad = grad_scores + row * stride;
+    if (call_.softcap != 0) cap(mine, columns, static_cast<T>(call_.softcap), scratch.slopes.get());
     sight_.apply(tile, row, keys.first, columns, mine, scratch.row.get());
     const int64_t index = tile.index(call_, row);
-    const T logsumexp = static_cast<const T*>(call_.row_logsumexp)[index];
-    const T shift = static_cast<const T*>(call_.shift)[index];
+    const T logsumexp = data_of<T>(call_.row_logsumexp)[index], shift = data_of<T>(call_.shift)[index];
     // 0 for a row that sees nothing; NaN stays NaN.
     const T sees = logsumexp < static_cast<T>(call_.hidden_score / 2) ? T{0} : T{1};
     for (int64_t j = 0; j < columns; j += kLanes<T>) {
@@ -107,6 +120,10 @@ void Backward<T>::block(const Tile& tile, Span keys, int64_t slot, Scratch& scra
       store(mine + j, weight);
       store(grad + j, weight * (load(grad + j) - shift));
     }
+    if (call_.grad_position_bias.data != nullptr)
+      std::copy_n(grad, count, data_of<T>(call_.grad_position_bias) + index * call_.num_keys + keys.first);
+    if (call_.softcap == 0) continue;
+    for (int64_t j = 0; j < columns; j += kLanes<T>) store(grad + j, load(grad + j) * load(scratch.slopes.get() + j));
   }
   multiply<T>(rows, width_, count, {grad_scores, stride, 1}, keys_.at(head, keys.first), keys_.stride,
               scratch.grad_query.get(), width_, true);
@@ -130,7 +147,7 @@ void Backward<T>::reduce(const Tensor& to, const Buffer<T>& slots, int64_t width
   }
   const int64_t begin =
       head / call_.kv_heads * to.stride[0] + head % call_.kv_heads * to.stride[1] + key * to.stride[2];
-  write(to, begin, channels, row, T{1});
+  write(to, begin, to.stride[3], channels, row, T{1});
 }
 
 template class Backward<float>;

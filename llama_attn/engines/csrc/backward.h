@@ -15,7 +15,7 @@ class Backward {
 
  private:
   struct Scratch {
-    Buffer<T> queries, grad_output, grad_query, weights, grad_scores, row;
+    Buffer<T> queries, grad_output, grad_query, weights, grad_scores, slopes, row;
   };
 
   Scratch make_scratch() const;

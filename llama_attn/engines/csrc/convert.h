@@ -42,30 +42,37 @@ void read(const Tensor& tensor, int64_t offset, int64_t stride, int64_t count, T
     case Type::kBFloat16: return read_as<T, uint16_t>(tensor.data, offset, stride, count, to, from_bfloat16);
     case Type::kFloat16: return read_as<T, _Float16>(tensor.data, offset, stride, count, to, same);
     case Type::kBool: return read_as<T, uint8_t>(tensor.data, offset, stride, count, to, same);
+    case Type::kInt32:
+    case Type::kInt64: return;
   }
 }
 
-// Writes `count` numbers, times `factor`, one after another.
+template <class To, class T, class Convert>
+inline void write_as(void* data, int64_t offset, int64_t stride, int64_t count, const T* from, T factor,
+                     Convert convert) {
+  To* to = static_cast<To*>(data) + offset;
+  if (stride == 1)
+    for (int64_t i = 0; i < count; ++i) to[i] = convert(from[i] * factor);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i * stride] = convert(from[i] * factor);
+}
+
+// Writes `count` numbers, times `factor`, to where `read` would find them.
 template <class T>
-void write(const Tensor& tensor, int64_t offset, int64_t count, const T* from, T factor) {
+void write(const Tensor& tensor, int64_t offset, int64_t stride, int64_t count, const T* from, T factor) {
   void* data = const_cast<void*>(tensor.data);
+  const auto rounded = [](T value) { return to_bfloat16(static_cast<float>(value)); };
   switch (tensor.type) {
     case Type::kFloat64:
-      for (int64_t i = 0; i < count; ++i) (static_cast<double*>(data) + offset)[i] = from[i] * factor;
-      return;
+      return write_as<double>(data, offset, stride, count, from, factor, [](T x) { return static_cast<double>(x); });
     case Type::kFloat32:
-      for (int64_t i = 0; i < count; ++i)
-        (static_cast<float*>(data) + offset)[i] = static_cast<float>(from[i] * factor);
-      return;
-    case Type::kBFloat16:
-      for (int64_t i = 0; i < count; ++i)
-        (static_cast<uint16_t*>(data) + offset)[i] = to_bfloat16(static_cast<float>(from[i] * factor));
-      return;
+      return write_as<float>(data, offset, stride, count, from, factor, [](T x) { return static_cast<float>(x); });
+    case Type::kBFloat16: return write_as<uint16_t>(data, offset, stride, count, from, factor, rounded);
     case Type::kFloat16:
-      for (int64_t i = 0; i < count; ++i)
-        (static_cast<_Float16*>(data) + offset)[i] = static_cast<_Float16>(from[i] * factor);
-      return;
-    case Type::kBool: return;
+      return write_as<_Float16>(data, offset, stride, count, from, factor, [](T x) { return static_cast<_Float16>(x); });
+    case Type::kBool:
+    case Type::kInt32:
+    case Type::kInt64: return;
   }
 }
 

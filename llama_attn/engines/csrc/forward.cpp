@@ -14,14 +14,15 @@ auto choose(bool squares) {
 
 template <class T>
 auto choose(const Call& call) {
-  const bool squares = call.effective_keys != nullptr, distance = call.mean_distance != nullptr;
-  if (call.entropy != nullptr) return distance ? choose<T, true, true>(squares) : choose<T, true, false>(squares);
+  const bool squares = call.effective_keys != 0, distance = call.mean_distance != 0;
+  if (call.entropy != 0) return distance ? choose<T, true, true>(squares) : choose<T, true, false>(squares);
   return distance ? choose<T, false, true>(squares) : choose<T, false, false>(squares);
 }
 
+// `which` counts the statistics from 1, and is 0 for one that nobody asks for.
 template <class T>
-void put(void* to, int64_t index, T value) {
-  if (to != nullptr) static_cast<T*>(to)[index] = value;
+void put(const Call& call, int64_t which, int64_t index, T value) {
+  if (which != 0) data_of<T>(call.rows)[(which - 1) * call.batch * call.heads * call.num_queries + index] = value;
 }
 
 }  // namespace
@@ -34,18 +35,19 @@ Forward<T>::Forward(const Call& call)
   if (call.value.data != nullptr) values_.prepare(call, call.value, call.value_channels);
   slot_keys_ = round_up(call.num_keys, kPanel<T>);
   const int64_t slots = call.batch * call.heads * stripes_.count;
-  if (call.received != nullptr) received_ = zeros<T>(slots * slot_keys_);
-  if (call.distance_histogram != nullptr) histogram_ = zeros<T>(slots * call.distance_bins);
-  if (call.sink_mass == nullptr || call.rank == nullptr) return;
-  const int64_t blocks = (call.num_keys + call.block_keys - 1) / call.block_keys;
+  if (call.received.data != nullptr) received_ = zeros<T>(slots * slot_keys_);
+  if (call.distance_histogram.data != nullptr) histogram_ = zeros<T>(slots * call.distance_histogram.size[2]);
+  if (call.sink_mass == 0 || call.rank.data == nullptr) return;
+  const int64_t *rank = data_of<int64_t>(call.rank), panels = slot_keys_ / kPanel<T>;
+  const uint8_t* real = data_of<uint8_t>(call.real_keys);
   sinks_ = allocate<T>(call.batch * call.num_keys);
-  within_.assign(static_cast<size_t>(call.batch * blocks), Span{call.num_keys, 0});
+  within_.assign(static_cast<size_t>(call.batch * panels), Span{call.num_keys, 0});
   for (int64_t at = 0; at < call.batch * call.num_keys; ++at) {
-    const bool sink = call.rank[at] < call.sink_tokens && (call.real_keys == nullptr || call.real_keys[at]);
+    const bool sink = rank[at] < call.sink_tokens && (real == nullptr || real[at]);
     sinks_[at] = sink;
     if (!sink) continue;
     const int64_t key = at % call.num_keys;
-    Span& within = within_[static_cast<size_t>(at / call.num_keys * blocks + key / call.block_keys)];
+    Span& within = within_[static_cast<size_t>(at / call.num_keys * panels + key / kPanel<T>)];
     within = {std::min(within.first, key), key + 1};
   }
 }
@@ -87,7 +89,8 @@ void Forward<T>::run() {
 #pragma omp for schedule(static)
     for (int64_t head = 0; head < call_.batch * call_.heads; ++head) {
       reduce(call_.received, received_, slot_keys_, call_.num_keys, head);
-      reduce(call_.distance_histogram, histogram_, call_.distance_bins, call_.distance_bins, head);
+      reduce(call_.distance_histogram, histogram_, call_.distance_histogram.size[2], call_.distance_histogram.size[2],
+             head);
     }
   }
 }
@@ -104,16 +107,13 @@ void Forward<T>::walk(const Tile& tile, int64_t stripe, Scratch& scratch) const 
   const int64_t rows = tile.rows(), width = round_up(call_.value_channels, kLanes<T>);
   gather(call_.query, call_.query.stride[1], call_.query.stride[2], tile, call_.channels,
          static_cast<T>(call_.scaling), scratch.queries.get(), call_.channels);
-  std::fill_n(scratch.sums.begin(), rows, RowSums<T>{{}, {}, {}, {}, hidden, 0, 0});
+  std::fill_n(scratch.sums.begin(), rows, RowSums<T>{{}, {}, {}, {}, hidden, 0, 0, 0});
   if (call_.value.data != nullptr) std::fill_n(scratch.output.get(), rows * width, T{0});
   scratch.blocks.clear();
   const Span seen = sight_.span(tile);
-  for (int64_t first = seen.first / call_.block_keys * call_.block_keys; first < seen.stop; first += call_.block_keys) {
+  for (int64_t first = seen.first; first < seen.stop; first += call_.block_keys) {
     const Span keys{first, std::min(first + call_.block_keys, seen.stop)};
-    if (call_.real_keys != nullptr) {
-      const uint8_t* real = call_.real_keys + tile.batch * call_.num_keys;
-      if (std::find(real + keys.first, real + keys.stop, uint8_t{1}) == real + keys.stop) continue;
-    }
+    if (!sight_.any_real(tile, keys)) continue;
     const int64_t slot = keeps_blocks() ? static_cast<int64_t>(scratch.blocks.size()) : 0;
     block(tile, keys, scratch.scores.get() + slot * rows * call_.block_keys, scratch);
     for (int64_t row = 0; row < rows; ++row)
@@ -121,7 +121,7 @@ void Forward<T>::walk(const Tile& tile, int64_t stripe, Scratch& scratch) const 
     scratch.blocks.push_back(first);
   }
   finish(tile, scratch);
-  if (keeps_blocks()) receive(tile, stripe, scratch);
+  if (keeps_blocks()) receive(tile, stripe, seen.stop, scratch);
 }
 
 // The scores of one block, their exponentials, and what these add to every row.
@@ -141,6 +141,7 @@ void Forward<T>::block(const Tile& tile, Span keys, T* scores, Scratch& scratch)
   for (int64_t row = 0; row < rows; ++row) {
     T* mine = scores + row * stride;
     RowSums<T>& sums = scratch.sums[static_cast<size_t>(row)];
+    if (call_.softcap != 0) cap(mine, width, static_cast<T>(call_.softcap));
     sight_.apply(tile, row, keys.first, width, mine, scratch.row.get());
     const T most = largest_of(mine, width);
     if (most > sums.most) {
@@ -157,7 +158,7 @@ void Forward<T>::block(const Tile& tile, Span keys, T* scores, Scratch& scratch)
       const T* marks = sinks_.get() + tile.batch * call_.num_keys;
       for (int64_t key = sinks.first; key < sinks.stop; ++key) sums.sink += mine[key - keys.first] * marks[key];
     }
-    if (call_.local_mass != nullptr) {
+    if (call_.local_mass != 0) {
       const int64_t first = std::max(keys.first, position - call_.window + 1);
       const int64_t stop = std::min(keys.stop, position + call_.window);
       if (first < stop) sums.local += sum_of(mine + first - keys.first, stop - first);
@@ -171,11 +172,32 @@ void Forward<T>::block(const Tile& tile, Span keys, T* scores, Scratch& scratch)
 // Where the sinks of a block lie; empty if it has none, or nobody asks.
 template <class T>
 Span Forward<T>::sinks_in(Span keys, int64_t batch) const {
-  if (call_.sink_mass == nullptr) return {0, 0};
+  if (call_.sink_mass == 0) return {0, 0};
   if (sinks_ == nullptr) return {keys.first, std::min(keys.stop, call_.sink_tokens)};
-  const int64_t blocks = (call_.num_keys + call_.block_keys - 1) / call_.block_keys;
-  const Span within = within_[static_cast<size_t>(batch * blocks + keys.first / call_.block_keys)];
-  return {within.first, std::min(within.stop, keys.stop)};
+  const Span* panels = within_.data() + batch * (slot_keys_ / kPanel<T>);
+  Span all{keys.stop, keys.first};
+  for (int64_t panel = keys.first / kPanel<T>; panel * kPanel<T> < keys.stop; ++panel)
+    all = {std::min(all.first, panels[panel].first), std::max(all.stop, panels[panel].stop)};
+  return {all.first, std::min(all.stop, keys.stop)};
+}
+
+// One more outcome, which no key has: a row that is complete but for it learns its score.
+template <class T>
+void Forward<T>::add_learned_sink(const Tile& tile, int64_t row, Scratch& scratch) const {
+  RowSums<T>& sums = scratch.sums[static_cast<size_t>(row)];
+  const T score = data_of<T>(call_.sinks)[tile.head(row)];
+  const int64_t value_width = round_up(call_.value_channels, kLanes<T>);
+  if (score > sums.most) {
+    const T factor = sums.raise(score);
+    for (int64_t channel = 0; channel < value_width; ++channel) scratch.output[row * value_width + channel] *= factor;
+  }
+  const T centred = score - sums.most, weight = std::exp(centred);
+  // Of a score of −∞, zero times it would be NaN.
+  if (weight == 0) return;
+  sums.total[0] += weight;
+  sums.centred[0] += weight * centred;
+  sums.squares[0] += weight * weight;
+  sums.learned = weight;
 }
 
 // Rows are complete: the output and the statistics of each.
@@ -186,7 +208,9 @@ void Forward<T>::finish(const Tile& tile, Scratch& scratch) const {
   for (int64_t row = 0; row < tile.rows(); ++row) {
     const RowSums<T>& sums = scratch.sums[static_cast<size_t>(row)];
     const int64_t index = tile.index(call_, row);
-    const bool sees = sums.most > static_cast<T>(call_.hidden_score / 2);
+    const T most = sums.most;
+    if (call_.sinks.data != nullptr) add_learned_sink(tile, row, scratch);
+    const bool sees = most > static_cast<T>(call_.hidden_score / 2);
     // Nothing was summed if the blocks of a row that sees nothing were passed over.
     const T total = sum<T>(sums.total), log_total = total == 0 ? T{0} : std::log(total);
     const T inverse = sees ? 1 / total : total != total ? total : T{0};
@@ -194,31 +218,31 @@ void Forward<T>::finish(const Tile& tile, Scratch& scratch) const {
       const Tensor& output = call_.output;
       const int64_t begin = tile.batch * output.stride[0] + tile.query(row) * output.stride[1] +
                             tile.head(row) * output.stride[2];
-      write(output, begin, call_.value_channels, scratch.output.get() + row * value_width, inverse);
+      write(output, begin, output.stride[3], call_.value_channels, scratch.output.get() + row * value_width, inverse);
     }
     scratch.factors[row] = sight_.real_row(tile, row) ? inverse : T{0};
-    put(call_.row_logsumexp, index, sums.most + log_total);
+    data_of<T>(call_.row_logsumexp)[index] = sums.most + log_total;
     const T none = sees ? T{0} : kNone;
-    put(call_.logsumexp, index, sums.most + log_total + none);
-    put(call_.entropy, index, log_total - sum<T>(sums.centred) * inverse + none);
+    put(call_, call_.logsumexp, index, sums.most + log_total + none);
+    put(call_, call_.entropy, index, log_total - sum<T>(sums.centred) * inverse + none);
     // A score that is NaN is not the largest, but the row has none.
-    put(call_.max_logit, index, sums.most + inverse * 0 + none);
-    put(call_.max_weight, index, inverse + none);
-    put(call_.effective_keys, index, total * total / sum<T>(sums.squares) + none);
-    put(call_.sink_mass, index, sums.sink * inverse + none);
-    put(call_.local_mass, index, sums.local * inverse + none);
-    put(call_.mean_distance, index, sum<T>(sums.distance) * inverse + none);
+    put(call_, call_.max_logit, index, most + inverse * 0 + none);
+    put(call_, call_.max_weight, index, (most == sums.most ? inverse : std::exp(most - sums.most) * inverse) + none);
+    put(call_, call_.effective_keys, index, total * total / sum<T>(sums.squares) + none);
+    put(call_, call_.sink_mass, index, sums.sink * inverse + none);
+    put(call_, call_.local_mass, index, sums.local * inverse + none);
+    put(call_, call_.mean_distance, index, sum<T>(sums.distance) * inverse + none);
+    put(call_, call_.learned_sink_mass, index, sums.learned * inverse + none);
   }
 }
 
 // Final weights: the kept exponentials times what their block lacks.
 template <class T>
-void Forward<T>::receive(const Tile& tile, int64_t stripe, Scratch& scratch) const {
-  const int64_t rows = tile.rows(), stride = call_.block_keys;
-  const Span seen = sight_.span(tile);
+void Forward<T>::receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const {
+  const int64_t rows = tile.rows(), stride = call_.block_keys, bins_per_slot = call_.distance_histogram.size[2];
   T* factors = scratch.row.get();
   for (size_t slot = 0; slot < scratch.blocks.size(); ++slot) {
-    const Span keys{scratch.blocks[slot], std::min(scratch.blocks[slot] + stride, seen.stop)};
+    const Span keys{scratch.blocks[slot], std::min(scratch.blocks[slot] + stride, stop)};
     const int64_t width = round_up(keys.stop - keys.first, kLanes<T>);
     const T* exponentials = scratch.scores.get() + static_cast<int64_t>(slot) * rows * stride;
     const T* maxima = scratch.maxima.get() + static_cast<int64_t>(slot) * rows;
@@ -231,38 +255,40 @@ void Forward<T>::receive(const Tile& tile, int64_t stripe, Scratch& scratch) con
         factors[i] = scratch.factors[first_row + i] * missing;
       }
       const T* weights = exponentials + first_row * stride;
-      if (call_.received != nullptr) {
+      if (call_.received.data != nullptr) {
         T* to = received_.get() + (head * stripes_.count + stripe) * slot_keys_ + keys.first;
         // One row of factors times the block.
         multiply<T>(1, width, tile.queries, {factors, 0, 1}, weights, stride, to, 0, true);
       }
-      if (call_.distance_histogram == nullptr) continue;
-      T* bins = histogram_.get() + (head * stripes_.count + stripe) * call_.distance_bins;
+      if (call_.distance_histogram.data == nullptr) continue;
+      T* bins = histogram_.get() + (head * stripes_.count + stripe) * bins_per_slot;
       for (int64_t i = 0; i < tile.queries; ++i)
         bin_distances(factors[i], weights + i * stride, keys, sight_.position(tile.first_row + i), bins);
     }
   }
 }
 
-// Bin b holds the distances [2^b − 1, 2^(b+1) − 1): a run of keys on each side of the query.
+// Bin b holds the distances [2^b − 1, 2^(b+1) − 1): a run of keys on each side of the query. The last holds all beyond.
 template <class T>
 void Forward<T>::bin_distances(T factor, const T* weights, Span keys, int64_t position, T* bins) const {
   const auto add = [&](int64_t bin, int64_t first, int64_t stop) {
     first = std::max(first, keys.first), stop = std::min(stop, keys.stop);
     if (first < stop) bins[bin] += factor * sum_of(weights + first - keys.first, stop - first);
   };
-  for (int64_t bin = 0; bin < call_.distance_bins; ++bin) {
+  const int64_t last = call_.distance_histogram.size[2] - 1;
+  for (int64_t bin = 0; bin <= last; ++bin) {
     const int64_t nearest = (int64_t{1} << bin) - 1, beyond = 2 * nearest + 1;
-    add(bin, position - beyond + 1, position - nearest + 1);
-    if (!call_.causal && bin > 0) add(bin, position + nearest, position + beyond);
+    add(bin, bin == last ? 0 : position - beyond + 1, position - nearest + 1);
+    if (!call_.causal && (bin > 0 || last == 0))
+      add(bin, position + std::max<int64_t>(nearest, 1), bin == last ? keys.stop : position + beyond);
   }
 }
 
 // Adds the slots of one head in their order.
 template <class T>
-void Forward<T>::reduce(void* to, const Buffer<T>& slots, int64_t slot_size, int64_t size, int64_t head) const {
-  if (to == nullptr) return;
-  T* totals = static_cast<T*>(to) + head * size;
+void Forward<T>::reduce(const Tensor& to, const Buffer<T>& slots, int64_t slot_size, int64_t size, int64_t head) const {
+  if (to.data == nullptr) return;
+  T* totals = data_of<T>(to) + head * size;
   std::fill_n(totals, size, T{0});
   for (int64_t stripe = 0; stripe < stripes_.count; ++stripe) {
     const T* slot = slots.get() + (head * stripes_.count + stripe) * slot_size;

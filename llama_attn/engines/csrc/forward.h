@@ -16,6 +16,7 @@ template <class T>
 struct RowSums {
   Vector<T> total, centred, distance, squares;
   T most, sink, local;
+  T learned;  // what a learned sink takes
 
   // Makes the sums relative to a larger score.
   T raise(T larger) {
@@ -58,6 +59,13 @@ inline void exponentiate(T* scores, int64_t width, T distance, RowSums<T>& sums)
   sums = s;
 }
 
+// Scores x become c · tanh(x / c).
+template <class T>
+inline void cap(T* scores, int64_t width, T softcap) {
+  for (int64_t j = 0; j < width; j += kLanes<T>)
+    store(scores + j, softcap * hyperbolic_tangent<T>(load(scores + j) / softcap));
+}
+
 template <class T>
 class Forward {
  public:
@@ -75,15 +83,16 @@ class Forward {
   void prepare(int64_t head, int64_t first, T* rows);
   void walk(const Tile& tile, int64_t stripe, Scratch& scratch) const;
   void block(const Tile& tile, Span keys, T* scores, Scratch& scratch) const;
+  void add_learned_sink(const Tile& tile, int64_t row, Scratch& scratch) const;
   void finish(const Tile& tile, Scratch& scratch) const;
-  void receive(const Tile& tile, int64_t stripe, Scratch& scratch) const;
+  void receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const;
   void bin_distances(T factor, const T* weights, Span keys, int64_t position, T* bins) const;
-  void reduce(void* to, const Buffer<T>& slots, int64_t slot_size, int64_t size, int64_t head) const;
+  void reduce(const Tensor& to, const Buffer<T>& slots, int64_t slot_size, int64_t size, int64_t head) const;
 
   // Keys that one tile alone needs are packed block by block, in memory that stays in the cache.
   bool packs_late() const { return stripes_.tiles == 1; }
   int64_t rows_per_tile() const { return stripes_.queries_per_tile * (call_.heads / call_.kv_heads); }
-  bool keeps_blocks() const { return call_.received != nullptr || call_.distance_histogram != nullptr; }
+  bool keeps_blocks() const { return call_.received.data != nullptr || call_.distance_histogram.data != nullptr; }
   Span sinks_in(Span keys, int64_t batch) const;
 
   const Call& call_;
@@ -92,7 +101,7 @@ class Forward {
   Panels<T> keys_;
   Rows<T> values_;
   Buffer<T> sinks_;           // 1 for sink tokens, (batch, key); none if they are the first keys of the row
-  std::vector<Span> within_;  // where the sinks of each (batch, block) lie
+  std::vector<Span> within_;  // where the sinks of each (batch, panel) lie
   int64_t slot_keys_ = 0;
   Buffer<T> received_, histogram_;  // (batch, head, stripe, …)
   void (*exponentiate_)(T*, int64_t, T, RowSums<T>&);

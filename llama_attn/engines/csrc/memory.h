@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -33,6 +34,7 @@ using Buffer = std::unique_ptr<T[], Free>;
 // Memory on the boundary of a cache line, uninitialised.
 template <class T>
 Buffer<T> allocate(int64_t count) {
+  if (count > std::numeric_limits<int64_t>::max() / 16) throw std::bad_alloc();
   const size_t size = static_cast<size_t>(round_up(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), 64));
   void* memory = size >= kMapped
                      ? mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "convert.h"
@@ -90,7 +91,7 @@ struct Rows {
   }
 };
 
-// The keys that a query's own packed sequence spans.
+// Some of the keys: those from `first` to before `stop`.
 struct Span {
   int64_t first, stop;
 };
@@ -113,66 +114,84 @@ struct Tile {
 template <class T>
 class Sight {
  public:
-  explicit Sight(const Call& call) : call_(call) {
-    if (call.sequence == nullptr) return;
-    spans_.resize(static_cast<size_t>(call.batch * call.num_keys));
-    for (int64_t batch = 0; batch < call.batch; ++batch) {
-      const int64_t* sequence = call.sequence + batch * call.num_keys;
-      Span* spans = spans_.data() + batch * call.num_keys;
-      for (int64_t first = 0, stop; first < call.num_keys; first = stop) {
-        for (stop = first + 1; stop < call.num_keys && sequence[stop] == sequence[first];) ++stop;
-        std::fill(spans + first, spans + stop, Span{first, stop});
-      }
-    }
-  }
+  explicit Sight(const Call& call)
+      : call_(call),
+        first_key_(data_of<int32_t>(call.first_key)),
+        stop_key_(data_of<int32_t>(call.stop_key)),
+        real_keys_(data_of<uint8_t>(call.real_keys)),
+        real_queries_(data_of<uint8_t>(call.real_queries)) {}
 
   int64_t position(int64_t query) const { return call_.first_query + query * call_.query_step; }
 
   // The keys that a query could see if all of them were real.
   Span span(int64_t batch, int64_t query) const {
-    const int64_t at = position(query);
-    Span span = spans_.empty() ? Span{0, call_.num_keys} : spans_[static_cast<size_t>(batch * call_.num_keys + at)];
-    if (call_.causal) span.stop = at + 1;
-    return span;
+    const int64_t at = batch * call_.num_queries + query;
+    if (first_key_ != nullptr) return {first_key_[at], stop_key_[at]};
+    return {0, call_.causal ? std::min(position(query) + 1, call_.num_keys) : call_.num_keys};
   }
 
-  // The keys that some row of the tile could see.
+  // The keys that some row of the tile could see, from the beginning of a panel on.
   Span span(const Tile& tile) const {
-    return {span(tile.batch, tile.first_row).first, span(tile.batch, tile.first_row + tile.queries - 1).stop};
+    if (first_key_ == nullptr) return span(tile.batch, tile.first_row + tile.queries - 1);
+    Span all{call_.num_keys, 0};
+    for (int64_t query = tile.first_row; query < tile.first_row + tile.queries; ++query) {
+      const Span one = span(tile.batch, query);
+      if (one.first < one.stop) all = {std::min(all.first, one.first), std::max(all.stop, one.stop)};
+    }
+    return {all.first / kPanel<T> * kPanel<T>, all.stop};
+  }
+
+  // Whether a key among these is real.
+  bool any_real(const Tile& tile, Span keys) const {
+    if (real_keys_ == nullptr) return true;
+    const uint8_t *real = real_keys_ + tile.batch * call_.num_keys, *stop = real + keys.stop;
+    return std::find(real + keys.first, stop, uint8_t{1}) != stop;
   }
 
   bool real_row(const Tile& tile, int64_t row) const {
-    return call_.real_queries == nullptr || call_.real_queries[tile.batch * call_.num_queries + tile.query(row)];
+    return real_queries_ == nullptr || real_queries_[tile.batch * call_.num_queries + tile.query(row)];
   }
 
-  // Scores of one row for the keys [first, first + width): adds the user's mask and hides what the row may not see.
+  // Scores of one row for the keys [first, first + width): adds biases and hides what the row may not see.
   void apply(const Tile& tile, int64_t row, int64_t first, int64_t width, T* scores, T* scratch) const {
     const T hidden = static_cast<T>(call_.hidden_score);
-    const int64_t query = tile.query(row), there = std::min(width, call_.num_keys - first);
+    const int64_t there = std::min(width, call_.num_keys - first);
+    if (call_.position_bias.data != nullptr) {
+      read_pairs(call_.position_bias, tile, row, first, there, scratch);
+      // Its −∞ hides; added, it would make NaN of a weight of zero times a score.
+      constexpr T kNever = -std::numeric_limits<T>::infinity();
+      for (int64_t j = 0; j < there; ++j) scores[j] = scratch[j] == kNever ? hidden : scores[j] + scratch[j];
+    }
     if (call_.mask.data != nullptr) {
-      const Tensor& mask = call_.mask;
-      const int64_t begin = tile.batch * mask.stride[0] + tile.head(row) * mask.stride[1] + query * mask.stride[2];
-      read(mask, begin + first * mask.stride[3], mask.stride[3], there, scratch);
-      if (mask.type == Type::kBool) {
+      read_pairs(call_.mask, tile, row, first, there, scratch);
+      if (call_.mask.type == Type::kBool) {
         for (int64_t j = 0; j < there; ++j) scores[j] = scratch[j] != 0 ? scores[j] : hidden;
       } else {
         const T unseen = static_cast<T>(call_.unseen_bias);
         for (int64_t j = 0; j < there; ++j) scores[j] = scratch[j] <= unseen ? hidden : scores[j] + scratch[j];
       }
     }
-    if (call_.real_keys != nullptr) {
-      const uint8_t* real = call_.real_keys + tile.batch * call_.num_keys + first;
+    if (real_keys_ != nullptr) {
+      const uint8_t* real = real_keys_ + tile.batch * call_.num_keys + first;
       for (int64_t j = 0; j < there; ++j) scores[j] = real[j] ? scores[j] : hidden;
     }
-    const Span seen = span(tile.batch, query);
+    const Span seen = span(tile.batch, tile.query(row));
     if (seen.first > first) std::fill_n(scores, std::min(width, seen.first - first), hidden);
     const int64_t beyond = std::max<int64_t>(0, seen.stop - first);
     if (beyond < width) std::fill(scores + beyond, scores + width, hidden);
   }
 
  private:
+  // What a (batch, head, query, key) tensor holds for one row.
+  void read_pairs(const Tensor& tensor, const Tile& tile, int64_t row, int64_t first, int64_t count, T* to) const {
+    const int64_t begin = tile.batch * tensor.stride[0] + tile.head(row) * tensor.stride[1] +
+                          tile.query(row) * tensor.stride[2] + first * tensor.stride[3];
+    read(tensor, begin, tensor.stride[3], count, to);
+  }
+
   const Call& call_;
-  std::vector<Span> spans_;
+  const int32_t *first_key_, *stop_key_;
+  const uint8_t *real_keys_, *real_queries_;
 };
 
 // Rows of a (batch, head, token, channel) tensor for a tile, times `factor`; rows end in zeros.

@@ -150,4 +150,30 @@ inline Vector<double> exp_negative(Vector<double> x) {
   return tiny ? Vector<double>{} : result;
 }
 
+// tanh x: an odd polynomial or quotient of polynomials near 0, where the other form cancels. NaN stays.
+//
+// Source: Cephes, tanhf.c and tanh.c (Moshier): within two units in the last place.
+inline Vector<float> tanh_near_zero(Vector<float> x) {
+  const Vector<float> z = x * x;
+  Vector<float> p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  return p * z * x + x;
+}
+
+inline Vector<double> tanh_near_zero(Vector<double> x) {
+  const Vector<double> z = x * x;
+  const Vector<double> p = (z * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
+  const Vector<double> q =
+      ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
+  return p / q * z * x + x;
+}
+
+template <class T>
+inline Vector<T> hyperbolic_tangent(Vector<T> x) {
+  const Vector<T> size = absolute<T>(x), e = exp_negative(size * T{-2}), far = (1 - e) / (1 + e);
+  return size < T{0.625} ? tanh_near_zero(x) : x < 0 ? -far : far;
+}
+
 }  // namespace llama_attn
