@@ -145,8 +145,8 @@ def gather(
         for ps, cs in zip(where, chosen, strict=True)
     ]
     queries = [position for end, ps, cs in starts for position in range(min(p.start for p in ps), end)]
-    query_axis = axes["decoder"] if stack.cross else keys
-    real = query_axis.real[:, queries]
+    # Cross-attention is not told which of its queries are padding.
+    real = torch.ones(batch, len(queries), dtype=torch.bool) if stack.cross else keys.real[:, queries]
     made: list[list[Materialised]] = [[materialise(call) for call in layers] for layers in chosen]
     visible = [
         torch.cat(

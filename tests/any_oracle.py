@@ -97,6 +97,7 @@ def capture(model: nn.Module, stacks: tuple[Stack, ...] = ()) -> Iterator[Captur
     captured = Captured()
     paths = {module: path for path, module in model.named_modules()}
     entered: dict[nn.Module, Tensor] = {}
+    seen: dict[str, int] = {}
     hooks = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -108,10 +109,14 @@ def capture(model: nn.Module, stacks: tuple[Stack, ...] = ()) -> Iterator[Captur
         layers |= {path: model.get_submodule(path) for path in holding}
         for parent in {path.rpartition(".")[0] for path in holding}:
             last = list(model.get_submodule(parent).children())[-1]
+            # A module that is called for every layer gives its last output last.
+            every = len(stack.layers) if stack.shared and stack.layers is not None else 1
 
-            def leave(module: nn.Module, args: Any, output: Any, name: str = stack.path) -> None:
+            def leave(module: nn.Module, args: Any, output: Any, name: str = stack.path, every: int = every) -> None:
                 states = output if isinstance(output, Tensor) else output[0]
-                captured.last_outputs.setdefault(name, []).append(states.detach().clone())
+                seen[name] = seen.get(name, 0) + 1
+                if seen[name] % every == 0:
+                    captured.last_outputs.setdefault(name, []).append(states.detach().clone())
 
             hooks.append(last.register_forward_hook(leave))
     hooks += [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in set(layers.values())]

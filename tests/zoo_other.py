@@ -97,10 +97,12 @@ def _pair(
 ) -> Entry:
     """An encoder and a decoder. Paths: the decoder's attention to itself, to the encoder, the encoder's own."""
     decoder, cross, encoder = stacks
+    # The layer is what the first number counts, a block of several in T5.
+    first = {path: path[: path.index("#") + 1] for path in stacks}
     made = (
-        Stack(decoder, "causal", output, axis="decoder"),
-        Stack(cross, "cross", output, axis="decoder"),
-        Stack(encoder, "bidirectional", output, axis=more.pop("axis", "ids")),
+        Stack(decoder, "causal", output, axis="decoder", layer=first[decoder]),
+        Stack(cross, "cross", output, axis="decoder", layer=first[cross]),
+        Stack(encoder, "bidirectional", output, axis=more.pop("axis", "ids"), layer=first[encoder]),
     )
     make = of_class(cls, more.pop("make", lambda: config(more.get("model_type", name), **settings)))
     more.pop("model_type", None)

@@ -161,7 +161,7 @@ DECODERS = (
     _decoder(
         "gemma4_text",
         "Gemma4ForCausalLM",
-        {**MIXED, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8},
+        {**MIXED, "vocab_size_per_layer_input": 97, "global_head_dim": 16, "hidden_size_per_layer_input": 8},
     ),
     _decoder("doge", "DogeForCausalLM", {"keep_window_size": 4}, base=WITHOUT_HEAD_DIM),
 )
