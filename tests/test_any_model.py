@@ -41,7 +41,13 @@ def state(model):
         for m in model.modules()
     ]
     mapping = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ALL_MASK_ATTENTION_FUNCTIONS}
-    return hooks, mapping, dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping), sorted(vars(ALL_ATTENTION_FUNCTIONS)), model.config.to_dict()
+    return (
+        hooks,
+        mapping,
+        dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping),
+        sorted(vars(ALL_ATTENTION_FUNCTIONS)),
+        model.config.to_dict(),
+    )
 
 
 def check(stats, wanted, bound, label):
