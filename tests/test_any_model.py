@@ -14,7 +14,6 @@ from zoo import ENTRIES, NOT_SERVED
 from zoo_situations import prepare
 
 from llama_attn import AttentionStatsConfig, record
-from llama_attn.stats.table import statistics_table
 from llama_attn.testing import relative_error
 
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
