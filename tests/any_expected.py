@@ -275,15 +275,10 @@ def expected(found: Layers, names: Sequence[str], config: AttentionStatsConfig, 
         if statistic.dims[0] == "hidden_layer":
             last = Written(**{**found.layers[-1].__dict__, "hidden": found.last_hidden})
             value = form(last)
-            values.append(
-                _hide(
-                    value.double() if value.is_floating_point() else value,
-                    statistic.dims[1:],
-                    "query",
-                    ~found.real_queries,
-                    none,
-                )
-            )
+            value = value.double() if value.is_floating_point() else value
+            if "query" in statistic.dims:
+                value = _hide(value, statistic.dims[1:], "query", ~found.real_queries, none)
+            values.append(value)
         results[name] = torch.stack(_same_heads(values, none))
     return results
 

@@ -214,10 +214,12 @@ class _Noting:
 
     def __init__(self, make: Callable[..., Any], was_local: bool) -> None:
         self.make, self.was_local = make, was_local
+        # What `inspect.unwrap` finds: whoever registers it under another name keeps it.
+        self.__wrapped__ = make
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mask = self.make(*args, **kwargs)
-        if not isinstance(mask, MaskRequest) and not args:
+        if _watched and not isinstance(mask, MaskRequest) and not args:
             _note(MaskRequest(**kwargs), mask)
         return mask
 
