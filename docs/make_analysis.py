@@ -32,7 +32,7 @@ mean of A_ik over the queries that may see k.
 | Is attention local or global? | `locality(ds)` | local mass, mean distance, H_i / ln n_i, and the mean distance over that of uniform attention; `local` below 0.5 | Vig & Belinkov (2019), arXiv 1906.04284; Zhai et al., arXiv 2303.06296 | `plot_distance_histogram` |
 | How does it change through the layers? | `layer_evolution(ds)` | mean, standard deviation, smallest and largest over heads of every statistic; norms over tokens | | `plot_layer_profile` |
 | What does each head do? | `classify_heads(ds, query_slice=None)` | scores and a role per head, see below | TransformerLens, head_detector; Olsson et al., arXiv 2209.11895; Gu et al. | `plot_head_roles` |
-| Where are the massive activations? | `massive_activations(ds, magnitude=100, ratio=1000)` | tokens whose largest number exceeds 100 and 1,000 × the median of the state; channel, layers where they appear and disappear, share of heads for which the token is a sink | Sun et al., arXiv 2402.17762 | `plot_massive_activations` |
+| Where are the massive activations? | `massive_activations(ds, magnitude=100, ratio=1000)` | numbers that exceed 100 and reach 1,000 × the median of the state; every channel of each token, layers where they appear and disappear, share of heads for which the token is a sink | Sun et al., arXiv 2402.17762 | `plot_massive_activations` |
 | What differs between two runs? | `compare(a, b)` | per statistic, layer and head: difference of the means over aligned tokens, and effect = root mean square difference / standard deviation of the statistic, or its rounding error where that is larger | | `plot_comparison`, `plot_head_comparison` |
 | All of it in one line per layer? | `summarize_layers(ds)` | sink mass, strongest sink, largest activation | Gu et al.; Sun et al. | what `llama-attn demo` prints |
 
@@ -42,8 +42,13 @@ mean of A_ik over the queries that may see k.
 
 In a short text every head seems to have a sink and to look nearby: the first of two keys receives at least half of the
 attention, whatever a head does. Boost and relative distance therefore divide by what uniform attention over the same
-keys would give, row by row, with padding, packing, caches and strides as they were. Who sees whom is read off
-`visible_keys` and `visible_queries`. Behind a 4-D mask of the user's own that these counts do not explain, both are NaN.
+keys would give, row by row and, where they differ, layer by layer, with windows, padding, packing, caches and strides
+as they were. Who sees whom follows from how many keys each query sees and how many queries see each key: exactly, where
+a query sees the last real keys up to itself, or a run of keys whose ends never move backwards from query to query. That
+is so for windows, chunks and packed documents, in causal attention and in attention to both sides, and for
+cross-attention, which has no distances. Behind a 4-D mask of the user's own that the counts do not explain, all of it
+is NaN. With `learned_sink_mass`, distances are of the attention that is left to keys, and entropy counts the learned
+sink as one more outcome.
 
 ## Roles of heads
 
@@ -68,9 +73,10 @@ Of {total} heads: {counts}. On the opening of *Moby-Dick* (T = {length}) the sam
 - {local} of {total} heads are local.
 - Massive activations: {massive}.
 
-The statistics know the median over channels of each token, not the median over a whole layer. `massive_activations`
-takes the median over tokens of these medians; on this text it is {median_low:.3f} to {median_high:.3f} × the median
-over all tokens and channels of a layer.
+`massive_activations` compares with `hidden_layer_median`, the median over all tokens and channels of a layer. A run of
+several forwards, as of `generate`, cannot have it; there the median over tokens of `hidden_median` stands in, which on
+this text is {median_low:.3f} to {median_high:.3f} × the median of the layer. How many channels of a token are known is
+up to `top_k`; without `hidden_top` it is one, and `complete` says so.
 """
 
 
@@ -110,13 +116,18 @@ def _massive(found: xarray.Dataset) -> str:
     described = []
     for query in np.flatnonzero(row.massive.any("hidden_layer")):
         token = row.isel(query=query)
-        largest, layers = int(token.magnitude.argmax("hidden_layer")), token.hidden_layer.values[token.massive.values]
+        layers = token.hidden_layer.values[token.massive.values]
         described.append(
-            f"token {query} `{readable(str(token.query_token.values))}`, channel {int(token.channel[largest])}, "
+            f"token {query} `{readable(str(token.query_token.values))}`, {_channels(token)}, "
             f"up to {float(token.magnitude.max()):,.0f} = {float(token.ratio.max()):,.0f} × the median, in what enters "
             f"layers {layers.min()} to {layers.max()}"
         )
     return "; ".join(described)
+
+
+def _channels(token: xarray.Dataset) -> str:
+    channels = np.unique(token.channels.values[token.channels.values >= 0])
+    return f"channel{'s' if len(channels) > 1 else ''} {', '.join(map(str, channels))}"
 
 
 def analysis_page(runs: Runs) -> str:
@@ -131,8 +142,8 @@ def analysis_page(runs: Runs) -> str:
         if share[key] > 0
     ]
     massive = analysis.massive_activations(text)
-    exact = np.array(runs.hidden_medians)
-    ratio = massive["median"].isel(batch=0).values[: len(exact)] / exact
+    near = analysis.massive_activations(text.drop_vars("hidden_layer_median"))["median"]
+    ratio = (near / massive["median"]).isel(batch=0).values
     return PAGE.format(
         roles=_roles(),
         rows=ROWS,

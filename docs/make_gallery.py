@@ -111,7 +111,7 @@ ENTRIES = (
         lambda runs: viz.plot_massive_activations(runs.text),
         "Left, the largest number of each token's state, layer by layer, marked where it is a massive activation; "
         "right, the largest and the median of each layer with the bound between. Massive activations appear within one "
-        "layer, stay on the same token and channel, and vanish before the output.",
+        "layer, stay on the same token and channels, and vanish before the output.",
     ),
     Entry(
         "hidden_norms",

@@ -34,14 +34,12 @@ class Runs:
         beginning: Its first `BEGINNING` tokens.
         other_start: The same with the first token replaced by the one that begins a chat.
         repeated: Rows of that token and twice the same random tokens.
-        hidden_medians: Median magnitude of all numbers that enter each layer of ``text``, and of the output.
     """
 
     text: AttentionStats
     beginning: AttentionStats
     other_start: AttentionStats
     repeated: AttentionStats
-    hidden_medians: list[float]
 
 
 def measure() -> Runs:
@@ -53,12 +51,11 @@ def measure() -> Runs:
     ).eval()
     config = AttentionStatsConfig(statistics="all", norms=True)
 
-    def run(ids: torch.Tensor) -> tuple[AttentionStats, list[float]]:
+    def run(ids: torch.Tensor) -> AttentionStats:
         with torch.no_grad():
-            outputs = model(ids, use_cache=False, output_hidden_states=True, output_attention_stats=config)
-        # Upstream's last hidden state is behind the final norm, which the statistics are not.
-        medians = [float(states.abs().median()) for states in outputs.hidden_states[:-1]]
-        return outputs.attention_stats.with_tokens(tokenizer, ids), medians
+            outputs = model(ids, use_cache=False, output_attention_stats=config)
+        stats: AttentionStats = outputs.attention_stats
+        return stats.with_tokens(tokenizer, ids)
 
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
     beginning = ids[:, :BEGINNING]
@@ -66,5 +63,4 @@ def measure() -> Runs:
     other[0, 0] = tokenizer.bos_token_id
     half = torch.randint(100, 48_000, (ROWS, REPEATED), generator=torch.Generator().manual_seed(0))
     repeated = torch.cat([torch.full((ROWS, 1), tokenizer.bos_token_id), half, half], 1)
-    text, medians = run(ids)
-    return Runs(text, run(beginning)[0], run(other)[0], run(repeated)[0], medians)
+    return Runs(run(ids), run(beginning), run(other), run(repeated))

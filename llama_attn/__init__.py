@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from llama_attn.backends.registry import available_backends, register_backend
 from llama_attn.modeling_llama import LlamaForCausalLM, LlamaModel
+from llama_attn.observe.recording import record
 from llama_attn.registration import register, unregister
+from llama_attn.stats.chat import chat_segments
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
-from llama_attn.stats.segments import chat_segments
 from llama_attn.stats.table import Statistic, register_statistic
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "Statistic",
     "available_backends",
     "chat_segments",
+    "record",
     "register",
     "register_backend",
     "register_statistic",

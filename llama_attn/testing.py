@@ -222,12 +222,9 @@ def _run(backend: str, inputs: AttentionInputs) -> Tensor:
     )
     module.config._attn_implementation_internal = backend
     module.layer_idx, module.is_causal, module.num_key_value_groups = 0, True, heads // kv_heads
+    # By place: transformers 5.24 has renamed the cache.
     mask = create_causal_mask(
-        config=module.config,
-        inputs_embeds=inputs.query[:, 0],
-        attention_mask=inputs.attention_mask,
-        past_key_values=_FilledCache(inputs.cached),
-        layer_idx=0,
+        module.config, inputs.query[:, 0], inputs.attention_mask, _FilledCache(inputs.cached), layer_idx=0
     )
     extra = {"visibility": inputs.visibility} if get_backend(backend).is_streaming else {}
     output, _ = attention_function(backend)(

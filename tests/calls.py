@@ -261,13 +261,14 @@ def calls(draw, dtypes=(torch.float64,)):
     cached = aligned and not packed
     heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (8, 1)]))
     batch = draw(st.integers(1, 3))
+    stride = draw(st.sampled_from([1, 1, 3])) if aligned else 1
     return make_call(
         spans=draw(st.sampled_from(SPANS)), width=draw(st.integers(1, 30)), batch=batch, heads=heads,
-        kv_heads=kv_heads, queries=draw(st.integers(1, 40)), before=draw(st.integers(0, 20)) if cached else 0,
+        kv_heads=kv_heads, queries=draw(st.integers(stride, 40)), before=draw(st.integers(0, 20)) if cached else 0,
         after=draw(st.integers(0, 9)), offset=draw(st.integers(0, 40)) if cached else 0,
         channels=draw(st.sampled_from([8, 24])), value_channels=draw(st.sampled_from([8, 12])),
         padding=draw(st.booleans()), packed=packed, causal=draw(st.booleans()), aligned=aligned,
-        stride=draw(st.sampled_from([1, 1, 3])) if aligned else 1, softcap=draw(st.sampled_from([None, 0.5, 20.0])),
+        stride=stride, softcap=draw(st.sampled_from([None, 0.5, 20.0])),
         bias=draw(st.sampled_from([None, (1, 1), (1, heads), (batch, 1), (batch, heads)])),
         sinks=draw(st.sampled_from([None, None, (-3.0, 3.0), (-400.0, 400.0)])),
         mask=draw(st.sampled_from([None, None, None, "bool", "additive"])),

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
+import inspect
 import shutil
 
 import pytest
@@ -16,6 +17,9 @@ from llama_attn import LlamaForCausalLM
 from llama_attn.demo import SYSTEM, USER, demo_checkpoint
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# What forwards call their cache: transformers 5.24 has renamed it.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 # The models are tiny and the tests run in several processes: a second thread would only wait.
 torch.set_num_threads(1)

@@ -281,21 +281,22 @@ def token_strip(figure, asked):
 def massive_activations(figure, asked):
     left, right = (axes for axes in figure.axes if axes.get_label() != "<colorbar>")
     cells, x, y = heat(left)
-    largest, channel, median = (
-        asked.a[name][:, asked.batch].double().numpy() for name in ("hidden_max", "hidden_max_channel", "hidden_median")
+    top, channels, median = (
+        asked.a[name][:, asked.batch].double().numpy()
+        for name in ("hidden_top", "hidden_top_channel", "hidden_layer_median")
     )
     order = np.argsort(asked.a.hidden_layers)
-    largest, channel, median = (
-        largest[order],
-        channel[order],
-        np.array([np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in median[order]]),
-    )
+    top, channels, median = top[order], channels[order], median[order]
+    largest = top[..., 0]
     close(cells, largest)
     np.testing.assert_allclose(x, asked.positions)
     layers = [labels(left.yaxis)[place] for place in y]
     assert layers == [str(layer) for layer in sorted(asked.a.hidden_layers)]
     bound = np.maximum(100, 1000 * median)
-    expected = {(row, token, int(channel[row, token])) for row, token in np.argwhere(largest > bound[:, None]).tolist()}
+    expected = {
+        (row, token, int(channels[row, token, rank]))
+        for row, token, rank in np.argwhere(top > bound[:, None, None]).tolist()
+    }
     found = {
         (row, token, int(line.get_label().removeprefix("massive, channel ")))
         for line in left.lines

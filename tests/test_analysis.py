@@ -194,24 +194,44 @@ def test_each_role(padded):
     assert classify_heads(ds.isel(head=[5])).role.tolist() == 3 * ["mixed"]
 
 
-def test_massive_activations(padded):
-    found = massive_activations(padded.ds, magnitude=8.0, ratio=8.0)
-    states = [*(layer.hidden for layer in padded.layers), padded.last]
+NEW = ["hidden_top", "hidden_top_channel", "hidden_layer_median"]
+
+
+def states_of(run):
+    """What enters each layer and leaves the last, as magnitudes."""
+    return [state.abs().numpy() for state in (*(layer.hidden for layer in run.layers), run.last)]
+
+
+@pytest.mark.parametrize("top_k", [8, 3])
+def test_massive_activations(top_k, ids, left_padding):
+    padded = Written(ids, left_padding, AttentionStatsConfig(statistics="all", norms=True, window=5, top_k=top_k))
+    found = massive_activations(padded.ds, magnitude=5.0, ratio=5.0)
+    arrays = {name: found[name].values for name in found.data_vars}
     hits = np.zeros((4, 2, 37), dtype=bool)
-    for at, state in enumerate(states):
+    most = 0
+    for at, state in enumerate(states_of(padded)):
         for b in range(2):
             rows = padded.queries(b)
-            magnitudes = state[b].abs().numpy()
-            median = np.median([np.median(magnitudes[i]) for i in rows])
+            median = np.median(state[b, rows])
             close(found["median"][at, b], median)
             for i in rows:
-                largest = magnitudes[i].max()
-                hits[at, b, i] = largest > 8 and largest > 8 * median
-                close(found.magnitude[at, b, i], largest)
-                close(found.ratio[at, b, i], largest / median)
-                assert found.channel[at, b, i] == magnitudes[i].argmax()
+                order = np.argsort(-state[b, i], kind="stable")
+                massive = [c for c in order if state[b, i, c] > 5 and state[b, i, c] >= 5 * median]
+                most = max(most, len(massive))
+                hits[at, b, i] = len(massive) > 0
+                listed = massive[:top_k]
+                assert arrays["channels"][at, b, i].tolist() == listed + [-1] * (top_k - len(listed))
+                close(arrays["magnitudes"][at, b, i, : len(listed)], state[b, i, listed])
+                assert np.isnan(arrays["magnitudes"][at, b, i, len(listed) :]).all()
+                # Unknown, too, where as many as were measured are massive and there is no more.
+                assert arrays["complete"][at, b, i] == (len(massive) < top_k)
+                close(arrays["magnitude"][at, b, i], state[b, i, order[0]])
+                close(arrays["ratio"][at, b, i], state[b, i, order[0]] / median)
+                assert arrays["channel"][at, b, i] == order[0]
     np.testing.assert_array_equal(found.massive, hits)
     assert 0 < hits.sum() < hits.size / 2
+    assert most > 3, "several channels of one token"
+    assert (found.complete.all() == (most < top_k)).item()
     for b in range(2):
         for i in range(37):
             layers = np.flatnonzero(hits[:, b, i])
@@ -223,10 +243,52 @@ def test_massive_activations(padded):
     assert np.isnan(found.sink_heads[0, 0, 3])
 
 
+def test_massive_activations_of_which_the_largest_is_known(padded):
+    found = massive_activations(padded.ds.drop_vars(NEW), magnitude=8.0, ratio=8.0)
+    for at, state in enumerate(states_of(padded)):
+        for b in range(2):
+            rows = padded.queries(b)
+            median = np.median([np.median(state[b, i]) for i in rows])
+            close(found["median"][at, b], median)
+            for i in rows:
+                largest, channel = state[b, i].max(), state[b, i].argmax()
+                massive = largest > 8 and largest >= 8 * median
+                assert found.massive[at, b, i] == massive
+                assert found.channels[at, b, i].values.tolist() == [channel if massive else -1]
+                assert found.complete[at, b, i] == (not massive), "of a massive token the other channels are unknown"
+    assert found.massive.any()
+
+
+def test_what_is_there_is_used(padded):
+    """With the top channels alone, or the median of the layer alone."""
+    whole = massive_activations(padded.ds, magnitude=8.0, ratio=8.0)
+    ds = padded.ds.drop_vars(["hidden_max", "hidden_max_channel", "hidden_median"])
+    xarray.testing.assert_identical(massive_activations(ds, magnitude=8.0, ratio=8.0), whole)
+    ds = padded.ds.drop_vars(NEW[:2])
+    np.testing.assert_array_equal(massive_activations(ds)["median"], whole["median"])
+    ds = padded.ds.drop_vars(NEW[2:])
+    assert massive_activations(ds).sizes["rank"] == 8
+
+
+def test_a_ratio_that_is_just_reached():
+    ds = xarray.Dataset(
+        {
+            "hidden_top": (("hidden_layer", "batch", "query", "rank"), [[[[2000.0, 1999.0]], [[100.0, 100.0]]]]),
+            "hidden_top_channel": (("hidden_layer", "batch", "query", "rank"), np.array([[[[4, 1]], [[0, 1]]]])),
+            "hidden_layer_median": (("hidden_layer", "batch"), [[2.0, 0.1]]),
+        },
+        {"hidden_layer": [0], "batch": [0, 1], "query": [0]},
+    )
+    found = massive_activations(ds)
+    assert found.channels.values.tolist() == [[[[4, -1]], [[-1, -1]]]], "≥ 1,000 × the median, but > 100"
+    assert found.complete.all()
+
+
 def test_the_median_of_medians_is_near_the_median(padded):
-    exact = [np.median(layer.hidden[1].abs().numpy()) for layer in padded.layers]
-    found = massive_activations(padded.ds)["median"][:3, 1]
+    exact = massive_activations(padded.ds)["median"]
+    found = massive_activations(padded.ds.drop_vars(NEW))["median"]
     assert np.abs(found / exact - 1).max() < 0.1
+    assert (found != exact).all()
 
 
 def test_massive_activations_that_come_and_go():

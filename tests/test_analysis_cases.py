@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from oracle import visible_by_hand
 
 from llama_attn import AttentionStatsConfig
@@ -70,7 +70,7 @@ def test_uniform_attention_behind_a_cache(ids):
     with torch.no_grad():
         cache = model(ids[:, :20], use_cache=True).past_key_values
         stats = model(
-            ids[:, 20:], past_key_values=cache, output_attention_stats=AttentionStatsConfig(window=5)
+            ids[:, 20:], **{CACHE: cache}, output_attention_stats=AttentionStatsConfig(window=5)
         ).attention_stats
     visible = np.tril(np.ones((37, 37), dtype=bool))[20:]
     found = uniform_attention(stats.to_xarray())
@@ -194,7 +194,7 @@ def test_bad_arguments(call, message, everything):
     ],
 )
 def test_a_missing_statistic_says_how_to_measure_it(function, missing, everything):
-    ds = everything.to_xarray().drop_vars(missing)
+    ds = everything.to_xarray().drop_vars([missing, "hidden_top", "hidden_layer_median"])
     with pytest.raises(ValueError, match=rf'\[\'{missing}\'\] not measured; .*\(statistics=\(…, "{missing}"\)\)'):
         function(ds)
     with pytest.raises(TypeError, match=r"expected AttentionStats, xarray\.Dataset or the path"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import StaticCache
 from transformers.models.llama import modeling_llama as upstream
@@ -99,16 +99,13 @@ def test_weights_under_streaming(ids):
         model.config.output_attentions = True
 
 
-def test_streaming_in_a_model_that_is_not_ours(ids, left_padding):
-    """Without a mask it is what it is on sdpa; a vector of padding is none."""
-    model = upstream.LlamaForCausalLM._from_config(tiny_model().config, attn_implementation="streaming")
-    model = model.double().eval()
-    with torch.no_grad():
-        logits = model(ids).logits
-        with pytest.raises(ValueError, match="attention_mask: expected a Visibility"):
-            model(ids, attention_mask=left_padding)
-        model.set_attn_implementation("sdpa")
-        torch.testing.assert_close(logits, model(ids).logits)
+def test_streaming_in_transformers_own_class(ids, left_padding):
+    """Who sees whom comes with the mask, so that it needs no model of ours."""
+    model = tiny_model("streaming")
+    stock = upstream.LlamaForCausalLM._from_config(model.config, attn_implementation="streaming")
+    stock.load_state_dict(model.state_dict())
+    expected = model(ids, attention_mask=left_padding).logits
+    assert torch.equal(stock.eval()(ids, attention_mask=left_padding).logits, expected)
 
 
 @pytest.mark.parametrize("backend", ["streaming"])
@@ -149,13 +146,17 @@ def test_a_bool_mask_that_eager_would_add(ids):
         tiny_model("eager")(ids, attention_mask=mask, output_attention_stats=True)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "streaming"])
-def test_layers_that_are_not_causal_in_a_causal_model(backend, ids):
-    model = tiny_model(backend)
+def test_layers_that_are_not_causal_in_a_causal_model(ids):
+    """Without a mask sdpa asks the layer, and so do the numbers: every token sees every other."""
+    model = tiny_model("sdpa")
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
-    with pytest.raises(ValueError, match="pass is_causal=False"):
-        model(ids, output_attention_stats=True)
+    stats = model(ids, output_attention_stats=True).attention_stats
+    assert stats.direction == "bidirectional"
+    assert (stats.visible_keys == 37).all()
+    # Under streaming the mask is asked for, and the model asks for a causal one.
+    model.set_attn_implementation("streaming")
+    assert model(ids, output_attention_stats=True).attention_stats.direction == "causal"
 
 
 def test_a_static_cache_under_flash_attention(ids):
@@ -167,7 +168,7 @@ def test_a_static_cache_under_flash_attention(ids):
     model.model.layers[0].register_forward_hook(lambda *_: ran.append(True))
     cache = StaticCache(config=model.config, max_cache_len=64)
     with pytest.raises(ValueError, match=r"unfilled slots of a static cache.*DynamicCache"):
-        model(ids, past_key_values=cache, output_attention_stats=True)
+        model(ids, **{CACHE: cache}, output_attention_stats=True)
     with pytest.raises(ValueError, match="unfilled slots of a static cache"):
         model.generate(
             ids,
@@ -183,18 +184,23 @@ def test_a_static_cache_under_flash_attention(ids):
 def test_a_layer_that_does_not_report(call, ids):
     """Someone has put another attention in its place: no numbers rather than incomplete ones."""
     model = tiny_model("sdpa")
-    model.model.layers[1].self_attn.__class__ = upstream.LlamaAttention
+    attention = model.model.layers[1].self_attn
+    attention.forward = lambda hidden_states, **kwargs: (torch.zeros_like(hidden_states), None)
     settings = {"max_new_tokens": 3, "return_dict_in_generate": True} if call == "generate" else {}
-    with pytest.raises(RuntimeError, match=r"entropy: layers \[1\] did not report"):
+    with pytest.raises(RuntimeError, match=r"layers \[1\] of .* did not report; \[0, 2\] did"):
         getattr(model, call)(ids, output_attention_stats=True, **settings)
 
 
-@pytest.mark.parametrize("measures", [True, False])
-def test_a_block_mask_of_the_users_own(measures, ids):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_block_mask_of_the_users_own(ids):
     block_mask = create_block_mask(lambda batch, head, query, key: query >= key, 2, None, 37, 37, device="cpu")
-    model = tiny_model("flex_attention" if measures else "streaming")
-    with pytest.raises(ValueError, match=r"attention_mask: streaming and statistics need a tensor.*got BlockMask"):
-        model(ids, attention_mask=block_mask, output_attention_stats=measures)
+    with pytest.raises(ValueError, match=r"attention_mask: expected a tensor.*got BlockMask"):
+        tiny_model("streaming")(ids, attention_mask=block_mask)
+    with torch.no_grad():
+        stats = tiny_model("flex_attention")(
+            ids, attention_mask=block_mask, output_attention_stats=True
+        ).attention_stats
+    assert (stats.visible_keys == torch.arange(1, 38)).all()
 
 
 def test_a_stride_that_misses_every_query(ids):
@@ -202,7 +208,7 @@ def test_a_stride_that_misses_every_query(ids):
     with torch.no_grad():
         cache = model(ids[:, :9]).past_key_values
         with pytest.raises(ValueError, match="query_stride: no query of this call"):
-            model(ids[:, 9:10], past_key_values=cache, output_attention_stats=AttentionStatsConfig(query_stride=4))
+            model(ids[:, 9:10], **{CACHE: cache}, output_attention_stats=AttentionStatsConfig(query_stride=4))
 
 
 def test_weights_that_are_nan_give_no_number(ids):

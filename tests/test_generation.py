@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from transformers import DynamicCache, StoppingCriteria
 from transformers.models.llama import modeling_llama as upstream
 
@@ -45,9 +45,11 @@ def one_forward(model, sequences, mask, config=EVERYTHING) -> AttentionStats:
 
 
 def assert_same(actual: AttentionStats, expected: AttentionStats, bound=1e-9):
-    assert actual.names == expected.names
+    # The median of a layer has no merged form, so that a run of several forwards is without it.
+    left_out = () if actual.replayed else ("hidden_layer_median",)
+    assert actual.names == tuple(name for name in expected.names if name not in left_out)
     assert actual.queries == expected.queries
-    for name in expected.values:
+    for name in actual.values:
         assert relative_error(actual[name], expected[name]) <= bound, name
 
 
@@ -108,7 +110,8 @@ def test_prompt_given_as_embeddings(settings, prompt):
     assert torch.equal(on.sequences, off.sequences)
     sequences = torch.cat([prompt["input_ids"], on.sequences], dim=-1)
     expected = one_forward(model, sequences, fed_mask(sequences, prompt["attention_mask"]))
-    assert set(expected.names) - set(on.attention_stats.names) == {"duplicate_token", "induction"}
+    missing = {"duplicate_token", "induction"} | (set() if on.attention_stats.replayed else {"hidden_layer_median"})
+    assert set(expected.names) - set(on.attention_stats.names) == missing
     for name in on.attention_stats.values:
         assert relative_error(on.attention_stats[name], expected[name]) <= 1e-9, name
     with pytest.raises(ValueError, match="'induction' needs the ids of all tokens"):
@@ -186,8 +189,8 @@ def test_continuing_a_cache(prompt):
     ids = prompt["input_ids"][1:]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :6], past_key_values=cache)
-    on = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, EVERYTHING, past_key_values=cache)
+        model(ids[:, :6], **{CACHE: cache})
+    on = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, EVERYTHING, **{CACHE: cache})
     stats = on.attention_stats
     assert stats.queries == range(6, on.sequences.shape[1] - 1)
     whole = one_forward(model, on.sequences, torch.ones_like(on.sequences[:, :-1]))

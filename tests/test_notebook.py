@@ -15,6 +15,7 @@ from test_viz import TOKENS, Tokenizer
 
 from llama_attn import AttentionStatsConfig, viz
 from llama_attn.stats.container import Label
+from llama_attn.stats.display import _strongest
 
 
 class Page(HTMLParser):
@@ -181,3 +182,18 @@ def test_a_fresh_kernel_shows_statistics_and_figures():
     assert all("image/png" in figure for figure in figures)
     assert pyplot["text/plain"] == "False", "nobody has imported pyplot"
     assert "image/png" in inline, "nor is it in the way where it is used"
+
+
+class OfLayers(dict):
+    """What the table needs of statistics whose layers see different keys, from a cache that has dropped some."""
+
+    tokens = (("a", "b", "c", "d", "e", "f"),)
+    visible_queries = torch.tensor([[[6, 5, 4, 3, 2, 1]], [[0, 0, 0, 3, 3, 3]]])
+
+    def coordinates(self):
+        return {"key": range(10, 16)}
+
+
+def test_the_strongest_key_of_layers_that_see_different_keys():
+    received = torch.tensor([[0.1, 0.2, 0.3, 0.9, 0.9, 0.9], [torch.nan, torch.nan, torch.nan, 0.1, 0.2, 0.3]])
+    assert _strongest(OfLayers(received=received[:, None, None])) == ["12 c, 30%", "15 f, 30%"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from oracle import stock_of
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,7 +24,7 @@ def calls(model, ids, **arguments):
     mask[0, :5] = 0
     return {
         "prefill": lambda: model(ids, use_cache=True, **arguments),
-        "decode": lambda: model(ids[:, -1:], past_key_values=cache, **arguments),
+        "decode": lambda: model(ids[:, -1:], **{CACHE: cache}, **arguments),
         "padded": lambda: model(ids, attention_mask=mask, use_cache=False, **arguments),
     }
 

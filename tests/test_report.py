@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from report_page import measured, ordered, written
 from test_viz import TOKENS
 
@@ -112,7 +112,7 @@ def test_layers_without_data(ids, tmp_path):
     for name, tensor in stats.values.items():
         if tensor.is_floating_point():
             tensor[1] = torch.nan
-        elif name in ("topk_position", "hidden_max_channel"):
+        elif name in ("topk_position", "hidden_max_channel", "hidden_top_channel"):
             tensor[1] = -1
     page = written(stats, tmp_path)
     assert np.isnan(page.array("heads entropy")[0][1]).all()
@@ -145,7 +145,7 @@ def test_other_axes_segments_strides_and_caches(ids, tmp_path):
     model = tiny_model()
     with torch.no_grad():
         cache = model(ids[:, :20]).past_key_values
-        stats = model(ids[:, 20:], past_key_values=cache, output_attention_stats=True).attention_stats
+        stats = model(ids[:, 20:], **{CACHE: cache}, output_attention_stats=True).attention_stats
     page = written(stats, tmp_path)
     assert page.about["queries"] == {"first": 20, "stride": 1, "count": 17}
     assert page.about["length"] == 37

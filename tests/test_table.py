@@ -19,8 +19,8 @@ DEFAULT = {
     "entropy", "logsumexp", "max_logit", "max_weight", "sink_mass", "local_mass", "mean_distance", "received",
 }  # fmt: skip
 NORMS = {
-    "hidden_norm", "hidden_max", "hidden_max_channel", "hidden_median", "key_norm", "value_norm", "key_mean_norm",
-    "value_mean_norm", "value_output_norm",
+    "hidden_norm", "hidden_max", "hidden_max_channel", "hidden_median", "hidden_top", "hidden_top_channel",
+    "hidden_layer_median", "key_norm", "value_norm", "key_mean_norm", "value_mean_norm", "value_output_norm",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import torch
 from conftest import tiny_config, tiny_model
 from torch import nn
 from trainers import NAMES, Recorded, attention_logs, dataset, expected, hooks_of, trained, trainer_for
-from transformers import Trainer, TrainerCallback
+from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainerCallback
 from transformers.models.llama import LlamaForCausalLM as StockLlama
 
 from llama_attn import AttentionStatsConfig
@@ -124,9 +124,12 @@ def test_arrives_in_tensorboard(tmp_path, monkeypatch):
     [
         (
             {"entropy_threshold": 50, "layers": (0, 2)},
-            r"step 2: .*entropy.* below 50 nat in layers 0 \(\S+\), 2 \(\S+\)",
+            r"step 2: .*entropy.* below 50 nat in layers model\.layers\.0\.self_attn \(\S+\), model\.layers\.2\.self_attn \(\S+\)",
         ),
-        ({"logit_threshold": 1e-3}, r"step 2: .*logits.* above 0.001 in layers 0 \(\S+\), 1 \(\S+\), 2 \(\S+\)"),
+        (
+            {"logit_threshold": 1e-3},
+            r"step 2: .*logits.* above 0.001 in layers \S+0\S+ \(\S+\), \S+1\S+ \(\S+\), \S+2\S+ \(\S+\)",
+        ),
     ],
 )
 def test_warns_of_thresholds(options, words, tmp_path, caplog):
@@ -148,7 +151,7 @@ def test_warns_of_divergence(tmp_path, caplog):
     trained(model, tmp_path, arguments={"max_steps": 1}, layers=(1,))
     messages = [record.getMessage() for record in caplog.records if record.name == "llama_attn.observe.training"]
     assert len(messages) == 2
-    assert all(message.endswith("in layers 1 (nan)") for message in messages)
+    assert all(message.endswith("in layers model.layers.1.self_attn (nan)") for message in messages)
 
 
 class Wrapper(nn.Module):
@@ -248,14 +251,27 @@ def test_measures_the_forward_that_trains(tmp_path):
     assert attention_logs(trained(tiny_model(), tmp_path, cls=WithReference, arguments=arguments)) == plain
 
 
-class OwnRequest(Trainer):
+class OwnRequest(Recorded):
     def compute_loss(self, model, inputs, *args, **kwargs):
         return super().compute_loss(model, inputs | {"output_attention_stats": True}, *args, **kwargs)
 
 
+def test_measures_a_forward_that_is_measured_by_others_too(tmp_path):
+    arguments = {"max_steps": 1}
+    plain = attention_logs(trained(tiny_model(), tmp_path, arguments=arguments))
+    assert attention_logs(trained(tiny_model(), tmp_path, cls=OwnRequest, arguments=arguments)) == plain
+
+
+class WithoutGradients(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        with torch.no_grad():
+            super().compute_loss(model, inputs, *args, **kwargs)
+        return model.lm_head.weight.sum()
+
+
 def test_a_step_that_cannot_be_measured_says_so(tmp_path):
     with pytest.raises(RuntimeError, match="step 1: nothing was measured"):
-        trained(tiny_model(), tmp_path, cls=OwnRequest)
+        trained(tiny_model(), tmp_path, cls=WithoutGradients)
 
 
 def test_a_batch_of_padding_does_not_stop_the_training(tmp_path):
@@ -264,9 +280,32 @@ def test_a_batch_of_padding_does_not_stop_the_training(tmp_path):
     assert math.isnan(attention_logs(trainer)[1]["attention/max_logit/max"])
 
 
-def test_another_model_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"^model: expected llama_attn's .*transformers.*LlamaForCausalLM; load it"):
-        trained(StockLlama(tiny_config()), tmp_path)
+def test_any_model_is_measured(tmp_path):
+    stock = StockLlama(tiny_config())
+    stock.load_state_dict(tiny_model().state_dict())
+    arguments = {"max_steps": 2}
+    ours = attention_logs(trained(tiny_model(), tmp_path, arguments=arguments))
+    assert attention_logs(trained(stock, tmp_path, arguments=arguments)) == ours
+
+
+def test_every_head_on_request(tmp_path):
+    model = tiny_model()
+    trainer = trained(model, tmp_path, cls=Recorded, arguments={"max_steps": 1, "learning_rate": 0.0}, per="head")
+    stats = model(**trainer.batches[0], output_attention_stats=True).attention_stats
+    log = attention_logs(trainer)[1]
+    assert len([key for key in log if "/head_" in key]) == 3 * 3 * 6
+    assert log["attention/entropy/layer_01/head_04"] == pytest.approx(stats["entropy"][1, :, 4].nanmean().item())
+    assert log["attention/max_logit/layer_02/head_00"] == pytest.approx(
+        stats["max_logit"][2, :, 0].nan_to_num(-1e9).max().item()
+    )
+
+
+def test_a_model_without_observable_attention_is_an_error(tmp_path):
+    model = GPTJForCausalLM(
+        GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, bos_token_id=1, eos_token_id=2)
+    )
+    with pytest.raises(ValueError, match="GPTJForCausalLM has no attention that goes through transformers"):
+        trained(model, tmp_path)
     with pytest.raises(ValueError, match=r"layers: unknown \[3\]"):
         trained(tiny_model(), tmp_path, layers=(0, 3))
 
@@ -284,6 +323,7 @@ def test_another_model_is_an_error(tmp_path):
         ({"sink_tokens": 0}, "sink_tokens: expected a positive integer, got 0"),
         ({"query_stride": None}, "query_stride: expected a positive integer, got None"),
         ({"layers": (-1,)}, "layers: expected None or distinct indices"),
+        ({"per": "token"}, 'per: expected "layer" or "head", got '),
     ],
 )
 def test_parameters_are_checked(options, words, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from matplotlib.colors import to_rgb
 from test_viz import Tokenizer, image
 
@@ -198,8 +198,36 @@ def test_token_strip_of_what_there_is(ids):
         plot_token_strip(measure(ids, statistics="entropy", norms=False))
 
 
+NEW = ["hidden_top", "hidden_top_channel", "hidden_layer_median"]
+
+
 def test_massive_activations(stats):
     ds = stats.to_xarray()
+    ds["hidden_top"][2:, 1, 5, :2] = [1e5, 4e4]
+    ds["hidden_top_channel"][2:, 1, 5, :2] = [7, 2]
+    ds["hidden_top"][3, 1, 30, :3] = [2e5, 1e5, 9e4]
+    ds["hidden_top_channel"][3, 1, 30, :3] = [11, 7, 40]
+    figure = plot_massive_activations(ds, batch=1)
+    left, right = (axes for axes in figure.axes if axes.get_label() != "<colorbar>")
+    close(left.images[0].get_array().filled(np.nan), ds.hidden_top[:, 1, :, 0])
+    marks = {
+        line.get_label(): set(zip(line.get_ydata().tolist(), line.get_xdata().tolist(), strict=True))
+        for line in left.lines
+    }
+    assert marks == {
+        "massive, channel 7": {(2, 5), (3, 5), (3, 30)}, "massive, channel 2": {(2, 5), (3, 5)},
+        "massive, channel 11": {(3, 30)}, "massive, channel 40": {(3, 30)},
+    }  # fmt: skip
+    sizes = [line.get_markersize() for line in left.lines]
+    assert sizes == sorted(sizes, reverse=True), "each is seen behind the next"
+    lines = {line.get_label(): line.get_xdata() for line in right.lines}
+    median = ds.hidden_layer_median[:, 1]
+    close(lines["median"], median)
+    close(lines["massive beyond"], np.maximum(100, 1000 * median))
+
+
+def test_massive_activations_of_which_the_largest_is_known(stats):
+    ds = stats.to_xarray().drop_vars(NEW)
     ds["hidden_max"][2:, 1, 5] = 1e5
     ds["hidden_max_channel"][2:, 1, 5] = 7
     ds["hidden_max"][3, 1, 30] = 2e5
@@ -226,10 +254,10 @@ def test_positions_behind_a_cache_and_with_a_stride(ids):
     with torch.no_grad():
         cache = model(ids[:, :20], use_cache=True).past_key_values
         config = AttentionStatsConfig(statistics="all", norms=True, query_stride=4)
-        stats = model(ids[:, 20:], past_key_values=cache, output_attention_stats=config).attention_stats
+        stats = model(ids[:, 20:], **{CACHE: cache}, output_attention_stats=config).attention_stats
     ds = stats.to_xarray()
     assert ds["query"].values.tolist() == [20, 24, 28, 32, 36]
-    ds["hidden_max"][2, 0, 3] = 1e6
+    ds["hidden_top"][2, 0, 3, 0] = 1e6
     axes = plot_massive_activations(ds).axes[0]
     assert axes.images[0].get_extent() == [18, 38, 3.5, -0.5]
     assert axes.lines[0].get_xdata().tolist() == [32]
@@ -243,8 +271,8 @@ def test_positions_behind_a_cache_and_with_a_stride(ids):
 def test_more_channels_than_colours(stats):
     ds = stats.to_xarray()
     for token in range(9):
-        ds["hidden_max"][1, 1, token] = 1e6
-        ds["hidden_max_channel"][1, 1, token] = token
+        ds["hidden_top"][1, 1, token, 0] = 1e6
+        ds["hidden_top_channel"][1, 1, token, 0] = token
     left = plot_massive_activations(ds, batch=1).axes[0]
     assert len(left.lines) == 7
     assert sum(len(line.get_xdata()) for line in left.lines) == 9

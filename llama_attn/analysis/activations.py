@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llama_attn.analysis.dataset import as_dataset, require
+from llama_attn.analysis.dataset import as_dataset, direction_of, require
 from llama_attn.analysis.sinks import EPSILON
 
 if TYPE_CHECKING:
@@ -20,27 +20,34 @@ RATIO = 1000.0
 
 
 def massive_activations(ds: Source, magnitude: float = MAGNITUDE, ratio: float = RATIO) -> xarray.Dataset:
-    """Tokens whose residual stream has an activation above 100 and above 1,000 × the median magnitude of the state.
+    """Activations of the residual stream above 100 and at least 1,000 × the median magnitude of the state.
 
-    The median of a state, all tokens × channels of one row that enter one layer, is taken as the median over its
-    real tokens of ``hidden_median``, each token's median over channels. One activation per token is known, its
-    largest.
+    A state is what enters one layer: all tokens × channels of one row. Its median is ``hidden_layer_median`` or,
+    where that was not measured (as in a run of ``generate``), the median over its real tokens of ``hidden_median``,
+    each token's median over channels, which is near it. With ``hidden_top`` every massive channel of a token is found,
+    up to the ``top_k`` that were measured; with ``hidden_max`` alone only the largest of each token is known.
 
     Args:
-        ds: Statistics with ``hidden_max``, ``hidden_max_channel`` and ``hidden_median``.
+        ds: Statistics with ``hidden_top`` and ``hidden_top_channel``, or ``hidden_max`` and ``hidden_max_channel``;
+            and ``hidden_layer_median`` or ``hidden_median``.
         magnitude: What the magnitude must exceed [activation].
-        ratio: What the magnitude over the median must exceed.
+        ratio: What the magnitude over the median must reach.
 
     Returns:
         With the axes (hidden_layer, batch, query), where hidden layer i is what enters layer i and the last one
         the last layer's output:
-        ``massive``: whether the token has a massive activation; ``magnitude`` [activation]; ``ratio``;
-        ``channel``, −1 where there is no data.
+        ``massive``: whether the token has a massive activation;
+        ``magnitude`` [activation], ``ratio`` and ``channel`` of its largest activation, massive or not; the channel
+        is −1 where there is no data;
+        ``complete``: whether all its massive activations are listed, which is unknown if all that were measured are
+        massive.
+        With one more axis, rank: ``channels`` and ``magnitudes`` [activation] of its massive activations, largest
+        first, −1 and NaN where there are no more.
         ``median`` (hidden_layer, batch) [activation].
         ``appears`` and ``disappears`` (batch, query): the first measured hidden layer where the token is massive,
         and the first after it has been for the last time; −1 for never.
-        ``sink_heads`` (layer, batch, query) [fraction], if ``received`` was measured: the share of the layer's
-        heads for which the token is a sink (α > 0.3).
+        ``sink_heads`` (layer, batch, query) [fraction], if ``received`` of the same tokens was measured: the share
+        of the layer's heads for which the token is a sink (α > 0.3).
 
     Raises:
         ValueError: A statistic was not measured, or a bound is negative.
@@ -50,14 +57,15 @@ def massive_activations(ds: Source, magnitude: float = MAGNITUDE, ratio: float =
     import xarray
 
     dataset = as_dataset(ds)
-    require(dataset, "hidden_max", "hidden_max_channel", "hidden_median")
+    require(dataset, *needed(dataset))
     for name, bound in (("magnitude", magnitude), ("ratio", ratio)):
         if isinstance(bound, bool) or not isinstance(bound, (int, float, np.number)) or not bound >= 0:
             raise ValueError(f"{name}: expected a number from 0 up, got {bound!r}")
-    largest = dataset.hidden_max
-    median = dataset.hidden_median.median("query")
+    largest, channels = _largest(dataset)
+    median, of_what = _median(dataset)
     over_median = largest / median.where(median > 0)
-    massive = (largest > magnitude) & (over_median > ratio)
+    each = (largest > magnitude) & (over_median >= ratio)
+    massive = each.any("rank")
     layers = dataset["hidden_layer"]
     # Selected layers may stand in any order; appearing and disappearing is along the model.
     along = massive.sortby("hidden_layer")
@@ -67,25 +75,56 @@ def massive_activations(ds: Source, magnitude: float = MAGNITUDE, ratio: float =
     ever = along.any("hidden_layer")
     appears = xarray.where(ever, ordered[along.argmax("hidden_layer").values], -1)
     disappears = xarray.where(ever, after[last.values], -1)
+    first, first_over_median, first_channel = (
+        values.isel(rank=0, drop=True) for values in (largest, over_median, channels)
+    )
+    described = {
+        "massive": (massive, "bool", f"|x| > {magnitude:g} and ≥ {ratio:g} × median"),
+        "magnitude": (first, "activation", "largest magnitude of the token"),
+        "ratio": (first_over_median, "ratio", "largest magnitude over the median"),
+        "channel": (first_channel, "channel", "channel of the largest magnitude"),
+        "channels": (channels.where(each, -1), "channel", "channels of the massive activations, largest first"),
+        "magnitudes": (largest.where(each), "activation", "magnitudes of the massive activations, largest first"),
+        "complete": (~each.isel(rank=-1, drop=True), "bool", "whether all massive activations are listed"),
+        "median": (median, "activation", of_what),
+        "appears": (appears, "layer", "first hidden layer with a massive activation"),
+        "disappears": (disappears, "layer", "first hidden layer after the last one"),
+    }
     result = xarray.Dataset(
         {
-            "massive": massive.assign_attrs(
-                units="bool", long_name=f"|x| > {magnitude:g} and > {ratio:g} × median", source=SUN
-            ),
-            "magnitude": largest.assign_attrs(units="activation", long_name="largest magnitude of the token"),
-            "ratio": over_median.assign_attrs(units="ratio", long_name="largest magnitude over the median"),
-            "channel": dataset.hidden_max_channel,
-            "median": median.assign_attrs(units="activation", long_name="median over tokens of the median magnitude"),
-            "appears": appears.assign_attrs(units="layer", long_name="first hidden layer with a massive activation"),
-            "disappears": disappears.assign_attrs(units="layer", long_name="first hidden layer after the last one"),
+            name: array.assign_attrs(units=unit, long_name=meaning, source=SUN)
+            for name, (array, unit, meaning) in described.items()
         },
         {"hidden_layer": layers},
     )
-    if "received" in dataset:
-        alpha = dataset.received.sel(key=dataset["query"].values).drop_vars(["key", "key_token"], errors="ignore")
+    # In cross-attention the keys are other tokens than those of the residual stream.
+    if "received" in dataset and direction_of(dataset) != "cross":
+        alpha = dataset.received.reindex(key=dataset["query"].values).drop_vars(["key", "key_token"], errors="ignore")
         alpha = alpha.rename(key="query").assign_coords(query=dataset["query"])
         heads = (alpha > EPSILON).where(alpha.notnull()).mean("head")
         result["sink_heads"] = heads.assign_attrs(
             units="fraction", long_name=f"share of heads from which the token receives more than {EPSILON:g}"
         )
     return result
+
+
+def needed(dataset: xarray.Dataset) -> tuple[str, ...]:
+    """The statistics that `massive_activations` reads of this dataset, some of which it may lack."""
+    top = ("hidden_top", "hidden_top_channel")
+    largest = top if all(name in dataset for name in top) else ("hidden_max", "hidden_max_channel")
+    return *largest, "hidden_layer_median" if "hidden_layer_median" in dataset else "hidden_median"
+
+
+def _largest(dataset: xarray.Dataset) -> tuple[xarray.DataArray, xarray.DataArray]:
+    """The largest magnitudes of every token and their channels, (hidden_layer, batch, query, rank)."""
+    magnitudes, channels = (dataset[name] for name in needed(dataset)[:2])
+    if "rank" not in magnitudes.dims:
+        magnitudes, channels = (values.expand_dims(rank=[0], axis=-1) for values in (magnitudes, channels))
+    return magnitudes, channels
+
+
+def _median(dataset: xarray.Dataset) -> tuple[xarray.DataArray, str]:
+    """The median of every state, (hidden_layer, batch), and what it is."""
+    if "hidden_layer_median" in dataset:
+        return dataset.hidden_layer_median, "median magnitude of all tokens and channels"
+    return dataset.hidden_median.median("query"), "median over tokens of the median magnitude"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from llama_attn.analysis.dataset import as_dataset
+from llama_attn.analysis.dataset import as_dataset, direction_of, real_tokens
 
 if TYPE_CHECKING:
     import pandas
@@ -32,7 +32,8 @@ def compare(a: Source, b: Source) -> pandas.DataFrame:
     Runs are aligned by name: the statistics, layers, heads and segments that both have. Tokens are aligned by what
     they are: if the texts differ, by the longest common runs of tokens of each row; without token strings, by
     position, which needs rows of the same length. Maps and histograms are compared only where the texts are aligned
-    from the first to the last token. Positions and channels are not numbers to subtract and are left out.
+    from the first to the last token. The queries of cross-attention, which are of another text, are aligned by
+    position. Positions and channels are not numbers to subtract and are left out.
 
     Args:
         a: Statistics of one run.
@@ -82,15 +83,16 @@ def align_tokens(a: xarray.Dataset, b: xarray.Dataset) -> Pairs:
     """
     pairs: Pairs = []
     for row in range(a.sizes["batch"]):
-        real = [np.flatnonzero(run.visible_queries.values[row]) for run in (a, b)]
+        real = [np.flatnonzero(real_tokens(run, "key").values[row]) for run in (a, b)]
+        positions = [run["key"].values for run in (a, b)]
         if "key_token" in a.coords and "key_token" in b.coords:
             tokens = [run.key_token.values[row][keys].tolist() for run, keys in zip((a, b), real, strict=True)]
             at_a, at_b = _common_runs(*tokens)
             if not at_a:
                 raise ValueError(f"b: row {row} has no token in common with that of a")
-            pairs.append((real[0][at_a], real[1][at_b]))
+            pairs.append((positions[0][real[0][at_a]], positions[1][real[1][at_b]]))
         elif a.sizes["key"] == b.sizes["key"]:
-            pairs.append((np.arange(a.sizes["key"]),) * 2)
+            pairs.append((positions[0], positions[1]))
         else:
             raise ValueError(
                 f"b: expected {a.sizes['key']} tokens as in a, got {b.sizes['key']}; texts of different length are "
@@ -130,6 +132,8 @@ def _lines(name: str, a: xarray.Dataset, b: xarray.Dataset, pairs: Pairs) -> lis
     for row, (at_a, at_b) in enumerate(pairs):
         if positions is None:
             at_a = at_b = np.array([-1])
+        elif positions == "query" and direction_of(a) == "cross":
+            at_a = at_b = np.intersect1d(a["query"].values, b["query"].values)
         else:
             at_a, at_b = _measured(at_a, at_b, a[positions].values, b[positions].values)
         for values, array, at in ((values_a, left, at_a), (values_b, right, at_b)):
@@ -142,8 +146,12 @@ def _lines(name: str, a: xarray.Dataset, b: xarray.Dataset, pairs: Pairs) -> lis
         for head in ([None] if head_dim is None else left[head_dim].values)
     ]
     joined_a, joined_b = np.concatenate(values_a, axis=-1), np.concatenate(values_b, axis=-1)
-    tokens = a.key_token.values if "key_token" in a.coords else None
-    return _measures(name, labels, joined_a, joined_b, where, tokens)
+
+    def token(row: int, position: int) -> str | None:
+        name = f"{positions}_token"
+        return str(a[name].sel({positions: position}).values[row]) if name in a.coords else None
+
+    return _measures(name, labels, joined_a, joined_b, where, token)
 
 
 def _measured(
@@ -170,7 +178,7 @@ def _measures(
     a: Float[np.ndarray, "line cell"],
     b: Float[np.ndarray, "line cell"],
     where: list[tuple[int, int]],
-    tokens: np.ndarray | None,
+    tokens: Callable[[int, int], str | None],
 ) -> list[dict[str, object]]:
     known = np.isfinite(a) & np.isfinite(b)
     # One unit of effect: how much the statistic varies at all, or, if it hardly does, how exact it is.
@@ -191,6 +199,6 @@ def _measures(
             numbers |= {"effect": effect, "largest": difference[at]}
             batch, position = where[at]
             position = None if position < 0 else position
-            token = None if position is None or tokens is None else str(tokens[batch, position])
+            token = None if position is None else tokens(batch, position)
         lines.append(line | numbers | {"batch": batch, "position": position, "token": token})
     return lines

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 from llama_attn.stats.container import AttentionStats
 
@@ -46,3 +47,28 @@ def require(dataset: xarray.Dataset, *names: str) -> None:
             f"source: {missing} not measured; run the model with "
             f"output_attention_stats=AttentionStatsConfig(statistics=(…, {wanted})); there are {sorted(map(str, dataset.data_vars))}"
         )
+
+
+def direction_of(dataset: xarray.Dataset) -> Literal["causal", "bidirectional", "cross"]:
+    """Whether queries see keys before them, on both sides, or of another text.
+
+    Raises:
+        ValueError: The dataset says something else.
+    """
+    direction = dataset.attrs.get("direction", "causal")
+    if direction not in ("causal", "bidirectional", "cross"):
+        raise ValueError(
+            f"source: expected attrs['direction'] to be 'causal', 'bidirectional' or 'cross', got {direction!r}"
+        )
+    return cast('Literal["causal", "bidirectional", "cross"]', direction)
+
+
+def real_tokens(dataset: xarray.Dataset, axis: Literal["query", "key"]) -> xarray.DataArray:
+    """Which queries see some key in some layer, or which keys some query of some layer sees, (batch, axis)."""
+    seen = (dataset.visible_keys if axis == "query" else dataset.visible_queries) > 0
+    return seen.any("layer") if "layer" in seen.dims else seen
+
+
+def without_attention(dataset: xarray.Dataset) -> tuple[int, ...]:
+    """Layers of the model that have no attention and so no statistics; none if the dataset does not say."""
+    return tuple(int(layer) for layer in json.loads(dataset.attrs.get("without_attention", "[]")))

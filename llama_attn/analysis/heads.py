@@ -9,7 +9,7 @@ import numpy as np
 from llama_attn.analysis.dataset import as_dataset, require
 from llama_attn.analysis.locality import LOCAL_BELOW, normalized_entropy
 from llama_attn.analysis.sinks import EPSILON
-from llama_attn.analysis.uniform import measured_with, uniform_attention
+from llama_attn.analysis.uniform import measured_with, share_of_keys, uniform_attention
 
 if TYPE_CHECKING:
     import pandas
@@ -36,7 +36,7 @@ def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataF
     ================== =========================================================================== =========
     role               score                                                                       threshold
     ================== =========================================================================== =========
-    sink               mass on the first tokens, of queries that see more than these               0.3
+    sink               mass on the first tokens, of queries that see them and more                 0.3
     previous_token     mass on the token before the query                                          0.3
     duplicate_token    mass on earlier copies of the query's token                                 0.3
     induction          mass on tokens that followed earlier copies of the query's token            0.3
@@ -44,7 +44,9 @@ def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataF
     uniform            mean of entropy / ln(number of visible keys)                                0.9
     ================== =========================================================================== =========
 
-    0.3 is the ε of Gu et al.; 0.5 is where `locality` draws the line; 0.9 is a choice.
+    0.3 is the ε of Gu et al.; 0.5 is where `locality` draws the line; 0.9 is a choice. What a layer's window hides
+    counts against no head: uniform attention is that over the window, and queries whose window has left the first
+    tokens behind do not count for ``sink``.
 
     In ordinary text few tokens have an earlier copy, so that heads which look for copies score low and often rest on
     the sink. To find them, measure a random sequence repeated twice and pass the second half as ``query_slice``.
@@ -94,8 +96,11 @@ def _queries(dataset: xarray.Dataset, query_slice: slice | None) -> xarray.Datas
     """The dataset and what uniform attention would give, with only the queries that count."""
     if query_slice is not None and not isinstance(query_slice, slice):
         raise ValueError(f"query_slice: expected a slice such as slice(65, None), got {query_slice!r}")
-    dataset = dataset.assign(uniform_distance=uniform_attention(dataset).mean_distance)
-    positions = range(*(query_slice or slice(None)).indices(dataset.sizes["key"]))
+    uniform = uniform_attention(dataset)
+    dataset = dataset.assign(uniform_distance=uniform.mean_distance, uniform_sink_mass=uniform.sink_mass)
+    positions = range(
+        *(query_slice or slice(None)).indices(int(max(dataset["key"].values[-1], dataset["query"].values[-1])) + 1)
+    )
     queries = dataset["query"].values
     chosen = np.flatnonzero(np.isin(queries, positions))
     if not len(chosen):
@@ -107,12 +112,12 @@ def _scores(dataset: xarray.Dataset) -> dict[str, xarray.DataArray]:
     """The score of every role, (layer, head)."""
     everywhere = ["batch", "query"]
     several = dataset.visible_keys > 1
-    distance, uniform_distance = (
-        dataset[name].where(several).mean(everywhere) for name in ("mean_distance", "uniform_distance")
-    )
-    beyond_sink = dataset.visible_keys > measured_with(dataset, "sink_tokens")
+    distances = dataset.mean_distance / share_of_keys(dataset), dataset.uniform_distance
+    distance, uniform_distance = (each.where(several).mean(everywhere) for each in distances)
+    # Unknown, it counts: it is so in packed documents, each of which begins with its sink.
+    sees_sink = (dataset.visible_keys > measured_with(dataset, "sink_tokens")) & (dataset.uniform_sink_mass != 0)
     scores = {
-        "sink": dataset.sink_mass.where(beyond_sink).mean(everywhere),
+        "sink": dataset.sink_mass.where(sees_sink).mean(everywhere),
         "local": 1 - distance / uniform_distance,
         "uniform": normalized_entropy(dataset).mean(everywhere),
     }

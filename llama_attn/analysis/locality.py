@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis.dataset import as_dataset, require
-from llama_attn.analysis.uniform import measured_with, uniform_attention
+from llama_attn.analysis.uniform import measured_with, share_of_keys, uniform_attention
 
 if TYPE_CHECKING:
     import xarray
@@ -19,21 +19,25 @@ LOCAL_BELOW = 0.5
 
 
 def locality(ds: Source) -> xarray.Dataset:
-    """How far each head looks, against uniform attention over the same keys.
+    """How far each head looks, against uniform attention over the same keys: in a window, those of the window.
 
     Args:
-        ds: Statistics with ``local_mass``, ``mean_distance`` and ``entropy``.
+        ds: Statistics with ``local_mass``, ``mean_distance`` and ``entropy``; with ``learned_sink_mass`` too, all are
+            of the attention that is left to keys.
 
     Returns:
         Per (layer, batch, head), means over the real queries:
         ``local_mass`` [probability] on distances below the configuration's ``window``;
         ``mean_distance`` [tokens];
-        ``normalized_entropy`` [ratio], H_i / ln n_i over the queries that see n_i > 1 keys: 1 is uniform;
+        ``normalized_entropy`` [ratio], H_i / ln n_i over the queries that have n_i > 1 outcomes, the keys they see
+        and a learned sink: 1 is uniform;
         ``relative_distance`` [ratio], mean distance over that of uniform attention: 0 looks at itself, 1 is as far
         as uniform, almost 2 looks at the first token only;
-        ``reach``: ``"local"`` where the relative distance is below 0.5, else ``"global"``, or ``"no data"``.
-        Per batch: ``uniform_local_mass`` and ``uniform_distance``, the same means of uniform attention. Where the
-        text is hardly longer than the window, local mass says little, and the relative distance still does.
+        ``reach``: ``"local"`` where the relative distance is below 0.5, else ``"global"``, or ``"no data"``, as in
+        cross-attention, which has no distances.
+        Per batch, and per layer where the layers see different keys: ``uniform_local_mass`` and ``uniform_distance``,
+        the same means of uniform attention. Where the text, or what the layer sees of it, is hardly longer than the
+        configuration's ``window``, local mass says little, and the relative distance still does.
 
     Raises:
         ValueError: A statistic was not measured.
@@ -44,13 +48,18 @@ def locality(ds: Source) -> xarray.Dataset:
 
     dataset = as_dataset(ds)
     require(dataset, "local_mass", "mean_distance", "entropy")
-    uniform = uniform_attention(dataset).mean("query")
-    distance = dataset.mean_distance.mean("query")
+    uniform = uniform_attention(dataset)[["local_mass", "mean_distance"]].mean("query")
+    on_keys = share_of_keys(dataset)
+    distance = (dataset.mean_distance / on_keys).mean("query")
     relative = distance / uniform.mean_distance.where(uniform.mean_distance > 0)
     reach = xarray.where(relative < LOCAL_BELOW, "local", "global").where(relative.notnull(), "no data")
     window = measured_with(dataset, "window")
     described = {
-        "local_mass": (dataset.local_mass.mean("query"), "probability", f"mass at distances below {window}"),
+        "local_mass": (
+            (dataset.local_mass / on_keys).mean("query"),
+            "probability",
+            f"mass at distances below {window}",
+        ),
         "mean_distance": (distance, "tokens", "mean distance to the attended keys"),
         "normalized_entropy": (
             normalized_entropy(dataset).mean("query"),
@@ -68,6 +77,11 @@ def locality(ds: Source) -> xarray.Dataset:
 
 
 def normalized_entropy(dataset: xarray.Dataset) -> xarray.DataArray:
-    """H_i / ln n_i per query that sees n_i > 1 keys, else NaN: 1 for uniform attention, 0 for a single key."""
-    seen = dataset.visible_keys.where(dataset.visible_keys > 1)
-    return dataset.entropy / np.log(seen)
+    """H_i / ln n_i per query that has n_i > 1 outcomes, else NaN: 1 for uniform attention, 0 for a single outcome.
+
+    The outcomes are the keys that it sees and, if ``learned_sink_mass`` says that there is one, the learned sink.
+    """
+    outcomes = dataset.visible_keys
+    if "learned_sink_mass" in dataset:
+        outcomes = outcomes + (dataset.learned_sink_mass > 0).any("query")
+    return dataset.entropy / np.log(outcomes.where((dataset.visible_keys > 0) & (outcomes > 1)))

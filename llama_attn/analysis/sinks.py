@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from llama_attn.analysis.dataset import as_dataset, require
+from llama_attn.analysis.dataset import as_dataset, real_tokens, require
 from llama_attn.analysis.uniform import uniform_attention
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def sink_rate(
         ``attrs["epsilon"]`` and ``attrs["key"]``.
 
     Raises:
-        ValueError: ``received`` was not measured, an argument is out of range, or no row has so many keys.
+        ValueError: ``received`` was not measured, an argument is out of range, no row has so many keys, or the first
+            tokens were dropped from the cache, so that it is unknown how many came before.
 
     Source: Gu et al., arXiv 2410.10781 (ε = 0.3, T = 64, first token; printed there × 100).
     """
@@ -49,7 +50,9 @@ def sink_rate(
     _check_share("epsilon", epsilon)
     if by not in (None, "layer", "head", "batch"):
         raise ValueError(f"by: expected None, 'layer', 'head' or 'batch', got {by!r}")
-    real = dataset.visible_queries > 0
+    if dropped := int(dataset["key"].values[0]):
+        raise ValueError(f"key: the first {dropped} tokens are no longer in the cache; real keys cannot be counted")
+    real = real_tokens(dataset, "key")
     lengths = real.sum("key").values
     if isinstance(key, bool) or not isinstance(key, (int, np.integer)) or not 0 <= key < lengths.max(initial=0):
         raise ValueError(f"key: expected 0 to {lengths.max(initial=0) - 1}, the real keys of a row, got {key!r}")
@@ -72,7 +75,7 @@ def sink_positions(ds: Source, epsilon: float = EPSILON) -> xarray.Dataset:
     """Which tokens are sinks, of which heads, and how far above a uniform share.
 
     The boost is ``received`` over what the key would receive from heads that attend equally to every key they may
-    see. In short texts uniform attention alone exceeds ε on the first keys, with a boost of 1: read both.
+    see. In short texts, and in a narrow window, uniform attention alone exceeds ε, with a boost of 1: read both.
 
     Args:
         ds: Statistics with ``received``.
@@ -83,7 +86,8 @@ def sink_positions(ds: Source, epsilon: float = EPSILON) -> xarray.Dataset:
         (or than the most there are), whose mean says little.
         ``boost`` (layer, batch, head, key) [ratio]; NaN where `uniform_attention` is unknown.
         ``position`` (layer, batch, head) [token]: the sink that receives most, −1 where there is none.
-        ``heads`` (batch, key) [fraction]: share of measured heads of all layers that have a sink there.
+        ``heads`` (batch, key) [fraction]: share of measured heads that have a sink there, of all layers in which
+        some query sees the key.
         Token strings stay as coordinates.
 
     Raises:
@@ -115,7 +119,7 @@ def sink_positions(ds: Source, epsilon: float = EPSILON) -> xarray.Dataset:
 
 
 def seen_enough(dataset: xarray.Dataset) -> xarray.DataArray:
-    """Whether enough queries see each key for their mean to say something, (batch, key)."""
+    """Whether enough queries see each key for their mean to say something, (batch, key); per layer if they differ."""
     seen = dataset.visible_queries
     return (seen >= np.minimum(seen.max("key"), FEWEST_QUERIES)) & (seen > 0)
 

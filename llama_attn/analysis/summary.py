@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llama_attn.analysis.activations import massive_activations
-from llama_attn.analysis.dataset import as_dataset, require
+from llama_attn.analysis.activations import massive_activations, needed
+from llama_attn.analysis.dataset import as_dataset, real_tokens, require
 from llama_attn.analysis.sinks import seen_enough
-from llama_attn.analysis.uniform import measured_with
+from llama_attn.analysis.uniform import measured_with, uniform_attention
 
 if TYPE_CHECKING:
     import pandas
@@ -21,13 +21,12 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
     """The sink and the largest activation of every measured layer.
 
     Args:
-        source: Statistics with ``sink_mass``, ``received``, ``hidden_max``, ``hidden_max_channel`` and
-            ``hidden_median``.
+        source: Statistics with ``sink_mass`` and ``received``, and what `massive_activations` needs.
         batch: Row of the batch.
 
     Returns:
-        A frame indexed by layer. ``sink_mass`` is the mean over heads and over the queries that see more than
-        the sink itself; ``sink_position`` the key that receives most on average over heads, among keys seen by
+        A frame indexed by layer. ``sink_mass`` is the mean over heads and over the queries that see the sink and
+        more; ``sink_position`` the key that receives most on average over heads, among keys seen by
         at least four queries (or by the most there are); ``activation`` the largest magnitude in the residual
         stream that enters the layer, with its position, channel and ratio to the median as in
         `massive_activations`.
@@ -40,8 +39,8 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
     import pandas
 
     dataset = as_dataset(source)
-    require(dataset, "sink_mass", "received", "hidden_max", "hidden_max_channel", "hidden_median")
-    if batch not in dataset.batch.values or not (dataset.visible_keys.sel(batch=batch) > 0).any():
+    require(dataset, "sink_mass", "received", *needed(dataset))
+    if batch not in dataset.batch.values or not real_tokens(dataset, "query").sel(batch=batch).any():
         raise ValueError(
             f"batch: {batch} was not measured or is all padding; there are {dataset.batch.values.tolist()}"
         )
@@ -49,19 +48,21 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
     activations = massive_activations(dataset).isel(batch=0)
     enough = seen_enough(dataset).isel(batch=0)
     row = dataset.isel(batch=0)
-    mass = row.sink_mass.where(row.visible_keys > measured_with(dataset, "sink_tokens")).mean(["head", "query"])
+    uniform = uniform_attention(dataset).sink_mass.isel(batch=0)
+    sees_sink = (row.visible_keys > measured_with(dataset, "sink_tokens")) & (uniform != 0)
+    mass = row.sink_mass.where(sees_sink).mean(["head", "query"])
     received = row.received.mean("head").where(enough).fillna(-np.inf)
     lines = []
     for layer in row.layer.values:
-        sink = int(received.sel(layer=layer).argmax("key"))
+        strongest = received.sel(layer=layer).isel(key=int(received.sel(layer=layer).argmax("key")))
         entering = activations.sel(hidden_layer=layer)
         peak = entering.isel(query=int(entering.magnitude.fillna(-np.inf).argmax("query")))
         lines.append(
             {
                 "layer": int(layer),
                 "sink_mass": float(mass.sel(layer=layer)),
-                "sink_position": sink,
-                "received": float(received.sel(layer=layer)[sink]),
+                "sink_position": int(strongest["key"]),
+                "received": float(strongest),
                 "activation": float(peak.magnitude),
                 "activation_position": int(peak["query"]),
                 "activation_channel": int(peak.channel),

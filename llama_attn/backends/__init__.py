@@ -9,5 +9,6 @@ A backend file holds
 - ``mask``: the function that makes its ``attention_mask``, or None where transformers already has one;
 - ``ACCEPTS_MASKS_OF``: the backends whose masks it reads as well as its own;
 - ``unavailable()``: None if it runs here, else the reason and what to install;
+- ``sees``: its rule, who sees whom in a call of it;
 - ``ENGINE``, optional: the engine it runs on, which then measures too.
 """

@@ -7,10 +7,18 @@ import importlib.util
 from transformers.integrations.flash_attention import flash_attention_forward as attend
 from transformers.utils import is_flash_attn_2_available
 
-__all__ = ["ACCEPTS_MASKS_OF", "attend", "mask", "unavailable"]
+from llama_attn.backends._rules import AttentionCall, by_vector
+from llama_attn.stats.visibility import Visibility
+
+__all__ = ["ACCEPTS_MASKS_OF", "attend", "mask", "sees", "unavailable"]
 
 mask = None
 ACCEPTS_MASKS_OF = ("flash_attention_2", "flash_attention_3")
+
+
+def sees(call: AttentionCall) -> Visibility:
+    """Causal from the lower right, with a vector of real keys and the window that the call names."""
+    return by_vector(call)
 
 
 def unavailable() -> str | None:

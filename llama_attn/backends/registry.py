@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_attn import backends
-from llama_attn.engines._fused import padding_mask
+from llama_attn.backends import _streaming
+from llama_attn.backends._rules import AttentionCall, by_mask, by_request
+from llama_attn.stats.visibility import Visibility
 
 # transformers reads these in a name as "a FlashAttention variant", "a kernel on the hub" and "paged".
 RESERVED = ("flash", "/", "|")
@@ -33,7 +35,9 @@ class Backend:
         mask: Builds its mask; None where transformers has one under this name.
         unavailable: Why it does not run here; None if it does.
         accepts_masks_of: Backends whose masks it reads.
+        sees: Its rule: who sees whom in a call of it.
         engine: Name of the engine it runs on, if it names one.
+        has_sinks: Whether it gives learned sinks their share, where a layer has them.
     """
 
     name: str
@@ -41,7 +45,9 @@ class Backend:
     mask: Callable[..., Any] | None
     unavailable: Callable[[], str | None]
     accepts_masks_of: tuple[str, ...]
+    sees: Callable[[AttentionCall], Visibility]
     engine: str | None = None
+    has_sinks: bool = True
 
     @property
     def is_ours(self) -> bool:
@@ -50,8 +56,8 @@ class Backend:
 
     @property
     def is_streaming(self) -> bool:
-        """Whether it takes the visibility in place of a mask, and measures from its own blocks."""
-        return self.mask is padding_mask
+        """Whether it measures from its own blocks."""
+        return self.sees is _streaming.sees
 
     def check_mask(self, origin: str, attention_mask: Any, num_queries: int, num_keys: int) -> None:
         """Refuse a mask that was made for the backend ``origin`` and would be misread here.
@@ -63,7 +69,7 @@ class Backend:
         # Without a mask, sdpa and FlashAttention mean the same as long as no keys come from a cache.
         alike = origin == "sdpa" and self.name.startswith("flash") and causal
         if origin not in self.accepts_masks_of and not alike:
-            shape = None if attention_mask is None else tuple(attention_mask.shape)
+            shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else None
             raise ValueError(
                 f"attention_mask: layers pinned to {self.name!r} cannot read a mask made for {origin!r} (shape {shape}); "
                 f"set the model's attn_implementation to one of {list(self.accepts_masks_of)}"
@@ -104,7 +110,8 @@ def register_backend(
         raise ValueError(f"name: expected a string without any of {list(RESERVED)}, got {name!r}")
     if name in _built_in() or (name not in _BACKENDS and name in ALL_ATTENTION_FUNCTIONS.valid_keys()):
         raise ValueError(f"name: {name!r} is already a backend; choose another name than {sorted(all_backends())}")
-    _BACKENDS[name] = Backend(name, attend, mask or sdpa_mask, lambda: None, (name,) if mask else (name, "sdpa"))
+    accepts, sees = ((name,), _by_its_own_mask) if mask else ((name, "sdpa"), _BACKENDS["sdpa"].sees)
+    _BACKENDS[name] = Backend(name, attend, mask or sdpa_mask, lambda: None, accepts, sees)
     _fill_tables(_BACKENDS[name])
 
 
@@ -142,13 +149,31 @@ def check_request(name: str) -> None:
         get_backend(name)
 
 
+def rule_of(name: str) -> Backend:
+    """The backend whose rule of who sees whom any ``attn_implementation`` follows, kernels of the hub included.
+
+    Raises:
+        ValueError: It is nobody's that is known.
+    """
+    if name in _BACKENDS:
+        return _BACKENDS[name]
+    masks = {sdpa_mask: "sdpa", eager_mask: "eager", flash_attention_mask: "flash_attention_2"}
+    made_by = type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping.get(name)
+    rule = "flash_attention_2" if "flash" in name else masks.get(made_by)
+    if rule is None:
+        raise ValueError(
+            f"attn_implementation: who sees whom under {name!r} is not known; register it with llama_attn.register_backend"
+        )
+    return _BACKENDS[rule]
+
+
 def attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function behind any ``attn_implementation``, those of the hub included, as transformers would choose it."""
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, _BACKENDS["eager"].attend)
 
 
 def is_streaming(name: str | None) -> bool:
-    """Whether ``name`` is a backend that takes the visibility in place of a mask."""
+    """Whether ``name`` is a backend that measures from its own blocks."""
     backend = _BACKENDS.get(name or "")
     return backend is not None and backend.is_streaming
 
@@ -173,9 +198,15 @@ def _fill_tables(backend: Backend) -> None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(backend.name, backend.mask)
 
 
+def _by_its_own_mask(call: AttentionCall) -> Visibility:
+    """As the mask was asked for, of which a function of somebody else's made what only he can read."""
+    visibility = by_request(call)
+    return by_mask(call) if visibility is None else visibility
+
+
 def _built_in() -> tuple[str, ...]:
     names = (module.name for module in pkgutil.iter_modules(backends.__path__))
-    return tuple(name for name in names if name != "registry")
+    return tuple(name for name in names if name != "registry" and not name.startswith("_"))
 
 
 def _discover() -> dict[str, Backend]:
@@ -188,7 +219,9 @@ def _discover() -> dict[str, Backend]:
             module.mask,
             module.unavailable,
             module.ACCEPTS_MASKS_OF,
+            module.sees,
             getattr(module, "ENGINE", None),
+            getattr(module, "HAS_SINKS", True),
         )
     return found
 

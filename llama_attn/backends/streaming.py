@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llama_attn.engines._fused import STREAMING_BACKENDS as ACCEPTS_MASKS_OF, attend_with, padding_mask as mask
+from llama_attn.backends._streaming import STREAMING_BACKENDS as ACCEPTS_MASKS_OF, attend_with, mask, sees
 
-__all__ = ["ACCEPTS_MASKS_OF", "ENGINE", "attend", "mask", "unavailable"]
+__all__ = ["ACCEPTS_MASKS_OF", "ENGINE", "attend", "mask", "sees", "unavailable"]
 
 ENGINE = None
 attend = attend_with(ENGINE)

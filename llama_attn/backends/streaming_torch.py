@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from llama_attn.backends._streaming import STREAMING_BACKENDS as ACCEPTS_MASKS_OF, attend_with, mask, sees
 from llama_attn.engines import torch as engine
-from llama_attn.engines._fused import STREAMING_BACKENDS as ACCEPTS_MASKS_OF, attend_with, padding_mask as mask
 
-__all__ = ["ACCEPTS_MASKS_OF", "ENGINE", "attend", "mask", "unavailable"]
+__all__ = ["ACCEPTS_MASKS_OF", "ENGINE", "attend", "mask", "sees", "unavailable"]
 
 ENGINE = "torch"
 attend = attend_with(ENGINE)

@@ -18,7 +18,9 @@ from types import ModuleType
 
 from torch import device as torch_device
 
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import Statistic
+from llama_attn.stats.visibility import Visibility
 
 # Every engine, whether it runs here or not.
 ENGINES = tuple(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
@@ -28,6 +30,29 @@ _loaded: dict[str, ModuleType] = {}
 def default_engine(device: torch_device) -> str:
     """The engine that works on ``device`` when none is named: ``native`` on a CPU where it has been built."""
     return "native" if "native" in _loaded and device.type == "cpu" else "torch"
+
+
+def choose_engine(
+    named: str | None,
+    visibility: Visibility,
+    scoring: Scoring,
+    device: torch_device,
+    *,
+    default: str | None = None,
+) -> str:
+    """The engine for a call: the one that is named, else ``default`` or that of the device, else ``torch``.
+
+    Raises:
+        ValueError: The engine that is named does not exist, or refuses such a call.
+        ImportError: It does not run here.
+    """
+    name = named or default or default_engine(device)
+    reason = get_engine(name).refuses(visibility, scoring)
+    if reason is None:
+        return name
+    if named is not None:
+        raise ValueError(f"engine: {name!r} refuses this call: {reason}")
+    return "torch"
 
 
 def assign(

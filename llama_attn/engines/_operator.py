@@ -52,15 +52,7 @@ def walk(
             None if wanted is None else wanted.segments,
             None if wanted is None else wanted.tokens,
         ],
-        [
-            visibility.first_query,
-            visibility.num_keys,
-            visibility.stride,
-            int(visibility.causal),
-            -1 if visibility.stop_query is None else visibility.stop_query,
-            visibility.offset,
-            int(visibility.aligned),
-        ],
+        extent_of(visibility),
         [
             0 if wanted is None else wanted.num_segments,
             config.sink_tokens,
@@ -100,7 +92,7 @@ def _walk(
     if statistics := _statistics(names):
         segments, tokens = vectors[len(VECTORS) :]
         wanted = Wanted(statistics, _config(parameters), segments, parameters[0], tokens)
-    visibility, scoring = _visibility(query, vectors, extent), _scoring(scores, position_bias, sinks)
+    visibility, scoring = visibility_of(query, vectors, extent), scoring_of(scores, position_bias, sinks)
     with full_precision(query.device):
         result = get_engine(engine).walk(query, key, value, visibility, scoring, wanted)
     output = query.new_empty(0) if result.output is None else result.output
@@ -165,7 +157,7 @@ def _walk_backward(
     scores: Sequence[float],
     engine: str,
 ) -> list[Tensor]:
-    visibility, scoring = _visibility(query, vectors, extent), _scoring(scores, position_bias, sinks)
+    visibility, scoring = visibility_of(query, vectors, extent), scoring_of(scores, position_bias, sinks)
     with full_precision(query.device):
         gradients = get_engine(engine).backward(grad_output, query, key, value, output, logsumexp, visibility, scoring)
     # There is no list of optional tensors that an operator could give back.
@@ -212,7 +204,21 @@ def _statistics(names: str) -> list[Statistic]:
     return [table[name] for name in names.split(",") if name]
 
 
-def _visibility(query: Tensor, vectors: Sequence[Tensor | None], extent: Sequence[int]) -> Visibility:
+def extent_of(visibility: Visibility) -> list[int]:
+    """What a visibility holds in numbers, for an operator."""
+    return [
+        visibility.first_query,
+        visibility.num_keys,
+        visibility.stride,
+        int(visibility.causal),
+        -1 if visibility.stop_query is None else visibility.stop_query,
+        visibility.offset,
+        int(visibility.aligned),
+    ]
+
+
+def visibility_of(query: Tensor, vectors: Sequence[Tensor | None], extent: Sequence[int]) -> Visibility:
+    """The visibility that an operator was told in vectors and numbers."""
     first_query, num_keys, stride, causal, stop_query, offset, aligned = extent
     return Visibility(
         batch=query.shape[0],
@@ -228,7 +234,8 @@ def _visibility(query: Tensor, vectors: Sequence[Tensor | None], extent: Sequenc
     )
 
 
-def _scoring(scores: Sequence[float], position_bias: Tensor | None, sinks: Tensor | None) -> Scoring:
+def scoring_of(scores: Sequence[float], position_bias: Tensor | None, sinks: Tensor | None) -> Scoring:
+    """The scoring that an operator was told."""
     scale, softcap = scores
     return Scoring(scale, softcap or None, position_bias, sinks)
 

@@ -7,22 +7,26 @@ feed rows that are not returned; their statistics come from one more forward ove
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
+from llama_attn.observe.forward import Forward
+from llama_attn.observe.interface import TRANSFORMERS_OWN, unwatch, watch
 from llama_attn.observe.outputs import GenerateBeamOutputWithAttentionStats, GenerateOutputWithAttentionStats
+from llama_attn.observe.pipelining import refuse_pipeline
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
+from llama_attn.stats.labelling import label
 from llama_attn.stats.merge import Run
-from llama_attn.stats.recorder import Recorder, Step
+from llama_attn.stats.recorder import Step
 from llama_attn.stats.segments import add_generated
-from llama_attn.stats.visibility import Visibility
 
 SERVED = (
     GenerationMode.GREEDY_SEARCH,
@@ -34,23 +38,22 @@ SERVED = (
 
 
 class GenerationSession:
-    """The statistics of one ``generate`` call while it runs. A plain object, so that nobody copies it on the way.
+    """Observes every forward of one ``generate`` call.
 
     Args:
         config: What to measure.
-        new_recorder: Makes the recorder of one forward from its place in the run.
+        observe: Makes the observer of one forward from its place in the run.
     """
 
-    def __init__(
-        self, config: AttentionStatsConfig, new_recorder: Callable[[AttentionStatsConfig, Step], Recorder]
-    ) -> None:
-        self.config = config
-        self._new_recorder = new_recorder
-        self._step: Step | None = None
-        self._recorder: Recorder | None = None
+    def __init__(self, config: AttentionStatsConfig, observe: Callable[[AttentionStatsConfig, Step], Forward]) -> None:
+        self.config, self._observe = config, observe
+        self._step = Step()
+        self._forward: Forward | None = None
+        self._called: set[nn.Module] = set()
         self._fed = 0
-        self._first_query = -1
+        self._real: Tensor | None = None
         self.segments: tuple[Tensor, tuple[str, ...]] | None = None
+        self.modules = tuple(observe(config, Step()).stack.layers)
 
     def begin(self, input_ids: Tensor, inputs_embeds: Tensor | None, repeats: int) -> None:
         """Take the prompt of every row that will be returned.
@@ -70,7 +73,6 @@ class GenerationSession:
             self.segments = labels.repeat_interleave(repeats, dim=0), names
             self.config = replace(self.config, segments=self.segments)
         self._run = Run(self.config)
-        self._engines: dict[str, None] = {}
 
     def watch(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
         """The same criteria; rows that they end are no longer measured."""
@@ -80,54 +82,72 @@ class GenerationSession:
             def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
                 done = super().__call__(input_ids, scores, **kwargs)
                 session._alive = session._alive & ~done.to(session._alive.device)
+                if session._tokens is not None:
+                    session._tokens = input_ids
                 return done
 
         return Watched(criteria)
 
-    def next_recorder(self, input_ids: Tensor) -> Recorder:
-        """The recorder of the next forward."""
+    def _next(self) -> Forward:
+        """The observer of the next forward."""
         self._collect()
-        # A chunk of the prompt comes alone, a generated token with all that came before.
-        if self._tokens is not None and input_ids.shape[1] > self._tokens.shape[1]:
-            self._tokens = input_ids
         rows = None if bool(self._alive.all()) else self._alive
         self._step = Step(first=self._fed, rows=rows, prompt=self.prompt, tokens=self._tokens)
-        self._recorder = self._new_recorder(self.config, self._step)
-        return self._recorder
+        self._forward = self._observe(self.config, self._step)
+        self._called = set()
+        return self._forward
 
     def _collect(self) -> None:
         """Keep what the last forward measured."""
-        if self._recorder is None or self._step is None:
+        forward, self._forward = self._forward, None
+        if forward is None or forward.visibility_of_first is None:
             return
-        self._recorder.close()
-        visibility = self._recorder.visibility
-        if self._first_query < 0:
-            self._first_query = visibility.first_query
-        self._fed = visibility.num_keys
-        self._real = visibility.real_keys
+        visibility = forward.visibility_of_first
+        self._fed, self._real = visibility.length, visibility.real_keys
         measured = torch.ones_like(self._alive) if self._step.rows is None else self._step.rows
         self._lengths = torch.where(measured, self._fed, self._lengths)
-        self._run.add(self._recorder.statistics, self._recorder.records.take_all(), self._fed)
-        self._engines |= self._recorder.engines
-        self._recorder = None
+        self._run.add(forward.measured())
+        self._last = forward
 
     def finish(self, device: torch.device) -> AttentionStats:
         """The statistics of the whole run."""
         self._collect()
-        batch, fed = len(self._alive), self._fed
-        real = self._real.to(self._lengths.device)
-        real = real & (torch.arange(fed, device=real.device) < self._lengths[:, None])
-        whole = self._new_recorder(self.config, Step(first=0, rows=None, prompt=self.prompt, tokens=self._tokens))
-        whole.start(Visibility(batch, self._first_query, fed, real.device, real=real))
-        whole.records.put_all(self._run.result(fed))
-        whole.engines.update(self._engines)
-        return whole.finish(device)
+        real = None
+        if self._real is not None and self._real.shape[1] == self._fed:
+            real = self._real.to(self._lengths.device)
+            real = real & (torch.arange(self._fed, device=real.device) < self._lengths[:, None])
+        names = self._last.recorder.segment_names
+        return label(self._run.result(), self.config, self._last.origin, device, segments=names, real_keys=real)
+
+    # What the interface asks of an observer.
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether a call of ``module`` is to be measured."""
+        forward = self._current(module)
+        self._called.add(module)
+        return forward.wants(module)
+
+    def enter_layer(self, module: nn.Module, states: Tensor) -> None:
+        """Take the hidden states that come to the layer of ``module``."""
+        self._current(module).enter_layer(module, states)
+
+    def _current(self, module: nn.Module) -> Forward:
+        """The forward that runs; a module that was called in it begins the next."""
+        return self._next() if self._forward is None or module in self._called else self._forward
+
+    def __getattr__(self, name: str) -> Any:
+        # Everything else is asked of the forward that runs.
+        return getattr(self.__dict__["_forward"], name)
+
+
+_session: ContextVar[GenerationSession | None] = ContextVar("session", default=None)
 
 
 class GeneratesAttentionStats(GenerationMixin):
     """``generate`` with ``output_attention_stats``; a mixin of `LlamaForCausalLM`."""
 
-    def _new_recorder(self, config: AttentionStatsConfig, step: Step | None = None) -> Recorder:
+    def observe(self, config: AttentionStatsConfig, step: Step) -> Forward:
+        """An observer of one forward."""
         raise NotImplementedError
 
     def generate(
@@ -165,8 +185,13 @@ class GeneratesAttentionStats(GenerationMixin):
             raise ValueError(f"output_attention_stats: not served in the generation mode {mode.value!r}")
         if prepared.cache_implementation == "paged":
             raise ValueError("output_attention_stats: continuous batching returns tokens only; use another cache")
-        session = GenerationSession(config, self._new_recorder)
-        return super().generate(inputs, generation_config, *args, attention_session=session, **kwargs)
+        refuse_pipeline(self)
+        session = GenerationSession(config, self.observe)
+        token = _session.set(session)
+        try:
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            _session.reset(token)
 
     def generate_batch(
         self, *args: Any, output_attention_stats: AttentionStatsConfig | bool | None = None, **kwargs: Any
@@ -180,49 +205,41 @@ class GeneratesAttentionStats(GenerationMixin):
             raise ValueError("output_attention_stats: continuous batching returns tokens only; use generate")
         return super().generate_batch(*args, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        inputs_embeds: Tensor | None = None,
-        attention_session: GenerationSession | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Upstream's, with the recorder of the next forward among the inputs."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
-        )
-        if attention_session is not None:
-            inputs["recorder"] = attention_session.next_recorder(input_ids)
-        return inputs
-
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        # The recorder differs from step to step, and a compiled forward would be compiled anew for each.
-        if model_kwargs.get("attention_session") is not None:
+        # What is observed differs from step to step, and a compiled forward would be compiled anew for each.
+        if _session.get() is not None:
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _sample(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: StoppingCriteriaList, **kwargs: Any
     ) -> Any:
-        session: GenerationSession | None = kwargs.get("attention_session")
+        session = _session.get()
         if session is None:
             return super()._sample(input_ids, logits_processor, stopping_criteria, **kwargs)
         session.begin(input_ids, kwargs.get("inputs_embeds"), kwargs["generation_config"].num_return_sequences or 1)
-        outputs = super()._sample(input_ids, logits_processor, session.watch(stopping_criteria), **kwargs)
+        watch(session.modules, session, TRANSFORMERS_OWN)
+        try:
+            outputs = super()._sample(input_ids, logits_processor, session.watch(stopping_criteria), **kwargs)
+        finally:
+            unwatch(session.modules, session, TRANSFORMERS_OWN)
         return GenerateOutputWithAttentionStats(**outputs, attention_stats=session.finish(outputs.sequences.device))
 
     def _beam_search(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        session: GenerationSession | None = kwargs.pop("attention_session", None)
         outputs = super()._beam_search(input_ids, *args, **kwargs)
-        if session is None:
+        if (session := _session.get()) is None:
             return outputs
         stats = self._replay(session, input_ids, outputs.sequences, **kwargs)
         return GenerateBeamOutputWithAttentionStats(**outputs, attention_stats=stats)
 
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        session: GenerationSession | None = kwargs.pop("attention_session", None)
-        outputs = super()._assisted_decoding(input_ids, *args, **kwargs)
+        # The assistant generates too.
+        session = _session.get()
+        token = _session.set(None)
+        try:
+            outputs = super()._assisted_decoding(input_ids, *args, **kwargs)
+        finally:
+            _session.reset(token)
         if session is None:
             return outputs
         stats = self._replay(session, input_ids, outputs.sequences, **kwargs)

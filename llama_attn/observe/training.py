@@ -11,7 +11,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llama_attn.modeling_llama import LlamaModel, new_recorder
+from llama_attn.observe.recording import Recording, record
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
-from llama_attn.stats.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +39,11 @@ class AttentionStatsCallback(TrainerCallback):
     padding; on several processes, over those too.
 
     The numbers go through ``trainer.log``, so to ``state.log_history`` and everything in ``report_to``:
-    ``attention/entropy/layer_03``, ``attention/max_logit/layer_03``, ``attention/sink_mass/layer_03`` and so on, and
-    over layers ``attention/entropy/mean``, ``attention/max_logit/max``, ``attention/sink_mass/mean``. The warnings go
-    to the logger ``llama_attn.observe.training``, one line per measured step.
+    ``attention/entropy/layer_03``, ``attention/max_logit/layer_03``, ``attention/sink_mass/layer_03`` and so on, with
+    the number that the layer has in its path, and over layers ``attention/entropy/mean``,
+    ``attention/max_logit/max``, ``attention/sink_mass/mean``; per head also ``attention/entropy/layer_03/head_05``.
+    The warnings name layers by their path; they go to the logger ``llama_attn.observe.training``, one line per
+    measured step.
 
     Args:
         trainer: The trainer that the callback is added to.
@@ -52,6 +53,8 @@ class AttentionStatsCallback(TrainerCallback):
         layers: Layer indices to measure; ``None`` for all.
         sink_tokens: Number of real keys at the start of a sequence that count as the sink [tokens].
         query_stride: Measure queries 0, s, 2s … of the row only.
+        per: ``"layer"``, or ``"head"`` to log every head besides.
+        stack: Which attention layers, see `llama_attn.record`.
 
     Raises:
         TypeError: ``trainer`` is not a ``Trainer``.
@@ -77,20 +80,24 @@ class AttentionStatsCallback(TrainerCallback):
         layers: tuple[int, ...] | None = None,
         sink_tokens: int = 1,
         query_stride: int = 1,
+        per: Literal["layer", "head"] = "layer",
+        stack: str | None = None,
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer: expected the transformers.Trainer to report through, got {trainer!r}")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every: expected a positive integer, got {every!r}")
-        self.trainer, self.every = trainer, every
+        if per not in ("layer", "head"):
+            raise ValueError(f'per: expected "layer" or "head", got {per!r}')
+        self.trainer, self.every, self.per, self.stack = trainer, every, per, stack
         self.entropy_threshold = _threshold("entropy_threshold", entropy_threshold)
         self.logit_threshold = _threshold("logit_threshold", logit_threshold)
         self.config = AttentionStatsConfig(
             statistics=tuple(_REDUCE), layers=layers, sink_tokens=sink_tokens, query_stride=query_stride
         )
         self._handles: list[RemovableHandle] = []
-        self._measured: Tensor | None = None
-        self._layers: tuple[int, ...] = ()
+        self._recording: Recording | None = None
+        self._stats: AttentionStats | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,12 +105,11 @@ class AttentionStatsCallback(TrainerCallback):
         """Check that the model can be measured.
 
         Raises:
-            ValueError: The model is not llama_attn's, or lacks one of the layers.
+            ValueError: Its attention cannot be observed, or it lacks one of the layers.
         """
         # A run that ended in an error, or restarts with a smaller batch, never came to its end.
         self._unhook()
-        config = _decoder(kwargs["model"]).config
-        self._layers = self.config.selected("layers", config.num_hidden_layers)
+        record(kwargs["model"], self.config, stack=self.stack).check()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,10 +118,10 @@ class AttentionStatsCallback(TrainerCallback):
         # The step counts once it is done.
         if (state.global_step + 1) % self.every:
             return
-        decoder = _decoder(kwargs["model"])
+        model: nn.Module = kwargs["model"]
         self._handles = [
-            decoder.register_forward_pre_hook(self._add_recorder, with_kwargs=True),
-            decoder.register_forward_hook(self._take_recorder, with_kwargs=True),
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end),
         ]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -126,19 +132,24 @@ class AttentionStatsCallback(TrainerCallback):
         """
         if state.global_step % self.every:
             return
-        if self._measured is None:
+        stats, self._stats = self._stats, None
+        if stats is None:
             raise RuntimeError(
-                f"step {state.global_step}: nothing was measured: the step called llama_attn's LlamaModel without "
-                "gradients, with an output_attention_stats of its own, or not at all"
+                f"step {state.global_step}: nothing was measured: the step called the model without gradients, or not at all"
             )
-        processes = self.trainer.accelerator.gather(self._measured[None])
-        self._measured = None
+        # Of every process, so that all log the same.
+        processes = self.trainer.accelerator.gather(_per_head(stats)[None])
         logs: dict[str, float] = {}
-        values: dict[str, dict[int, float]] = {}
+        values: dict[str, dict[str, float]] = {}
         for index, (name, reduce) in enumerate(_REDUCE.items()):
-            layers = reduce(processes[:, index], 0)
-            values[name] = dict(zip(self._layers, layers.tolist(), strict=True))
-            logs |= {f"attention/{name}/layer_{layer:02d}": value for layer, value in values[name].items()}
+            heads = reduce(processes[:, index], 0)
+            layers = reduce(heads, -1)
+            values[name] = dict(zip(stats.paths, layers.tolist(), strict=True))
+            for layer, of_heads, of_layer in zip(stats.layers, heads.tolist(), layers.tolist(), strict=True):
+                logs[f"attention/{name}/layer_{layer:02d}"] = of_layer
+                if self.per == "head":
+                    for head, value in zip(stats.heads, of_heads, strict=True):
+                        logs[f"attention/{name}/layer_{layer:02d}/head_{head:02d}"] = value
             logs[f"attention/{name}/{_OVERALL[name]}"] = reduce(layers, 0).item()
         if state.is_world_process_zero:
             self._warn(state.global_step, values)
@@ -153,28 +164,26 @@ class AttentionStatsCallback(TrainerCallback):
         """Leave the model as it was."""
         self._unhook()
 
-    def _add_recorder(
-        self, decoder: LlamaModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         # Forwards without gradients (a reference policy, generation) are not what the step trains on.
-        if not torch.is_grad_enabled() or kwargs.get("recorder") is not None:
-            return None
-        return args, kwargs | {"recorder": new_recorder(self.config, decoder)}
+        if torch.is_grad_enabled() and self._recording is None:
+            self._recording = record(model, self.config, stack=self.stack).__enter__()
 
-    def _take_recorder(self, decoder: LlamaModel, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
-        recorder: Recorder | None = kwargs.get("recorder")
-        # One that the caller asked for himself is not ours to finish.
-        if recorder is None or recorder.config is not self.config:
+    def _end(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        if self._recording is None:
             return
+        recording = self._recording
         self._unhook()
-        self._measured = _per_layer(recorder.finish(outputs[0].device))
+        self._stats = recording.forwards[0]
 
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._measured = [], None
+        if self._recording is not None:
+            self._recording.close()
+        self._handles, self._stats, self._recording = [], None, None
 
-    def _warn(self, step: int, values: dict[str, dict[int, float]]) -> None:
+    def _warn(self, step: int, values: dict[str, dict[str, float]]) -> None:
         for name, threshold, within, verdict in (
             ("entropy", self.entropy_threshold, operator.ge, "entropy has collapsed below %g nat"),
             ("max_logit", self.logit_threshold, operator.le, "logits have grown above %g"),
@@ -187,23 +196,17 @@ class AttentionStatsCallback(TrainerCallback):
                 logger.warning(f"step %d: attention {verdict} in layers %s", step, threshold, ", ".join(outside))
 
 
-def _per_layer(stats: AttentionStats) -> Float[Tensor, "statistic layer"]:
-    """What is logged of every layer. Padding does not count, but NaN of a real token does: it means divergence."""
+def _per_head(stats: AttentionStats) -> Float[Tensor, "statistic layer head"]:
+    """What is logged of every head. Padding does not count, but NaN of a real token does: it means divergence."""
     real = stats.visible_keys > 0
-    if not bool(real.any()):
-        return torch.full((len(_REDUCE), len(stats.layers)), torch.nan, device=real.device)
-    return torch.stack([reduce(stats[name].transpose(1, 2)[:, :, real], (1, 2)) for name, reduce in _REDUCE.items()])
-
-
-def _decoder(model: nn.Module) -> LlamaModel:
-    """The decoder inside whatever accelerate, DDP or PEFT have wrapped around it."""
-    for module in model.modules():
-        if isinstance(module, LlamaModel):
-            return module
-    raise ValueError(
-        f"model: expected llama_attn's LlamaForCausalLM or a module that contains it, got {type(model).__module__}."
-        f"{type(model).__qualname__}; load it with llama_attn.LlamaForCausalLM.from_pretrained"
-    )
+    if real.ndim == 2:
+        real = real.expand(len(stats.layers), -1, -1)
+    whole = torch.full((len(_REDUCE), len(stats.layers), len(stats.heads)), torch.nan, device=real.device)
+    for index, (name, reduce) in enumerate(_REDUCE.items()):
+        for layer, marks in enumerate(real):
+            if bool(marks.any()):
+                whole[index, layer] = reduce(stats[name][layer].transpose(0, 1)[:, marks], -1)
+    return whole
 
 
 def _threshold(name: str, value: float | None) -> float | None:

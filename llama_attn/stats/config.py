@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -65,8 +66,13 @@ class AttentionStatsConfig:
             object.__setattr__(self, name, _indices(name, getattr(self, name)))
         for name in ("sink_tokens", "window", "top_k", "map_size", "query_stride"):
             number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            try:
+                integer = as_integer(number)
+            except TypeError:
+                integer = 0
+            if integer < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {number!r}")
+            object.__setattr__(self, name, integer)
         if not isinstance(self.norms, bool):
             raise ValueError(f"norms: expected True or False, got {self.norms!r}")
         if self.segments is not None:
@@ -90,6 +96,11 @@ class AttentionStatsConfig:
         if isinstance(value, cls):
             return value
         raise ValueError(f"output_attention_stats: expected None, a bool or an AttentionStatsConfig, got {value!r}")
+
+    @property
+    def labelled(self) -> int | None:
+        """How many tokens of a row segments were given for; None without any."""
+        return None if self._segments is None else self._segments[0].shape[1]
 
     def segments_of(
         self, shape: tuple[int, int], device: torch.device
@@ -152,14 +163,24 @@ def bin_width(num_keys: int, map_size: int) -> int:
     return width
 
 
+def as_integer(value: Any) -> int:
+    """What counts as an integer, as one: Python's, numpy's, an element of a tensor.
+
+    Raises:
+        TypeError: It does not, as True and 1.0 do not.
+    """
+    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+        raise TypeError(f"expected an integer, got {value!r}")
+    return operator.index(value)
+
+
 def _indices(name: str, value: Sequence[int] | None) -> tuple[int, ...] | None:
     if value is None:
         return None
     try:
-        indices = tuple(value)
+        indices = tuple(map(as_integer, value))
     except TypeError:
         indices = ()
-    valid = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in indices)
-    if not indices or not valid or len(set(indices)) != len(indices):
+    if not indices or min(indices) < 0 or len(set(indices)) != len(indices):
         raise ValueError(f"{name}: expected None or distinct indices from 0 up, got {value!r}")
     return indices

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.config import AttentionStatsConfig, as_integer
+from llama_attn.stats.counts import Direction
 from llama_attn.stats.display import as_html, as_text
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.hub import HubMixin
 from llama_attn.stats.table import DIMENSIONS, Statistic
+from llama_attn.stats.token_ids import read_ids, token_strings
 
 if TYPE_CHECKING:
     import xarray
@@ -78,6 +79,10 @@ class AttentionStats(HubMixin):
         engine: Engine that measured; several are joined by "+".
         model: Name or path of the model.
         replayed: Whether the numbers come from an extra forward over what `generate` returned.
+        first_key: Position of the first entry of the key axis [token]; above 0 in a cache that has dropped keys.
+        stack: Path of the attention modules in the model, with # for the number of the layer.
+        paths: Path of each measured layer's attention module.
+        direction: ``"causal"``, ``"bidirectional"``, or ``"cross"`` for keys of another sequence.
     """
 
     values: dict[str, Tensor]
@@ -93,6 +98,10 @@ class AttentionStats(HubMixin):
     engine: str = ""
     model: str = ""
     replayed: bool = field(default=False)
+    first_key: int = 0
+    stack: str = ""
+    paths: tuple[str, ...] = ()
+    direction: Direction = "causal"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,27 +117,32 @@ class AttentionStats(HubMixin):
     def queries(self) -> range:
         """Absolute positions of the measured queries [token]."""
         stride = self.config.query_stride
-        return range(self.first_query, self.first_query + stride * self.visible_keys.shape[1], stride)
+        return range(self.first_query, self.first_query + stride * self.visible_keys.shape[-1], stride)
+
+    @property
+    def keys(self) -> range:
+        """Absolute positions of the keys [token]."""
+        return range(self.first_key, self.first_key + self.num_keys)
 
     @property
     def visible_keys(self) -> Tensor:
-        """Real keys that each measured query sees, (batch, query), int32."""
+        """Real keys that each measured query sees, (batch, query), int32; (layer, …) if layers differ."""
         return self.values["visible_keys"]
 
     @property
     def visible_queries(self) -> Tensor:
-        """Measured real queries that see each key, (batch, key), int32."""
+        """Measured real queries that see each key, (batch, key), int32; (layer, …) if layers differ."""
         return self.values["visible_queries"]
 
     @property
     def batch(self) -> int:
         """Number of rows."""
-        return self.visible_queries.shape[0]
+        return self.visible_queries.shape[-2]
 
     @property
     def num_keys(self) -> int:
         """Length of the key axis."""
-        return self.visible_queries.shape[1]
+        return self.visible_queries.shape[-1]
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -151,24 +165,24 @@ class AttentionStats(HubMixin):
     def _repr_html_(self) -> str:
         return as_html(self)
 
-    def with_tokens(self, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor | Sequence[Any]) -> AttentionStats:
+    def with_tokens(self, tokenizer: PreTrainedTokenizerBase, input_ids: Any) -> AttentionStats:
         """A copy that knows its token strings, which pictures use as labels.
 
         Args:
-            tokenizer: Turns ids into strings.
-            input_ids: Ids of the key axis, (batch, key) or (key). After ``generate`` the returned sequences
-                may be given: the one token at the end that was never fed is dropped.
+            tokenizer: Turns ids into strings; those that it does not know become ``<id:50000>``.
+            input_ids: Ids of the key axis, (batch, key) or (key), or the ``BatchEncoding`` that holds them. After
+                ``generate`` the returned sequences may be given: the one token at the end that was never fed is
+                dropped.
 
         Raises:
-            ValueError: Another shape.
+            ValueError: Another shape, or no integers.
         """
-        ids = torch.as_tensor(input_ids)
-        ids = ids[None] if ids.ndim == 1 else ids
-        if ids.ndim == 2 and ids.shape[1] == self.num_keys + 1:
+        ids = read_ids(input_ids)
+        if ids.shape[1] == self.num_keys + 1:
             ids = ids[:, :-1]
         if ids.shape != (self.batch, self.num_keys):
             raise ValueError(f"input_ids: expected shape {(self.batch, self.num_keys)}, got {tuple(ids.shape)}")
-        return replace(self, tokens=[tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()])
+        return replace(self, tokens=[token_strings(tokenizer, row) for row in ids.tolist()])
 
     def select(
         self,
@@ -194,22 +208,23 @@ class AttentionStats(HubMixin):
                     tensor = tensor.index_select(axis, torch.tensor(index[dim], device=tensor.device))
             values[name] = tensor
         tokens = None if self.tokens is None else [self.tokens[row] for row in chosen_rows]
-        return replace(self, values=values, layers=chosen_layers, heads=chosen_heads, tokens=tokens)
+        paths = tuple(self.paths[at] for at in at_layer) if self.paths else ()
+        return replace(self, values=values, layers=chosen_layers, heads=chosen_heads, tokens=tokens, paths=paths)
 
     def coordinates(self) -> dict[str, Sequence[int] | Sequence[str]]:
         """The values of every axis: indices, positions in tokens, left edges of bins, names of segments."""
-        width = self.config.bin_width(self.num_keys)
-        edges = range(0, self.num_keys, width)
+        length = self.keys.stop
+        edges = range(0, length, self.config.bin_width(length))
         coordinates: dict[str, Sequence[int] | Sequence[str]] = {
             "layer": self.layers,
             "hidden_layer": self.hidden_layers,
             "batch": range(self.batch),
             "head": self.heads,
             "query": self.queries,
-            "key": range(self.num_keys),
+            "key": self.keys,
             "query_bin": edges,
             "key_bin": edges,
-            "distance_bin": [2**b - 1 for b in range(self.num_keys.bit_length())],
+            "distance_bin": [2**b - 1 for b in range(length.bit_length())],
             "rank": range(self.config.top_k),
         }
         if self.segments is not None:
@@ -240,13 +255,18 @@ class AttentionStats(HubMixin):
         coords: dict[str, Any] = {dim: list(known.get(dim, range(size))) for dim, size in sizes.items()}
         if self.tokens is not None:
             coords["key_token"] = (("batch", "key"), self.tokens)
-            coords["query_token"] = (("batch", "query"), [[row[i] for i in self.queries] for row in self.tokens])
+            if self.direction != "cross":
+                rows = [[row[i - self.first_key] for i in self.queries] for row in self.tokens]
+                coords["query_token"] = (("batch", "query"), rows)
         about = {
             "backend": self.backend,
             "engine": self.engine,
             "model": self.model,
             "num_layers": self.num_layers,
             "replayed": int(self.replayed),
+            "stack": self.stack,
+            "paths": json.dumps(self.paths),
+            "direction": self.direction,
             "config": json.dumps(self.config.to_json()),
         }
         return xarray.Dataset(variables, coords, about)
@@ -304,10 +324,11 @@ class AttentionStats(HubMixin):
             name: Label(tuple(label["dims"]), label["unit"], label["meaning"], label["source"])
             for name, label in header["labels"].items()
         }
-        for name in ("layers", "heads", "segments"):
-            header[name] = None if header[name] is None else tuple(header[name])
-        if not all(isinstance(index, int) for index in (*header["layers"], *header["heads"], header["first_query"])):
-            raise ValueError("layers, heads and first_query: expected integers")
+        for name in ("layers", "heads", "segments", "paths"):
+            header[name] = None if header.get(name, ()) is None else tuple(header.get(name, ()))
+        positions = (header["first_query"], header.get("first_key", 0))
+        if not all(isinstance(index, int) for index in (*header["layers"], *header["heads"], *positions)):
+            raise ValueError("layers, heads, first_query and first_key: expected integers")
         if not VISIBILITY_LABELS.keys() <= labels.keys():
             raise ValueError(f"expected {list(VISIBILITY_LABELS)} among the tensors")
         stats = cls(values={name: values[name] for name in labels}, **header)
@@ -318,8 +339,11 @@ class AttentionStats(HubMixin):
             expected = tuple(lengths.get(dim, size) for dim, size in zip(dims, tensor.shape, strict=True))
             if unknown or tuple(tensor.shape) != expected:
                 raise ValueError(f"{name}: expected {dims} of {expected}, got {tuple(tensor.shape)}")
-        if stats.tokens is not None and [len(row) for row in stats.tokens] != [stats.num_keys] * stats.batch:
-            raise ValueError("tokens: as many as keys expected in every row")
+        if stats.tokens is not None:
+            if [len(row) for row in stats.tokens] != [stats.num_keys] * stats.batch:
+                raise ValueError("tokens: as many as keys expected in every row")
+            if not all(isinstance(token, str) for row in stats.tokens for token in row):
+                raise ValueError("tokens: expected strings")
         return stats
 
 
@@ -330,11 +354,13 @@ def _positions(
     if chosen is None:
         return available, list(range(len(available)))
     try:
-        # Whatever counts as an integer: Python's, numpy's, elements of a tensor.
-        indices = tuple(operator.index(i) for i in (chosen if isinstance(chosen, Iterable) else (chosen,)))
+        # A tensor or array without axes can be iterated by its type, but not in fact.
+        indices = tuple(
+            map(as_integer, chosen if getattr(chosen, "ndim", 1) and isinstance(chosen, Iterable) else (chosen,))
+        )
     except TypeError:
         indices = ()
-    if isinstance(chosen, bool) or not indices or any(index not in available for index in indices):
+    if not indices or any(index not in available for index in indices):
         raise ValueError(f"{axis}: expected some of {list(available)}, got {chosen!r}")
     return indices, [available.index(index) for index in indices]
 

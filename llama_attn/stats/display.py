@@ -89,15 +89,17 @@ def _layer_table(stats: AttentionStats) -> str:
 
 
 def _strongest(stats: AttentionStats) -> list[str]:
-    seen = stats.visible_queries[0]
+    # Of the first row; one line per layer where the layers see different keys.
+    seen = stats.visible_queries[..., 0, :]
     received = stats["received"][:, 0].mean(1)
     # Of a very short text, the keys that most queries see.
-    received = received.masked_fill(seen < seen.max().clamp(1, ENOUGH_QUERIES), torch.nan)
-    share, position = received.nan_to_num(-1).max(-1)
+    received = received.masked_fill(seen < seen.amax(-1, keepdim=True).clamp(1, ENOUGH_QUERIES), torch.nan)
+    share, place = received.nan_to_num(-1).max(-1)
+    positions = stats.coordinates()["key"]
     cells = []
-    for mass, key in zip(share.tolist(), position.tolist(), strict=True):
-        token = f" {readable(stats.tokens[0][key])}" if stats.tokens else ""
-        cells.append("no data" if mass < 0 else f"{key}{token}, {mass:.0%}")
+    for mass, at in zip(share.tolist(), place.tolist(), strict=True):
+        token = f" {readable(stats.tokens[0][at])}" if stats.tokens else ""
+        cells.append("no data" if mass < 0 else f"{positions[at]}{token}, {mass:.0%}")
     return cells
 
 

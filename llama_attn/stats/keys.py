@@ -7,15 +7,15 @@ from torch import Tensor
 
 from llama_attn.stats.block import Block
 from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.counts import Counts
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.table import Statistic
-from llama_attn.stats.visibility import Visibility
 
 KEY_DIMS = ("layer", "batch", "head", "key")
 
 
-def _per_visible_query(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
-    return total / visibility.visible_queries_per_head
+def _per_visible_query(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
+    return total / counts.visible_queries_per_head
 
 
 def _received_textbook(reference: Reference) -> Tensor:

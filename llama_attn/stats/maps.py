@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llama_attn.stats.block import Block
 from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.counts import Counts
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.table import Statistic
-from llama_attn.stats.visibility import Visibility
 
 MAP_DIMS = ("layer", "batch", "head", "query_bin", "key_bin")
 
@@ -45,11 +45,11 @@ def _weights_map(block: Block) -> Float[Tensor, "batch head query_bin key_bin"]:
     return _pooled(block, block.weights)
 
 
-def _mean_over_queries(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
-    width = config.bin_width(visibility.length)
-    queries = total.new_zeros(visibility.batch, total.shape[-2])
-    bins = (visibility.offset + visibility.query_positions) // width
-    queries.index_add_(-1, bins, visibility.real_queries.to(total.dtype))
+def _mean_over_queries(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
+    width = config.bin_width(counts.length)
+    queries = total.new_zeros(counts.batch, total.shape[-2])
+    bins = (counts.offset + counts.query_positions) // width
+    queries.index_add_(-1, bins, counts.real_queries.to(total.dtype))
     return total / queries[:, None, :, None]
 
 
@@ -60,7 +60,7 @@ def _logits_map(block: Block) -> Float[Tensor, "batch head 2 query_bin key_bin"]
     return torch.stack([_pooled(block, scores), _pooled(block, visible.to(scores.dtype))], dim=2)
 
 
-def _mean_over_pairs(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
+def _mean_over_pairs(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
     # A sum over no pairs is 0 / 0 = NaN: the cell has no data.
     return total.select(-3, 0) / total.select(-3, 1)
 
@@ -114,8 +114,8 @@ def _distance_histogram(block: Block) -> Float[Tensor, "batch head distance_bin"
     return weights.new_zeros(*weights.shape[:2], bins).index_add_(-1, which, sheared.sum(-2))
 
 
-def _mean_over_all_queries(total: Tensor, visibility: Visibility, config: AttentionStatsConfig) -> Tensor:
-    return total / visibility.real_queries.sum(-1)[:, None, None]
+def _mean_over_all_queries(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
+    return total / counts.real_queries.sum(-1)[:, None, None]
 
 
 def _distance_histogram_textbook(reference: Reference) -> Tensor:

@@ -1,19 +1,86 @@
-"""Put the raw numbers of several forwards of one run together, as if it had been one.
+"""Raw numbers of one forward, and of several that continue one another as if they had been one.
 
 Rows of queries and norms of keys follow one another. Sums over queries are added, after the sum so far has grown to
-the length that the row has now.
+the length that the row has now. A norm of all tokens together, such as a median, is neither, and has no merged form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.counts import Counts
 from llama_attn.stats.table import Statistic
+from llama_attn.stats.visibility import Visibility
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Layers that see the same and have as many heads, and what was measured in them.
+
+    Args:
+        layers: Their indices, in order.
+        sights: Who saw whom, one entry per forward.
+        raw: Raw numbers by statistic, (layer, …).
+        heads: How many query heads each layer holds in this process.
+    """
+
+    layers: tuple[int, ...]
+    sights: Sequence[Visibility]
+    raw: Mapping[str, Tensor]
+    heads: int
+
+    @property
+    def length(self) -> int:
+        """Position behind the last key [token]."""
+        return self.sights[-1].length
+
+    def counts(self, real_keys: Tensor | None = None) -> Counts:
+        """Who saw whom in all forwards.
+
+        Args:
+            real_keys: Which keys are real in the end, (batch, key), if the forwards do not say so.
+        """
+        first, last = self.sights[0], self.sights[-1]
+        knows_rows = real_keys is not None or all(sight.rows is None for sight in self.sights)
+        if len(self.sights) > 1 and knows_rows and all(_is_simple(sight) for sight in self.sights):
+            # Steps of decoding, of which there may be many: as if all queries had come at once.
+            real = last.real if real_keys is None else real_keys
+            return Counts.of(replace(last, first_query=first.first_query, stop_query=None, real=real, rows=None))
+        return reduce(Counts.followed_by, (Counts.of(sight) for sight in self.sights))
+
+    def only(self, layer: int) -> Group:
+        """One of the layers by itself."""
+        at = self.layers.index(layer)
+        return replace(self, layers=(layer,), raw={name: raw[at : at + 1] for name, raw in self.raw.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The raw numbers of one forward, or of a run of several.
+
+    Args:
+        statistics: What was measured.
+        groups: The layers.
+        hidden: Raw numbers of hidden states by statistic, (hidden_layer, …).
+        engines: Names of the engines that measured, in order.
+    """
+
+    statistics: tuple[Statistic, ...]
+    groups: tuple[Group, ...]
+    hidden: Mapping[str, Tensor] = field(default_factory=dict)
+    engines: tuple[str, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Position behind the last key [token]."""
+        return max(group.length for group in self.groups)
 
 
 class Run:
@@ -21,36 +88,109 @@ class Run:
 
     def __init__(self, config: AttentionStatsConfig) -> None:
         self._config = config
-        self._pieces: dict[str, list[Tensor]] = {}
-        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._statistics: dict[str, Statistic] = {}
+        self._engines: dict[str, None] = {}
+        self._rows: list[list[Group]] = []
+        self._sums: list[Group] = []
+        self._hidden: dict[str, list[Tensor]] = {}
 
-    def add(self, statistics: tuple[Statistic, ...], recorded: Mapping[str, Tensor], num_keys: int) -> None:
-        """Add one forward, by statistic and (layer, …), after which the row has ``num_keys`` tokens."""
-        self._statistics |= {statistic.name: statistic for statistic in statistics}
-        for name, raw in recorded.items():
+    def add(self, measured: Measured) -> None:
+        """Add the next forward."""
+        self._statistics |= {statistic.name: statistic for statistic in measured.statistics}
+        self._engines |= dict.fromkeys(measured.engines)
+        for name, raw in measured.hidden.items():
+            self._hidden.setdefault(name, []).append(raw)
+        groups = list(measured.groups)
+        if not self._sums:
+            self._sums, self._rows = groups, [[group] for group in groups]
+            return
+        if [group.layers for group in groups] != [group.layers for group in self._sums]:
+            groups = self._apart(groups)
+        for at, group in enumerate(groups):
+            self._rows[at].append(self._new_keys(self._sums[at], group))
+            self._sums[at] = self._added(self._sums[at], group)
+
+    def result(self) -> Measured:
+        """The whole run."""
+        groups = []
+        for total, rows in zip(self._sums, self._rows, strict=True):
+            raw = dict(total.raw)
+            for name in raw:
+                if (statistic := self._statistics[name]) and _follow_one_another(statistic):
+                    axis = statistic.dims.index("query" if "query" in statistic.dims else "key")
+                    parts = [self._widened(group.raw[name], statistic) for group in rows if name in group.raw]
+                    raw[name] = torch.cat(parts, dim=axis)
+            groups.append(replace(total, raw=raw))
+        hidden = {
+            name: torch.cat(parts, dim=self._statistics[name].dims.index("query"))
+            for name, parts in self._hidden.items()
+            if merges(self._statistics[name])
+        }
+        return Measured(tuple(self._statistics.values()), tuple(groups), hidden, tuple(self._engines))
+
+    def _apart(self, groups: Sequence[Group]) -> list[Group]:
+        """Every layer by itself, before and now: layers that saw the same may no longer do."""
+        self._sums, before = [g.only(layer) for g in self._sums for layer in g.layers], self._rows
+        self._rows = [[group.only(layer) for group in rows] for rows in before for layer in rows[0].layers]
+        order = {group.layers: at for at, group in enumerate(self._sums)}
+        alone = [group.only(layer) for group in groups for layer in group.layers]
+        if {group.layers for group in alone} != set(order):
+            raise ValueError("forwards: not all of them measured the same layers, see recording.forwards")
+        return sorted(alone, key=lambda group: order[group.layers])
+
+    def _new_keys(self, before: Group, group: Group) -> Group:
+        """The norms of keys that were not there before."""
+        new = group.length - before.length
+        raw = dict(group.raw)
+        for name, tensor in raw.items():
             statistic = self._statistics[name]
-            if _follow_one_another(statistic):
-                self._pieces.setdefault(name, []).append(raw)
-            elif name in self._sums:
-                total, before = self._sums[name]
-                self._sums[name] = grow(statistic, total, before, num_keys, self._config) + raw, num_keys
-            else:
-                self._sums[name] = raw, num_keys
+            if statistic.is_norm and "key" in statistic.dims:
+                raw[name] = tensor[..., tensor.shape[-1] - new :]
+        return replace(group, raw=raw)
 
-    def result(self, num_keys: int) -> dict[str, Tensor]:
-        """The raw numbers of the whole run, (layer, …) by statistic."""
-        whole = {}
-        for name, pieces in self._pieces.items():
-            dims = self._statistics[name].dims
-            axis = dims.index("query") if "query" in dims else dims.index("key")
-            whole[name] = torch.cat(pieces, dim=axis)
-        for name, (total, before) in self._sums.items():
-            whole[name] = grow(self._statistics[name], total, before, num_keys, self._config)
-        return whole
+    def _added(self, before: Group, group: Group) -> Group:
+        raw = dict(before.raw)
+        first = before.sights[0].offset
+        for name in {**before.raw, **group.raw}:
+            statistic, now = self._statistics[name], group.raw.get(name)
+            if _follow_one_another(statistic):
+                if now is not None:
+                    raw[name] = now
+                continue
+            if now is not None and statistic.dims[-1] == "key":
+                now = pad(now, (group.sights[0].offset - first, 0))
+            # A forward without a measured query gives no sums.
+            if name in raw:
+                total = grow(statistic, raw[name], before.length, group.length, self._config)
+                now = total if now is None else total + now
+            if now is not None:
+                raw[name] = now
+        return replace(group, sights=(*before.sights, *group.sights), raw=raw)
+
+    def _widened(self, raw: Tensor, statistic: Statistic) -> Tensor:
+        """Segments that only later tokens have are added to earlier rows."""
+        if statistic.dims[-1] != "segment":
+            return raw
+        most = max(g.raw[statistic.name].shape[-1] for rows in self._rows for g in rows if statistic.name in g.raw)
+        return pad(raw, (0, most - raw.shape[-1]))
+
+
+def _is_simple(sight: Visibility) -> bool:
+    """Whether it says nothing but how long the rows are and which tokens are real."""
+    return (
+        sight.causal and sight.aligned and sight.mask is sight.sequence is None
+        and sight.first_key is sight.stop_key is None and not sight.offset
+    )  # fmt: skip
+
+
+def merges(statistic: Statistic) -> bool:
+    """Whether the numbers of several forwards can be put together to that of the run."""
+    return not statistic.is_norm or bool({"query", "key"} & set(statistic.dims))
 
 
 def _follow_one_another(statistic: Statistic) -> bool:
+    if not merges(statistic):
+        raise ValueError(f"{statistic.name}: forwards cannot be merged into one number of the run")
     return statistic.per_query or statistic.is_norm
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.table import Statistic
 
 HIDDEN_DIMS = ("hidden_layer", "batch", "query")
+TOP_DIMS = (*HIDDEN_DIMS, "rank")
 SUN = "Sun et al., arXiv 2402.17762 (massive activations)"
 
 
@@ -34,6 +36,50 @@ def _max_channel(states: Float[Tensor, "batch query channel"]) -> Int[Tensor, "b
     return states.abs().argmax(-1).int()
 
 
+def _ranked(states: Float[Tensor, "batch query channel"], top_k: int) -> Int[Tensor, "batch query rank"]:
+    """The channels of the largest magnitudes, ties to the lower one; as many as there are."""
+    magnitudes, channels = states.abs(), states.shape[-1]
+    kept = min(top_k, channels)
+    if magnitudes.dtype == torch.float64:
+        return magnitudes.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
+    # torch.topk breaks ties as it likes, and sorting costs ten times as much. Floats from 0 up are in the order of
+    # their bits, so that bits and channel in one integer leave no ties.
+    from_last = torch.arange(channels - 1, -1, -1, device=states.device)
+    numbers = (magnitudes.view(torch.int32).long() << 32) | from_last
+    return channels - 1 - (numbers.topk(kept, dim=-1).values & 0xFFFFFFFF)
+
+
+def _top(
+    states: Float[Tensor, "batch query channel"], real: Bool[Tensor, "batch query"], config: AttentionStatsConfig
+) -> Float[Tensor, "batch query rank"]:
+    channels = _ranked(states, config.top_k)
+    missing = config.top_k - channels.shape[-1]
+    return torch.nn.functional.pad(states.abs().gather(-1, channels), (0, missing), value=torch.nan)
+
+
+def _top_channel(
+    states: Float[Tensor, "batch query channel"], real: Bool[Tensor, "batch query"], config: AttentionStatsConfig
+) -> Int[Tensor, "batch query rank"]:
+    channels = _ranked(states, config.top_k)
+    return torch.nn.functional.pad(channels, (0, config.top_k - channels.shape[-1]), value=-1).int()
+
+
+def _layer_median(
+    states: Float[Tensor, "batch query channel"], real: Bool[Tensor, "batch query"], config: AttentionStatsConfig
+) -> Float[Tensor, " batch"]:
+    """The mean of the two middle magnitudes of all real tokens, which are one if their number is odd."""
+    magnitudes = states.abs().masked_fill(~real[..., None], torch.nan).flatten(1)
+    count = real.sum(-1, keepdim=True) * states.shape[-1]
+    # No sorting, and nothing whose shape depends on how much is padding. The upper middle is the lower one again
+    # where enough entries are as small, and else the smallest beyond.
+    lower = magnitudes.nanmedian(dim=-1, keepdim=True).values
+    beyond = magnitudes.masked_fill(~(magnitudes > lower), torch.inf).amin(-1, keepdim=True)
+    upper = torch.where((magnitudes <= lower).sum(-1, keepdim=True) > count // 2, lower, beyond)
+    # A state that is not a number may not pass for padding.
+    broken = (~magnitudes.isnan()).sum(-1, keepdim=True) != count
+    return ((lower + upper) / 2).masked_fill(broken, torch.nan).squeeze(-1)
+
+
 def _value_output_norm(
     value: Float[Tensor, "batch kv_head key channel"], output_weight: Float[Tensor, "head hidden channel"]
 ) -> Float[Tensor, "batch head key"]:
@@ -49,6 +95,23 @@ def _hidden(reference: Reference) -> Tensor:
     if reference.hidden is None:
         raise ValueError("hidden: the reference has no hidden states")
     return reference.hidden.double()
+
+
+def _top_textbook(reference: Reference) -> tuple[Tensor, Tensor]:
+    values, channels = _hidden(reference).abs().sort(dim=-1, descending=True, stable=True)
+    top_k = reference.config.top_k
+    shape = (*values.shape[:-1], top_k)
+    top, top_channels = values.new_full(shape, torch.nan), channels.new_full(shape, -1)
+    kept = min(top_k, values.shape[-1])
+    top[..., :kept], top_channels[..., :kept] = values[..., :kept], channels[..., :kept]
+    return top, top_channels
+
+
+def _layer_median_textbook(reference: Reference) -> Tensor:
+    rows = zip(_hidden(reference).abs(), reference.real_queries, strict=True)
+    entries = [states[real].flatten().sort().values for states, real in rows]
+    middles = [row[[(len(row) - 1) // 2, len(row) // 2]].mean() if len(row) else torch.nan for row in entries]
+    return torch.tensor(middles, dtype=torch.float64)
 
 
 def _value(reference: Reference) -> Tensor:
@@ -87,6 +150,21 @@ STATISTICS = (
         "hidden_median", HIDDEN_DIMS, "activation", SUN, observes="hidden", stream=_median,
         textbook=lambda reference: _hidden(reference).abs().quantile(0.5, dim=-1),
         meaning="median magnitude in the residual stream",
+    ),
+    Statistic(
+        "hidden_top", TOP_DIMS, "activation", SUN, observes="hidden_real", stream=_top,
+        textbook=lambda reference: _top_textbook(reference)[0],
+        meaning="largest magnitudes in the residual stream, sorted",
+    ),
+    Statistic(
+        "hidden_top_channel", TOP_DIMS, "channel", SUN, observes="hidden_real", stream=_top_channel,
+        textbook=lambda reference: _top_textbook(reference)[1], dtype=torch.int32,
+        meaning="channels of the largest magnitudes, sorted",
+    ),
+    Statistic(
+        "hidden_layer_median", ("hidden_layer", "batch"), "activation", SUN, observes="hidden_real",
+        stream=_layer_median, textbook=_layer_median_textbook,
+        meaning="median magnitude of all channels of all measured tokens; of single forwards only",
     ),
     Statistic(
         "key_norm", ("layer", "batch", "kv_head", "key"), "activation", "Devoto et al., arXiv 2406.11430",

@@ -33,13 +33,20 @@ class HeadShard:
         FSDP shards both along the same axis and puts them together before they are used. Only tensor parallelism
         splits the outputs of the one and the inputs of the other.
         """
-        weights: list[Any] = [getattr(layer, "weight", None) for layer in (attention.q_proj, attention.o_proj)]
+        layers = (getattr(attention, name, None) for name in ("q_proj", "o_proj"))
+        weights: list[Any] = [getattr(layer, "weight", None) for layer in layers]
         outputs, inputs = (getattr(weight, "placements", ()) for weight in weights)
         for axis, (output, given) in enumerate(zip(outputs, inputs, strict=False)):
             if output.is_shard(0) and given.is_shard(1):
                 mesh = weights[0].device_mesh
                 return cls(mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[axis]])
         return None
+
+    @classmethod
+    def is_unknown(cls, attention: Any) -> bool:
+        """Whether the weights of a layer that is running are parts, but not by heads as `of_attention` knows them."""
+        placements = [p for w in attention.parameters(recurse=True) for p in getattr(w, "placements", ())]
+        return any(placement.is_shard() for placement in placements) and cls.of_attention(attention) is None
 
     def check(self, statistics: Sequence[Statistic]) -> None:
         """Refuse what cannot be put together from statistics of single heads.

@@ -1,8 +1,4 @@
-"""Collects what the layers of one forward measure, and turns it into `AttentionStats`.
-
-A plain object that travels through the keyword arguments of the forward: anything that looked like a dict or a
-dataclass would be copied on the way by accelerate or FSDP.
-"""
+"""Collects what the layers of one forward measure."""
 
 from __future__ import annotations
 
@@ -15,13 +11,25 @@ from torch import Tensor
 
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.container import VISIBILITY_LABELS, AttentionStats, Label
+from llama_attn.stats.merge import Group, Measured, merges
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.records import Records
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.segments import add_generated
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
+
+Assign = Callable[..., Mapping[str, Sequence[Statistic]]]
+
+
+# Stands among the layers for the output of the last one.
+LAST = -1
+# What is measured on the residual stream, not in the attention call.
+HIDDEN = ("hidden", "hidden_real")
+
+
+class UnreadableError(ValueError):
+    """A model does not show what a statistic is of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,295 +39,361 @@ class Step:
     Args:
         first: Queries and keys before this position have been measured [token].
         rows: Rows of the batch that are still being generated; None for all.
-        prompt: Length of the prompt, whose segments are known [token].
-        tokens: Token ids of the whole row so far, (batch, key); None if they are not known.
+        prompt: Length of the prompt, whose segments are known [token]; None if the whole row is the prompt.
+        tokens: Token ids of the row, (batch, key), or those of this forward; None if they are not known.
+        earlier_tokens: Token ids of what came before, if this forward goes on with it.
     """
 
-    first: int
-    rows: Tensor | None
-    prompt: int
-    tokens: Tensor | None
+    first: int = 0
+    rows: Tensor | None = None
+    prompt: int | None = None
+    tokens: Tensor | None = None
+    earlier_tokens: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Sight:
+    """What layers share that see the same: who sees whom for the measured queries, and what to measure."""
+
+    visibility: Visibility
+    statistics: tuple[Statistic, ...]
+    wanted: Wanted
+    whole: bool
 
 
 class Recorder:
-    """What one forward measures.
+    """What one forward measures; a plain object, so that nobody copies it on its way through a model.
 
     Args:
         config: What to measure.
-        assign: Says which engine, by name, measures which statistics on a device.
+        layers: Indices of the layers that will report, so far as they are known.
+        assign: Says which engine, by name, measures which statistics in a call.
         walk: Runs the walk of the engine with a name.
-        num_layers: Layers of the model.
-        num_heads: Query heads of each layer.
-        backend: Name of the attention backend.
-        model: Name or path of the model.
-        step: Its place in a run of several forwards; None if it stands alone.
+        step: Its place in a run of several forwards.
         shard: The heads that this process holds; None if it holds all.
-
-    Raises:
-        ValueError: A layer or head that the model does not have.
     """
 
     def __init__(
         self,
         config: AttentionStatsConfig,
         *,
-        assign: Callable[[Sequence[Statistic], torch.device], Mapping[str, Sequence[Statistic]]],
+        layers: Sequence[int],
+        assign: Assign,
         walk: Callable[..., Any],
-        num_layers: int,
-        num_heads: int,
-        backend: str,
-        model: str = "",
         step: Step | None = None,
         shard: HeadShard | None = None,
     ) -> None:
-        self.config = config
-        self.layers = config.selected("layers", num_layers)
-        self.heads = config.selected("heads", num_heads)
+        self.config, self.step, self.shard = config, step or Step(), shard
         self._assign, self._walk = assign, walk
         # Names of the engines that have measured, in order.
         self.engines: dict[str, None] = {}
-        self.num_layers, self._num_heads = num_layers, num_heads
-        self._backend, self._model = backend, model
-        self._step, self._shard = step, shard
-        # The heads to take from what an attention layer holds; None for all.
-        self._chosen: tuple[int, ...] | None = None
-        if self.heads != tuple(range(num_heads)):
-            self._chosen = self.heads if shard is None else shard.local(self.heads, num_heads)
-        self._statistics: tuple[Statistic, ...] = ()
-        self.records = Records(self.layers, num_layers, config.offload)
-        self._visibility: Visibility | None = None
-        self._wanted: Wanted | None = None
-        # What each engine measures, by device; the same for every layer.
-        self._shares: dict[torch.device, dict[str, Wanted]] = {}
-        self._observes: set[str] = set()
-        self._segment_names: tuple[str, ...] | None = None
-        self._whole = True
-        self._closed = False
+        self.records = Records(len(layers), config.offload)
+        self.hidden = Records(len(layers) + 1, config.offload)
+        self.segment_names: tuple[str, ...] | None = None
+        # Visibilities by identity; kept, so that no other takes their place.
+        self._sights: dict[int, tuple[Visibility, _Sight]] = {}
+        self._groups: dict[tuple[int, int, int], list[int]] = {}
+        self.heads_held: dict[int, int] = {}
+        # Token ids of all keys, (batch, key), if they are known.
+        self.known_tokens: Tensor | None = None
+        # Why a statistic cannot be given.
+        self._reasons: dict[str, str] = {}
 
-    def start(self, visibility: Visibility, tokens: Tensor | None = None) -> None:
-        """Say who sees whom, before the first layer runs.
-
-        Args:
-            visibility: Who sees whom in this forward.
-            tokens: Token ids of this forward, (batch, query); None if it got embeddings.
+    def sight(self, visibility: Visibility) -> _Sight:
+        """What layers with this visibility measure.
 
         Raises:
             ValueError: Segments of the wrong shape, or a statistic that this forward cannot give.
         """
-        step, shape = self._step, (visibility.batch, visibility.num_keys)
-        if step is None:
-            segments, names = self.config.segments_of(shape, visibility.device)
-        else:
-            tokens = None if step.tokens is None else step.tokens[:, : visibility.num_keys]
-            segments, names = self.config.segments_of((shape[0], step.prompt), visibility.device)
-            if segments is not None and names is not None:
-                segments, names = add_generated(segments, names, visibility.num_keys)
-        # Ids of keys that come from a cache are not known.
-        if tokens is not None and tuple(tokens.shape) != shape:
-            tokens = None
-        self._segment_names = names
-        self._statistics = wanted_statistics(self.config, has_tokens=tokens is not None)
-        if self._shard is not None:
-            self._shard.check(self._statistics)
-        self._visibility = visibility.measured(
-            stride=self.config.query_stride, first=step.first if step else 0, rows=step.rows if step else None
-        )
-        if step is None and not self._visibility.num_queries:
-            raise ValueError(f"query_stride: no query of this call is at a multiple of {self.config.query_stride}")
-        on_blocks = [statistic for statistic in self._statistics if not statistic.is_norm]
-        self._wanted = Wanted(on_blocks, self.config, segments, len(names or ()), tokens)
-        self._observes = {statistic.observes for statistic in self._statistics}
-        self._whole = self._visibility.num_queries == visibility.num_queries
+        if (known := self._sights.get(id(visibility))) is not None:
+            return known[1]
+        step, config = self.step, self.config
+        segments = self._segments(visibility)
+        tokens = self._tokens(visibility)
+        statistics = wanted_statistics(config, has_tokens=tokens is not None, alone=step.prompt is None)
+        if self.shard is not None:
+            self.shard.check(statistics)
+        measured = visibility.measured(stride=config.query_stride, first=step.first, rows=step.rows)
+        if not measured.num_queries and not step.first:
+            raise ValueError(f"query_stride: no query of this call is at a multiple of {config.query_stride}")
+        on_blocks = [statistic for statistic in statistics if not statistic.is_norm]
+        wanted = Wanted(on_blocks, config, segments, len(self.segment_names or ()), tokens)
+        whole = measured.num_queries == visibility.num_queries
+        made = _Sight(measured, statistics, wanted, whole)
+        self._sights[id(visibility)] = visibility, made
+        return made
 
-    @property
-    def statistics(self) -> tuple[Statistic, ...]:
-        """What is measured, known once the recorder was started."""
-        return self._statistics
+    def _tokens(self, visibility: Visibility) -> Tensor | None:
+        """Token ids of all keys; those of keys that come from a cache may not be known."""
+        now, before = self.step.tokens, self.step.earlier_tokens
+        if now is None or not visibility.aligned:
+            return None
+        if (
+            before is not None
+            and now.shape[1] + before.shape[1] == visibility.length
+            and visibility.length > now.shape[1]
+        ):
+            now = torch.cat([before.to(now.device), now], dim=1)
+        now = now[:, : visibility.length]
+        if tuple(now.shape) != (visibility.batch, visibility.length):
+            return None
+        self.known_tokens = now
+        return now[:, visibility.offset :].to(visibility.device)
 
-    @property
-    def visibility(self) -> Visibility:
-        """Who sees whom, for the measured queries."""
-        if self._visibility is None:
-            raise RuntimeError("the recorder was not started; statistics need llama_attn's LlamaModel")
-        return self._visibility
+    def _segments(self, visibility: Visibility) -> Tensor | None:
+        prompt = self.step.prompt
+        if prompt is None:
+            # A forward that goes on from a cache may have more tokens than segments were given for.
+            goes_on = visibility.first_query + visibility.offset > 0
+            prompt = min(visibility.length, self.config.labelled or visibility.length) if goes_on else visibility.length
+        segments, names = self.config.segments_of((visibility.batch, prompt), visibility.device)
+        if segments is None or names is None:
+            return None
+        if self.step.prompt is not None or prompt < visibility.length:
+            segments, names = add_generated(segments, names, visibility.length)
+        self.segment_names = names
+        return segments[:, visibility.offset :]
 
-    def visibility_on(self, device: torch.device) -> Visibility:
-        """The same, on ``device``."""
-        # Kept, so that layers on the same device share the vectors it computes.
-        self._visibility = self.visibility.to(device)
-        return self._visibility
-
-    def _shares_on(self, device: torch.device) -> dict[str, Wanted]:
-        """What each engine measures on ``device``."""
-        wanted = self._wanted
-        if wanted is None:
-            raise RuntimeError("the recorder was not started; statistics need llama_attn's LlamaModel")
-        if device not in self._shares:
-            segments, tokens = (None if t is None else t.to(device) for t in (wanted.segments, wanted.tokens))
-            self._shares[device] = {
-                engine: Wanted(statistics, self.config, segments, wanted.num_segments, tokens)
-                for engine, statistics in self._assign(wanted.statistics, device).items()
-            }
-        return self._shares[device]
-
-    def wants(self, layer: int) -> bool:
-        """Whether ``layer`` is measured; never again once the forward is over (checkpointing runs layers twice)."""
-        return not self._closed and layer in self.layers
-
-    def fused(self, layer: int, device: torch.device, engine: str) -> Wanted | None:
+    def fused(self, visibility: Visibility, scoring: Scoring, engine: str) -> tuple[Wanted, Visibility] | None:
         """What a backend on ``engine`` may measure from its own blocks; ``None`` if it should measure nothing.
 
         A subset of heads or queries is cheaper to measure beside the backend.
         """
-        if self._chosen is not None or not (self._whole and self.wants(layer)):
+        sight = self.sight(visibility)
+        if self.config.heads is not None or not sight.whole:
             return None
-        wanted = self._shares_on(device).get(engine)
-        if wanted is not None:
-            self.engines[engine] = None
-        return wanted
+        share = self._assign(sight.wanted.statistics, visibility, scoring, prefer=engine).get(engine)
+        return None if not share else (_some(sight.wanted, share), sight.visibility)
 
-    def record_hidden(self, layer: int, states: Tensor) -> None:
-        """Measure the residual stream that enters ``layer``; the number of layers stands for the last one's output."""
-        if "hidden" not in self._observes or self._closed or (layer != self.num_layers and layer not in self.layers):
-            return
-        states = _wide(self._strided(states, 1))
-        self.records.put(layer, {s.name: s.stream(states) for s in self._statistics if s.observes == "hidden"})
+    def put(
+        self, layer: int, visibility: Visibility, heads: tuple[int, int], raw: Mapping[str, Tensor], engine: str
+    ) -> None:
+        """Keep what ``engine`` has measured in ``layer``."""
+        self.records.put(layer, raw)
+        self.engines[engine] = None
+        self._belongs(layer, visibility, heads)
 
-    def observe(
+    def measure(
         self,
         layer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float,
-        output_weight: Callable[[torch.device], Tensor],
+        visibility: Visibility,
+        scoring: Scoring,
+        output_weight: Callable[[torch.device], Tensor] | None = None,
+        prefer: str | None = None,
     ) -> None:
         """Measure ``layer`` beside its backend: statistics that the backend has not recorded itself, and norms.
 
         Args:
             layer: Index of the layer.
-            query: Queries after RoPE, (batch, head, query, channel).
-            key: Keys after RoPE and cache, (batch, kv_head, key, channel).
-            value: Values after the cache.
-            scaling: What scores are multiplied with.
-            output_weight: Gives the weight of ``o_proj`` by head, (head, hidden, channel), on a device.
-
-        Raises:
-            ValueError: The layer holds other heads than it should.
+            query: Queries, (batch, head, query, channel).
+            key: Keys, (batch, kv_head, key, channel).
+            value: Values.
+            visibility: Who sees whom.
+            scoring: How scores are made.
+            output_weight: Gives the weight of the output projection by head, (head, hidden, channel), on a device;
+                None if it is not known (yet).
+            prefer: Engine to measure with if the configuration names none.
         """
-        if not self.wants(layer):
-            return
-        shard, held = self._shard, query.shape[1]
-        if held * (1 if shard is None else shard.size) != self._num_heads:
-            raise ValueError(
-                f"layer {layer}: attention holds {held} of {self._num_heads} heads, split in a way that statistics do "
-                "not know; tensor parallelism needs q_proj colwise and o_proj rowwise"
-            )
-        # An engine records all its statistics of a layer at once.
-        missing = {
-            engine: wanted
-            for engine, wanted in self._shares_on(query.device).items()
-            if not self.records.has(wanted.statistics[0].name, layer)
-        }
-        has_norms = self._observes - {"block", "hidden"}
-        if not missing and not has_norms:
-            return
-        visibility = self.visibility_on(query.device)
+        sight, shard = self.sight(visibility), self.shard
+        held, kv_held = query.shape[1], key.shape[1]
+        self.heads_held[layer] = held * (1 if shard is None else shard.size)
+        self._belongs(layer, visibility, (held, kv_held))
+        chosen = self._chosen(layer)
         query, key, value = query.detach(), key.detach(), value.detach()
         key, value = key[:, :, : visibility.num_keys], value[:, :, : visibility.num_keys]
+        shares = self._assign(sight.wanted.statistics, visibility, scoring, prefer=prefer)
+        missing = {e: share for e, share in shares.items() if not self.records.has(share[0].name, layer)}
+        observed = {s.observes for s in sight.statistics} - {"block", *HIDDEN}
+        if not missing and not observed:
+            return
         # Under autocast a float32 product would be computed in half precision.
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            if missing and visibility.num_queries:
-                group = query.shape[1] // key.shape[1]
-                query = self._strided(query, 2)
-                seen = key
-                if self._chosen is not None:
-                    visibility = visibility.of_heads(self._chosen)
-                    query = query[:, list(self._chosen)]
-                    seen = key[:, [head // group for head in self._chosen]]
-                for engine, wanted in missing.items():
-                    self.records.put(
-                        layer, self._walk(engine, query, seen, None, visibility, Scoring(scaling), wanted).raw
-                    )
-                    self.engines[engine] = None
-            if not has_norms:
-                return
-            if self._step is not None:
-                key, value = key[:, :, self._step.first :], value[:, :, self._step.first :]
-            keys, values = key, value
-            if shard is not None and has_norms & {"key", "value"}:
-                # The norm of their mean over heads needs all of them.
-                keys, values = shard.gather(key, 1), shard.gather(value, 1)
-            for statistic in self._statistics:
-                if statistic.observes == "key":
-                    self.records.put(layer, {statistic.name: statistic.stream(_wide(keys))})
-                elif statistic.observes == "value":
-                    self.records.put(layer, {statistic.name: statistic.stream(_wide(values))})
-                elif statistic.observes == "value_output":
-                    norms = statistic.stream(_wide(value), _wide(output_weight(value.device)))
-                    chosen = norms if self._chosen is None else norms[:, list(self._chosen)]
-                    self.records.put(layer, {statistic.name: chosen})
+            if missing and sight.visibility.num_queries:
+                seen, rows = sight.visibility, self._strided(query, 2, visibility)
+                seen_keys, scores = key, _of_queries(scoring, sight, visibility)
+                if chosen is not None:
+                    group = held // kv_held
+                    seen, rows = seen.of_heads(chosen), rows[:, list(chosen)]
+                    seen_keys, scores = key[:, [head // group for head in chosen]], scores.of_heads(chosen)
+                for engine, share in missing.items():
+                    raw = self._walk(engine, rows, seen_keys, None, seen, scores, _some(sight.wanted, share)).raw
+                    self.put(layer, visibility, (held, kv_held), raw, engine)
+            if observed:
+                self._measure_norms(layer, sight, key, value, chosen, output_weight)
 
-    def _strided(self, tensor: Tensor, axis: int) -> Tensor:
-        """The measured queries of ``tensor``, whose ``axis`` holds the tokens of this call."""
-        if self._whole:
-            return tensor
-        # The last query of this call is the last key.
-        visibility = self.visibility
-        start = visibility.num_keys - tensor.shape[axis]
-        return tensor.index_select(axis, visibility.query_positions.to(tensor.device) - start)
+    def _measure_norms(
+        self,
+        layer: int,
+        sight: _Sight,
+        key: Tensor,
+        value: Tensor,
+        chosen: Sequence[int] | None,
+        output_weight: Callable[[torch.device], Tensor] | None,
+    ) -> None:
+        if sight.visibility.aligned:
+            old = max(0, self.step.first - sight.visibility.offset)
+            key, value = key[:, :, old:], value[:, :, old:]
+        keys, values = key, value
+        observed = {s.observes for s in sight.statistics}
+        if self.shard is not None and observed & {"key", "value"}:
+            # The norm of their mean over heads needs all of them.
+            keys, values = self.shard.gather(key, 1), self.shard.gather(value, 1)
+        for statistic in sight.statistics:
+            if statistic.observes == "key":
+                self.records.put(layer, {statistic.name: statistic.stream(_wide(keys))})
+            elif statistic.observes == "value":
+                self.records.put(layer, {statistic.name: statistic.stream(_wide(values))})
+            elif statistic.observes == "value_output" and output_weight is not None:
+                self._measure_outputs(layer, statistic, value, chosen, output_weight)
 
-    def close(self) -> None:
-        """Measure nothing more: under gradient checkpointing the layers run again in the backward."""
-        self._closed = True
-
-    def finish(self, device: torch.device) -> AttentionStats:
-        """Close the recorder and label what it holds.
+    def measure_outputs(
+        self, layer: int, value: Tensor, visibility: Visibility, output_weight: Callable[[torch.device], Tensor]
+    ) -> None:
+        """Measure values behind an output projection that has shown itself after the attention call.
 
         Args:
-            device: Where the numbers end, unless they are offloaded.
+            layer: Index of the layer.
+            value: Values of the call, (batch, kv_head, key, value_channel).
+            visibility: Who saw whom in the call.
+            output_weight: Gives the weight of the projection by head, (head, hidden, channel), on a device.
+        """
+        value = value.detach()[:, :, max(0, self.step.first - visibility.offset) : visibility.num_keys]
+        with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+            for statistic in self.sight(visibility).statistics:
+                if statistic.observes == "value_output":
+                    self._measure_outputs(layer, statistic, value, self._chosen(layer), output_weight)
+
+    def _measure_outputs(
+        self,
+        layer: int,
+        statistic: Statistic,
+        value: Tensor,
+        chosen: Sequence[int] | None,
+        output_weight: Callable[[torch.device], Tensor],
+    ) -> None:
+        try:
+            weight = output_weight(value.device)
+        except UnreadableError as error:
+            self._reasons[statistic.name] = str(error)
+            return
+        norms = statistic.stream(_wide(value), _wide(weight))
+        self.records.put(layer, {statistic.name: norms if chosen is None else norms[:, list(chosen)]})
+
+    def record_hidden(self, layer: int, states: Tensor, visibility: Visibility) -> None:
+        """Measure the residual stream that enters ``layer``; `LAST` is the output of the last one.
+
+        Args:
+            layer: Index of the layer.
+            states: (batch, query, channel).
+            visibility: Who sees whom in the forward, which says which tokens are real and measured.
+        """
+        sight = self.sight(visibility)
+        states = _wide(self._strided(states.detach(), 1, visibility))
+        with torch.no_grad():
+            given = {"hidden": (states,), "hidden_real": (states, sight.visibility.real_queries, self.config)}
+            for statistic in sight.statistics:
+                if statistic.observes in HIDDEN:
+                    self.hidden.put(layer, {statistic.name: statistic.stream(*given[statistic.observes])})
+
+    def measured(self) -> Measured:
+        """What the forward gave.
 
         Raises:
             RuntimeError: A layer did not report, so the numbers would be incomplete.
+            ValueError: A statistic was named that the model cannot give.
         """
-        self.close()
-        device = torch.device(self.config.offload or device)
-        visibility = self.visibility_on(device)
-        of_heads = visibility.of_heads(self.heads)
-        values = {}
-        for statistic in self._statistics:
-            tensor = self.records.take(statistic.name).to(device)
-            if self._shard is not None and "head" in statistic.dims:
-                tensor = self._shard.gather_heads(tensor, statistic.dims.index("head"), self.heads, self._num_heads)
-            if statistic.finish is not None:
-                tensor = statistic.finish(tensor, of_heads, self.config)
-            values[statistic.name] = mark_padding(statistic, tensor, visibility)
-        values["visible_keys"] = visibility.visible_keys
-        values["visible_queries"] = visibility.visible_queries
-        return AttentionStats(
-            values=values,
-            labels={s.name: Label.of(s) for s in self._statistics} | VISIBILITY_LABELS,
-            config=self.config,
-            layers=self.layers,
-            heads=self.heads,
-            num_layers=self.num_layers,
-            first_query=visibility.first_query,
-            segments=self._segment_names,
-            backend=self._backend,
-            engine="+".join(self.engines),
-            model=self._model,
-        )
+        statistics = self._given()
+        groups = []
+        for (at, heads, _), layers in self._groups.items():
+            raw = {}
+            sight = self._sights[at][1]
+            for statistic in statistics:
+                # A step of a run may have no query at a multiple of the stride.
+                is_there = statistic.is_norm or sight.visibility.num_queries > 0
+                if statistic.dims[0] == "layer" and is_there:
+                    stacked = self.records.stacked(statistic.name, layers)
+                    if stacked is None:
+                        raise RuntimeError(f"{statistic.name}: layers {layers} report in different shapes")
+                    raw[statistic.name] = stacked
+            groups.append(Group(tuple(layers), (sight.visibility,), raw, heads))
+        hidden_layers = (*sorted(layer for group in groups for layer in group.layers), LAST)
+        hidden = {}
+        for statistic in statistics:
+            if statistic.dims[0] == "hidden_layer":
+                stacked = self.hidden.stacked(statistic.name, hidden_layers)
+                if stacked is None:
+                    raise RuntimeError(f"{statistic.name}: the layers' hidden states differ in shape")
+                hidden[statistic.name] = stacked
+        groups.sort(key=lambda group: group.layers)
+        return Measured(statistics, tuple(groups), hidden, tuple(self.engines))
+
+    def _given(self) -> tuple[Statistic, ...]:
+        """What was wanted, less the norms that the model cannot give."""
+        wanted = {s.name: s for _, sight in self._sights.values() for s in sight.statistics}
+        named = () if self.config.statistics == "all" else self.config.statistics
+        given = []
+        for name, statistic in statistics_table().items():
+            if name not in wanted:
+                continue
+            records = self.hidden if statistic.observes in HIDDEN else self.records
+            if statistic.observes in (*HIDDEN, "value_output") and not self._is_complete(records, statistic):
+                if name in named:
+                    why = self._reasons.get(
+                        name, f"it is of {WHERE[statistic.observes]}, which this model does not show"
+                    )
+                    raise ValueError(f"statistics: {name!r} cannot be given: {why}")
+                continue
+            given.append(statistic)
+        return tuple(given)
+
+    def _is_complete(self, records: Records, statistic: Statistic) -> bool:
+        layers = [layer for layers in self._groups.values() for layer in layers]
+        if statistic.observes in HIDDEN:
+            layers.append(LAST)
+        return all(records.has(statistic.name, layer) for layer in layers)
+
+    def _chosen(self, layer: int) -> tuple[int, ...] | None:
+        """The heads to take from what an attention layer holds; None for all."""
+        if self.config.heads is None:
+            return None
+        heads = self.config.selected("heads", self.heads_held[layer])
+        return heads if self.shard is None else self.shard.local(heads, self.heads_held[layer])
+
+    def _belongs(self, layer: int, visibility: Visibility, heads: tuple[int, int]) -> None:
+        layers = self._groups.setdefault((id(visibility), *heads), [])
+        if layer not in layers:
+            layers.append(layer)
+
+    def _strided(self, tensor: Tensor, axis: int, visibility: Visibility) -> Tensor:
+        """The measured queries of ``tensor``, whose ``axis`` holds the tokens of this call."""
+        sight = self.sight(visibility)
+        if sight.whole:
+            return tensor
+        places = sight.visibility.query_positions.to(tensor.device) - visibility.first_query
+        return tensor.index_select(axis, places)
 
 
-def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool) -> tuple[Statistic, ...]:
+WHERE = {
+    "hidden": "the residual stream that enters each layer, (batch, token, channel)",
+    "hidden_real": "the residual stream that enters each layer, (batch, token, channel)",
+    "value_output": "an output projection that takes the attention's output as it is",
+}
+
+
+def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: bool = True) -> tuple[Statistic, ...]:
     """The entries of the table that ``config`` asks for, in the order of the table.
 
     Args:
         config: What was asked for.
         has_tokens: Whether the token ids of all keys are known.
+        alone: Whether the forward stands alone, and is not put together with others.
 
     Raises:
-        ValueError: A statistic is named that needs segments or token ids which are not there.
+        ValueError: A statistic is named that needs segments or token ids which are not there, or that several
+            forwards cannot give.
     """
     have = {"segments": config.segments is not None, "tokens": has_tokens, None: True}
     ways = {
@@ -330,7 +404,13 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool) -> tupl
     for name, statistic in statistics_table().items():
         possible = have[statistic.needs]
         if statistic.is_norm:
-            wanted = config.norms or (config.statistics != "all" and name in config.statistics)
+            named = config.statistics != "all" and name in config.statistics
+            if named and not alone and not merges(statistic):
+                raise ValueError(
+                    f"statistics: {name!r} is a number of one forward, which the steps of generate cannot be merged "
+                    "into; leave it out, or measure one forward over the finished sequence"
+                )
+            wanted = named or (config.norms and (alone or merges(statistic)))
         elif statistic.needs == "segments" and config.segments is not None:
             wanted = True
         else:
@@ -342,20 +422,16 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool) -> tupl
     return tuple(chosen)
 
 
-def mark_padding(statistic: Statistic, tensor: Tensor, visibility: Visibility) -> Tensor:
-    """Put NaN, or −1 in integer statistics, where there is no real token."""
-    dims = statistic.dims
-    if visibility.plain and visibility.rows is None and visibility.stride == 1:
-        # Every token is real, and every key is seen by the last query.
-        return tensor
-    if "query" in dims:
-        real = visibility.real_queries
-    elif "key" in dims:
-        real = visibility.real_keys if statistic.is_norm else visibility.visible_queries > 0
-    else:
-        return tensor
-    shape = [size if dim in ("batch", "query", "key") else 1 for dim, size in zip(dims, tensor.shape, strict=True)]
-    return tensor.masked_fill_(~real.view(shape), -1 if statistic.dtype is not None else torch.nan)
+def _some(wanted: Wanted, statistics: Sequence[Statistic]) -> Wanted:
+    return Wanted(statistics, wanted.config, wanted.segments, wanted.num_segments, wanted.tokens)
+
+
+def _of_queries(scoring: Scoring, sight: _Sight, visibility: Visibility) -> Scoring:
+    """The scoring of the measured queries."""
+    if sight.whole:
+        return scoring
+    first = sight.visibility.first_query - visibility.first_query
+    return scoring.of_queries(slice(first, None, sight.visibility.stride))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from llama_attn.stats.reference import Reference
 
-Observed = Literal["block", "hidden", "key", "value", "value_output"]
+Observed = Literal["block", "hidden", "hidden_real", "key", "value", "value_output"]
 
 # Dimensions that a statistic may have besides layer and batch, in the order in which they appear.
 DIMENSIONS = (
@@ -35,7 +35,8 @@ class Statistic:
         stream: The streaming form. For a statistic of attention it takes a ``Block`` of query rows. With a
             ``query`` axis it returns the block's rows (batch, head, rows, …); without one it returns what the
             block adds to a running sum whose shape is (batch, head, …), and for keys those of the block.
-            For a norm it takes the observed tensor itself.
+            For a norm it takes the observed tensor itself; if it observes ``"hidden_real"``, the states
+            (batch, query, channel), which of them are real tokens (batch, query), and the configuration.
         textbook: The definition on materialised float64 weights, which the tests compare with.
         meaning: One line for labels and docs.
         default: Whether it belongs to the default set.

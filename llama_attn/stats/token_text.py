@@ -22,7 +22,7 @@ def readable(token: str, longest: int = LONGEST) -> str:
 
 
 @cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The characters that byte-level tokenizers write for bytes: Ġ for a space, Ċ for a line break, Ã© for é."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in shown]
@@ -31,7 +31,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 def _decoded(token: str) -> str:
     """The text that a byte-level token stands for; what is not one, or only part of a character, stays as it is."""
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     if not all(character in alphabet for character in token):
         return token
     try:

@@ -1,6 +1,7 @@
 """Checks of ``generate`` in place of upstream's ``tests/generation/test_utils.py``, which no distribution ships."""
 
 import copy
+import inspect
 import tempfile
 
 import torch
@@ -19,6 +20,17 @@ MODES = [
     ("no_cache", {"use_cache": False}),
 ]
 STEPS = 4
+
+
+def cache_argument(model):
+    """What the forward of this transformers calls its cache; outputs name it alike."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def window_of(config, layer):
+    """How many tokens ``layer`` sees, or None for all."""
+    kinds = getattr(config, "layer_types", None)
+    return None if kinds is not None and kinds[layer] == "full_attention" else getattr(config, "sliding_window", None)
 
 
 class GenerationTesterMixin:
@@ -66,11 +78,16 @@ class GenerationTesterMixin:
                 queries = prompt if step == 0 else prompt + step if not mode.get("use_cache", True) else 1
                 heads = model.config.num_attention_heads
                 assert len(attentions) == model.config.num_hidden_layers
-                assert attentions[0].shape == (rows, heads, queries, prompt + step)
+                for layer, weights in enumerate(attentions):
+                    keys, window = prompt + step, window_of(model.config, layer)
+                    # A cache has no more than the window, once it holds any token.
+                    cached = window is not None and step > 0 and mode.get("use_cache", True)
+                    assert weights.shape == (rows, heads, queries, min(keys, window) if cached else keys)
                 assert hidden[-1].shape == (rows, queries, model.config.hidden_size)
             if mode.get("use_cache", True):
-                assert isinstance(outputs.past_key_values, DynamicCache)
-                assert outputs.past_key_values.get_seq_length() == prompt + STEPS - 1
+                cache = outputs[cache_argument(model)]
+                assert isinstance(cache, DynamicCache)
+                assert cache.get_seq_length() == prompt + STEPS - 1
 
     def test_generate_without_input_ids(self):
         for model, _ in self._model():
@@ -113,11 +130,13 @@ class GenerationTesterMixin:
 
     def test_past_key_values_format(self):
         for model, inputs in self._model():
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = model(**inputs, use_cache=True)[cache_argument(model)]
             config = model.config
-            shape = (2, config.num_key_value_heads, inputs["input_ids"].shape[1], config.head_dim)
             assert isinstance(cache, DynamicCache)
-            for layer in cache.layers:
+            for index, layer in enumerate(cache.layers):
+                length, window = inputs["input_ids"].shape[1], window_of(config, index)
+                kept = length if window is None else min(length, window - 1)
+                shape = (2, config.num_key_value_heads, kept, config.head_dim)
                 assert (layer.keys.shape, layer.values.shape) == (shape, shape)
 
     @parameterized.expand([("greedy", 1), ("beam", 2)])
@@ -147,17 +166,18 @@ class GenerationTesterMixin:
             static = self._generate(
                 model, inputs, output_logits=True, cache_implementation="static", disable_compile=True
             )
-            assert isinstance(static.past_key_values, StaticCache)
+            assert isinstance(static[cache_argument(model)], StaticCache)
             assert dynamic.sequences.tolist() == static.sequences.tolist()
             torch.testing.assert_close(torch.stack(dynamic.logits), torch.stack(static.logits), atol=1e-5, rtol=1e-5)
 
     def test_offloaded_and_user_caches(self):
         for model, inputs in self._model():
             want = self._generate(model, inputs).sequences.tolist()
+            name = cache_argument(model)
             cache = DynamicCache(config=model.config)
-            assert self._generate(model, inputs, past_key_values=cache).sequences.tolist() == want
+            assert self._generate(model, inputs, **{name: cache}).sequences.tolist() == want
             static = StaticCache(config=model.config, max_cache_len=32)
-            outputs = self._generate(model, inputs, past_key_values=static, disable_compile=True)
+            outputs = self._generate(model, inputs, **{name: static}, disable_compile=True)
             assert outputs.sequences.tolist() == want
 
     def test_generate_continue_from_past_key_values(self):
@@ -165,9 +185,10 @@ class GenerationTesterMixin:
             whole = self._generate(model, inputs, max_new_tokens=6)
             half = self._generate(model, inputs, max_new_tokens=3)
             longer = {"input_ids": half.sequences, "attention_mask": torch.ones_like(half.sequences)}
-            rest = self._generate(model, longer, max_new_tokens=3, past_key_values=half.past_key_values)
+            name = cache_argument(model)
+            rest = self._generate(model, longer, max_new_tokens=3, **{name: half[name]})
             assert whole.sequences.tolist() == rest.sequences.tolist()
-            for a, b in zip(whole.past_key_values.layers, rest.past_key_values.layers, strict=True):
+            for a, b in zip(whole[name].layers, rest[name].layers, strict=True):
                 torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
 
     def test_generate_methods_with_logits_to_keep(self):
@@ -183,6 +204,8 @@ class GenerationTesterMixin:
 
     def test_eager_matches_sdpa_generate(self):
         for model, inputs in self._model():
+            if not model._supports_sdpa:
+                self.skipTest("sdpa has no learned sinks")
             outputs = {}
             for name in ("eager", "sdpa"):
                 model.set_attn_implementation(name)
@@ -193,11 +216,18 @@ class GenerationTesterMixin:
 
     def test_custom_4d_mask(self):
         for model, inputs in self._model(1):
-            length = inputs["input_ids"].shape[1]
-            mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
-            torch.testing.assert_close(
-                model(inputs["input_ids"], attention_mask=mask).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5
-            )
+            masks = {}
+            for layer in range(model.config.num_hidden_layers):
+                window = window_of(model.config, layer)
+                length = inputs["input_ids"].shape[1]
+                seen = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
+                if model.config._attn_implementation == "eager":
+                    seen = torch.zeros_like(seen, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
+                masks["full_attention" if window is None else "sliding_attention"] = seen[None, None]
+            # Models whose layers differ take a mask for each kind.
+            mask = masks if len(masks) > 1 else masks.popitem()[1]
+            got = model(inputs["input_ids"], attention_mask=mask).logits
+            torch.testing.assert_close(got, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
     def test_generate_compile_model_forward_fullgraph(self):
         for model, inputs in self._model():

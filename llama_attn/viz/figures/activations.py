@@ -21,6 +21,7 @@ from llama_attn.viz.style import (
     explain_no_data,
     heat_map,
     label_tokens,
+    of_layers,
     pick,
     tokens_of,
 )
@@ -38,11 +39,12 @@ CHANNEL_COLOURS = (ORANGE, PINK, "white", AMBER, SKY, GREEN)
 def plot_massive_activations(source: Source, *, batch: int = 0) -> Figure:
     """The largest magnitude of every token in the residual stream, layer by layer.
 
-    Left: layer × token, logarithmic colours. Marks are massive activations, one colour per channel.
+    Left: layer × token, logarithmic colours. Marks are massive activations, one colour per channel, all of a token on
+    top of each other; only its largest where ``hidden_top`` was not measured.
     Right: the largest and the median magnitude of every layer, and what a massive activation exceeds.
 
     Args:
-        source: Statistics with ``hidden_max``, ``hidden_max_channel`` and ``hidden_median``.
+        source: What `massive_activations` needs.
         batch: Row of the batch.
 
     Raises:
@@ -51,6 +53,7 @@ def plot_massive_activations(source: Source, *, batch: int = 0) -> Figure:
     dataset = as_dataset(source)
     pick(dataset, batch=batch)
     found = massive_activations(dataset.sel(batch=[batch])).isel(batch=0).sortby("hidden_layer")
+    found = found.assign_attrs(dataset.attrs)
     layers = found["hidden_layer"].values
     length = found.sizes["query"]
     # As wide as the labels of all tokens need, if they are written.
@@ -90,20 +93,19 @@ def _draw_tokens(figure: Figure, axes: Axes, found: xarray.Dataset) -> None:
     layers = found["hidden_layer"].values
     step = -(-len(layers) // 40)
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    axes.set(xlabel="position [token]", ylabel="layer")
-    massive = found.massive.transpose("hidden_layer", "query").values
-    channel = found.channel.transpose("hidden_layer", "query").values
-    channels, counts = np.unique(channel[massive], return_counts=True)
-    often = channels[np.argsort(-counts, kind="stable")]
-    for number, colour in zip(often, CHANNEL_COLOURS, strict=False):
-        rows, columns = np.nonzero(massive & (channel == number))
+    axes.set(xlabel=f"position [token]{of_layers(found)}", ylabel="layer")
+    channels = found.channels.transpose("hidden_layer", "query", "rank").values
+    numbers, counts = np.unique(channels[channels >= 0], return_counts=True)
+    often = numbers[np.argsort(-counts, kind="stable")]
+    # Smaller and smaller, since a token has several in one place.
+    for place, (number, colour) in enumerate(zip(often, CHANNEL_COLOURS, strict=False)):
+        rows, columns = np.nonzero((channels == number).any(-1))
         axes.plot(
-            positions[columns], rows, linestyle="none", marker="s", markersize=5, markerfacecolor=colour, markeredgecolor="black",
-            label=f"massive, channel {number}",
+            positions[columns], rows, linestyle="none", marker="s", markersize=6 * 0.75**place, markerfacecolor=colour,
+            markeredgecolor="black", markeredgewidth=0.7, label=f"massive, channel {number}",
         )  # fmt: skip
-    rest = massive & np.isin(channel, often[len(CHANNEL_COLOURS) :])
-    if rest.any():
-        rows, columns = np.nonzero(rest)
+    rows, columns = np.nonzero(np.isin(channels, often[len(CHANNEL_COLOURS) :]).any(-1))
+    if len(rows):
         axes.plot(
             positions[columns], rows, linestyle="none", marker="x", color=NO_DATA, label="massive, other channels"
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llama_attn.analysis import as_dataset, require
+from llama_attn.analysis.dataset import direction_of
 from llama_attn.viz.style import heat_map, label_tokens, new_figure, of_head, pick, pick_head, tokens_of
 
 if TYPE_CHECKING:
@@ -65,9 +66,10 @@ def draw_map(axes: Axes, row: xarray.Dataset, cells: np.ndarray, **settings: Any
     image = heat_map(axes, cells, extent=(-0.5, right, bottom, -0.5), **settings)
     axes.set(xlabel="key [token]", ylabel="query [token]")
     if width == 1:
-        keys = row.key_bin.values.tolist()
-        label_tokens(axes, "x", keys, tokens_of(row, "key"))
-        label_tokens(axes, "y", keys, tokens_of(row, "key"))
+        label_tokens(axes, "x", row["key"].values.tolist(), tokens_of(row, "key"))
+        # Every token is a query, measured or not; but in cross-attention the keys are of another text.
+        down: Literal["query", "key"] = "query" if direction_of(row) == "cross" else "key"
+        label_tokens(axes, "y", row[down].values.tolist(), tokens_of(row, down))
     return image
 
 
@@ -75,7 +77,7 @@ def bin_width(row: xarray.Dataset) -> int:
     """Tokens per bin of the maps."""
     edges = row.key_bin.values
     # A single bin is as wide as the power of two that holds the row.
-    return int(edges[1] - edges[0]) if len(edges) > 1 else 1 << (row.sizes["key"] - 1).bit_length()
+    return int(edges[1] - edges[0]) if len(edges) > 1 else 1 << int(row["key"].values[-1]).bit_length()
 
 
 def pooled(row: xarray.Dataset) -> str:

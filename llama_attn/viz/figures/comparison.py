@@ -9,7 +9,7 @@ import numpy as np
 from llama_attn.analysis import as_dataset, compare, require
 from llama_attn.viz.figures.attention import KINDS, WORDS, check_kind, draw_map, drawn_cells, pooled
 from llama_attn.viz.figures.grids import grid_size, label_grid
-from llama_attn.viz.style import DIVERGING, explain_no_data, heading, heat_map, new_figure, of_head, pick
+from llama_attn.viz.style import DIVERGING, explain_no_data, heading, heat_map, new_figure, of_head, of_layers, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,6 +99,7 @@ def plot_head_comparison(a: Source, b: Source, *, statistic: str = "entropy") ->
         grid.index.to_numpy(),
         grid.columns.to_numpy(),
         "KV head" if "kv_head" in first[statistic].dims else "head",
+        of_layers(first),
     )
     figure.colorbar(image, ax=axes, label=f"difference in {statistic.replace('_', ' ')}, b − a [{unit}]")
     axes.set_title(f"{heading(statistic)}, b − a, mean over tokens")

@@ -20,6 +20,7 @@ from llama_attn.viz.style import (
     heat_map,
     named,
     new_figure,
+    of_layers,
     pick,
 )
 
@@ -51,7 +52,7 @@ def plot_head_grid(source: Source, *, statistic: str = "entropy", batch: int = 0
     means = head_means(dataset.sel(batch=[batch]), statistic).sortby("layer")
     figure, axes = new_figure(grid_size(*means.shape))
     image = heat_map(axes, means.values)
-    label_grid(axes, means["layer"].values, means[means.dims[1]].values, str(means.dims[1]))
+    label_grid(axes, means["layer"].values, means[means.dims[1]].values, str(means.dims[1]), of_layers(dataset))
     figure.colorbar(image, ax=axes, label=named(means))
     axes.set_title(f"{heading(statistic)}, mean over tokens")
     explain_no_data(figure, means.values)
@@ -92,7 +93,7 @@ def plot_head_roles(source: Source, *, query_slice: slice | None = None, batch: 
                 axes.text(column, row, f"{100 * line.score:.0f}", ha="center", va="center", fontsize=7, color=ink)
     bounds = np.arange(len(names) + 1) - 0.5
     heat_map(axes, cells, cmap=ListedColormap(list(ROLE_COLOURS.values())), norm=BoundaryNorm(bounds, len(names)))
-    label_grid(axes, layers, heads, "head")
+    label_grid(axes, layers, heads, "head", of_layers(dataset))
     counts = frame.role.value_counts()
     patches = [
         Patch(color=colour, label=f"{name.replace('_', ' ')}: {counts.get(name, 0)}")
@@ -110,10 +111,10 @@ def grid_size(rows: int, columns: int) -> tuple[float, float]:
     return float(np.clip(2.5 + 0.42 * columns, 5.5, 20)), float(np.clip(1.5 + 0.24 * rows, 3.5, 24))
 
 
-def label_grid(axes: Axes, layers: np.ndarray, heads: np.ndarray, name: str) -> None:
-    """Write the indices of layers and heads, of every one or of every few."""
+def label_grid(axes: Axes, layers: np.ndarray, heads: np.ndarray, name: str, note: str = "") -> None:
+    """Write the indices of layers and heads, of every one or of every few, and a note below."""
     for target, labels in ((axes.yaxis, layers), (axes.xaxis, heads)):
         axis: Any = target
         step = -(-len(labels) // 40)
         axis.set_ticks(range(0, len(labels), step), [str(label) for label in labels[::step]])
-    axes.set(xlabel=name.replace("kv_head", "KV head"), ylabel="layer")
+    axes.set(xlabel=name.replace("kv_head", "KV head") + note, ylabel="layer")

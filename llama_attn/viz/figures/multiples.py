@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float
 
 from llama_attn.analysis import as_dataset, require
+from llama_attn.analysis.dataset import real_tokens
 from llama_attn.viz.figures.attention import KINDS, WORDS, bin_width, check_kind, draw_map, drawn_cells, pooled
 from llama_attn.viz.figures.grids import label_grid
-from llama_attn.viz.style import empty_figure, heat_map, new_figure, pick
+from llama_attn.viz.style import empty_figure, heat_map, new_figure, of_layers, pick
 
 if TYPE_CHECKING:
     import xarray
@@ -96,7 +97,7 @@ def plot_model_view(source: Source, *, batch: int = 0) -> Figure:
     image = heat_map(axes, mosaic, extent=extent, norm=square_root_norm(1.0))
     axes.hlines(np.arange(layers - 1) + 0.5, *extent[:2], color="white", linewidth=3)
     axes.vlines(np.arange(heads - 1) + 0.5, *extent[2:], color="white", linewidth=3)
-    label_grid(axes, row["layer"].values, row["head"].values, "head")
+    label_grid(axes, row["layer"].values, row["head"].values, "head", of_layers(row))
     unit = row.weights_map.attrs["units"]
     figure.colorbar(image, ax=axes, label=f"attention weight [{unit}]", shrink=0.5, ticks=square_root_ticks(1.0))
     width = bin_width(row) * _factor(row)
@@ -130,7 +131,7 @@ def pooled_maps(row: xarray.Dataset, most: int) -> Float[np.ndarray, "layer head
     maps = row.weights_map.values.astype(np.float64)
     bins = maps.shape[-1]
     factor = -(-bins // most)
-    real = row["query"].values[row.visible_keys.values > 0]
+    real = row["query"].values[real_tokens(row, "query").values]
     queries = np.bincount(real // bin_width(row), minlength=bins).astype(np.float64)
     padding = -bins % factor
     sums = np.pad(np.nan_to_num(maps) * queries[:, None], [(0, 0), (0, 0), (0, padding), (0, padding)])

@@ -62,7 +62,8 @@ def plot_token_strip(
     if "hidden_layer" in row.dims:
         row = row.sel(hidden_layer=layer)
     values = [_along_text(row[name], head) for name in statistics]
-    length = row.sizes["key"]
+    keys = row["key"].values.tolist()
+    length = len(keys)
     figure = empty_figure((float(np.clip(0.11 * length, 8, 18)), 1.2 + 1.5 * len(values)))
     panels = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name, along in zip(panels, statistics, values, strict=True):
@@ -79,9 +80,9 @@ def plot_token_strip(
         axes.set_ylabel(f"{name.replace('_', ' ')}\n[{along.attrs.get('units', '?')}]", fontsize=9)
         axes.grid(alpha=0.4)
         say_no_data(axes, along.values)
-    panels[-1].set_xlim(-0.7, length - 0.3)
+    panels[-1].set_xlim(keys[0] - 0.7, keys[-1] + 0.7)
     panels[-1].set_xlabel("position [token]")
-    label_tokens(panels[-1], "x", range(length), tokens_of(row, "key"), most=MOST_TOKENS)
+    label_tokens(panels[-1], "x", keys, tokens_of(row, "key"), most=MOST_TOKENS)
     figure.suptitle(f"Along the text, layer {layer}, {of_head(head)}")
     return figure
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_attn.analysis import head_means, layer_evolution
+from llama_attn.analysis.dataset import real_tokens
 from llama_attn.viz.figures.attention import bin_width
 from llama_attn.viz.figures.multiples import pooled_maps
 from llama_attn.viz.report.embedding import Embedded, Level, Part, embed, embed_rounded
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 LAYER_AXES, HEAD_AXES, TOKEN_AXES = ("layer", "hidden_layer"), ("head", "kv_head"), ("query", "key")
 # Statistics that have places of their own in the page, or none.
 MAP, TOP_KEYS, HISTOGRAM = "weights_map", ("topk_weight", "topk_position"), "distance_histogram"
+# What massive activations are found with.
+OF_MASSIVE = ("hidden_max_channel", "hidden_top", "hidden_top_channel", "hidden_layer_median")
 # As coarse as statistics along the text and maps may become [bins], and lists of keys [ranks].
 FEWEST_BINS, FEWEST_MAP_BINS, FEWEST_RANKS = 64, 16, 4
 # The page can do without the details of one statistic in one head sooner than without who attends to whom.
@@ -43,6 +46,14 @@ def one_row(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
     return row
 
 
+def from_the_first_token(row: xarray.Dataset) -> xarray.Dataset:
+    """The row with all its tokens, without numbers of those that are no longer in the cache."""
+    keys = row["key"].values
+    if not keys[0]:
+        return row
+    return row.reindex(key=np.arange(keys[-1] + 1), fill_value={"visible_queries": 0, "key_token": ""})
+
+
 def along_text(row: xarray.Dataset) -> list[str]:
     """Names of the statistics with a number per layer and token, and perhaps per head."""
     return [
@@ -57,7 +68,7 @@ def along_text(row: xarray.Dataset) -> list[str]:
 
 def not_shown(row: xarray.Dataset) -> list[str]:
     """Names of what was measured and has no place in the report."""
-    shown = {*along_text(row), MAP, *TOP_KEYS, HISTOGRAM, "hidden_max_channel", "visible_keys", "visible_queries"}
+    shown = {*along_text(row), MAP, *TOP_KEYS, HISTOGRAM, *OF_MASSIVE, "visible_keys", "visible_queries"}
     return [str(name) for name in row.data_vars if name not in shown]
 
 
@@ -88,7 +99,7 @@ def parts_of(row: xarray.Dataset) -> list[Part]:
         histogram = row[HISTOGRAM].isel(batch=0).transpose("layer", "head", ...).values
         parts.append(_fixed(HISTOGRAM, histogram))
     parts.extend(_summaries(row))
-    real = (row["visible_queries"].isel(batch=0).values > 0).astype(np.uint8)
+    real = real_tokens(row, "key").isel(batch=0).values.astype(np.uint8)
     parts.append(Part("real", [Level(real.size, lambda: {"real": embed(real)})]))
     return parts
 
@@ -159,7 +170,7 @@ def _map_part(row: xarray.Dataset) -> Part:
 
 def _top_keys_part(row: xarray.Dataset) -> Part:
     weight, position = (row[name].transpose("layer", "head", "query", "rank").values for name in TOP_KEYS)
-    real = row["visible_keys"].values > 0
+    real = real_tokens(row, "query").values
     if row.sizes["key"] <= 2**15:
         # Integers of 16 bits are sorted several times as fast.
         position = position.astype(np.int16)

@@ -16,10 +16,12 @@ from llama_attn.analysis import (
     sink_positions,
     sink_rate,
 )
-from llama_attn.analysis.activations import MAGNITUDE, RATIO
+from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed as needed_activations
+from llama_attn.analysis.dataset import direction_of, real_tokens, without_attention
 from llama_attn.analysis.locality import LOCAL_BELOW
 from llama_attn.analysis.sinks import EPSILON
 from llama_attn.analysis.uniform import measured_with
+from llama_attn.viz.style import named_layers
 
 if TYPE_CHECKING:
     import xarray
@@ -62,7 +64,7 @@ def findings(row: xarray.Dataset) -> list[Finding]:
         ),
         (
             "Where are the massive activations?",
-            ("hidden_max", "hidden_max_channel", "hidden_median"),
+            needed_activations(row),
             _activations,
         ),
     ]
@@ -80,12 +82,17 @@ def findings(row: xarray.Dataset) -> list[Finding]:
 
 
 def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
-    rate, by_layer = sink_rate(row), sink_rate(row, by="layer").dropna("layer")
     found = sink_positions(row).isel(batch=0)
-    first = int(np.argmax(row.visible_queries.isel(batch=0).values > 0))
     received = row.received.isel(batch=0).mean(["layer", "head"])
-    strongest = int(received.where(found.heads > 0).fillna(-1).argmax("key"))
-    words: Words = [
+    if dropped := int(row["key"].values[0]):
+        words: Words = [
+            f"The first {dropped} tokens are no longer in the cache. ",
+            *_other_sinks(found, received, None),
+        ]
+        return _percent(found.heads.max()), "of heads have a sink at the key where most have one", words
+    rate, by_layer = sink_rate(row), sink_rate(row, by="layer").dropna("layer")
+    first = int(row["key"].values[real_tokens(row, "key").isel(batch=0).values][0])
+    words = [
         "The first token, ", {"token": first}, f", is a sink of {_percent(rate)} of the {_heads_of(row)}: it receives "
         f"more than {EPSILON:g} of the attention of the queries that see it. ",
     ]  # fmt: skip
@@ -97,18 +104,27 @@ def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
         half = by_layer.layer.values[by_layer.values > 0.5]
         words.append(f"The rate is highest in layer {int(peak.layer)} ({_percent(peak)})")
         words.append(f" and first exceeds one half in layer {int(half[0])}. " if len(half) else ". ")
-    others = found.heads.where(found["key"] != first).fillna(0)
-    order = np.argsort(-others.values, kind="stable")[:EXAMPLES]
-    others_named = [int(position) for position in order if others.values[position] > 0]
-    if others_named:
-        words.append("Other sinks: ")
-        for number, position in enumerate(others_named):
-            words += ["; " if number else "", {"token": position}, f" at {position}, of {_percent(others[position])}"]
-        words.append(" of the heads. ")
-    if found.heads.max() > 0:
-        words += ["The token that receives most is ", {"token": strongest}]
-        words.append(f" at {strongest}, with {float(received[strongest]):.2g} on average over all heads.")
+    words += _other_sinks(found, received, first)
     return _percent(rate), f"of heads have a sink at the first token (ε = {EPSILON:g}, T = {rate.attrs['T']})", words
+
+
+def _other_sinks(found: xarray.Dataset, received: xarray.DataArray, first: int | None) -> Words:
+    """The sinks besides the first token, and the strongest of all."""
+    heads = found.heads.fillna(0)
+    others = heads.where(heads["key"] != first, 0) if first is not None else heads
+    order = np.argsort(-others.values, kind="stable")[:EXAMPLES]
+    named = [others[at] for at in order if others.values[at] > 0]
+    words: Words = ["Sinks: " if first is None else "Other sinks: "] if named else []
+    for number, share in enumerate(named):
+        position = int(share["key"])
+        words += ["; " if number else "", {"token": position}, f" at {position}, of {_percent(share)}"]
+    words += [" of the heads. "] if named else []
+    if heads.max() > 0:
+        strongest = received[int(received.where(heads > 0).fillna(-1).argmax("key"))]
+        position = int(strongest["key"])
+        words += ["The token that receives most is ", {"token": position}]
+        words.append(f" at {position}, with {float(strongest):.2g} on average over all heads.")
+    return words
 
 
 def _locality(row: xarray.Dataset) -> tuple[str, str, Words]:
@@ -118,12 +134,14 @@ def _locality(row: xarray.Dataset) -> tuple[str, str, Words]:
     share = float(local.sum() / known.sum()) if known.any() else np.nan
     per_layer = local.where(known).mean("head").dropna("layer")
     window = measured_with(row, "window")
+    over = " over what each layer sees" if "layer" in found.uniform_distance.dims else ""
     words: Words = [
         f"{int(local.sum())} of {int(known.sum())} heads are local: the keys they attend to lie less than "
         f"{LOCAL_BELOW:g} × as far away as under uniform attention. "
         f"The mean distance is {_number(found.mean_distance.mean())} tokens, and would be "
-        f"{_number(found.uniform_distance)} if attention were uniform. The nearest {window} tokens hold "
-        f"{_percent(found.local_mass.mean())} of the attention, against {_percent(found.uniform_local_mass)}. ",
+        f"{_number(found.uniform_distance.mean())} if attention were uniform{over}. The nearest {window} tokens hold "
+        f"{_percent(found.local_mass.mean())} of the attention, against {_percent(found.uniform_local_mass.mean())}. ",
+        _limits(row),
     ]
     if len(per_layer) > 1 and per_layer.max() > per_layer.min():
         most = per_layer[int(per_layer.argmax("layer"))]
@@ -132,6 +150,24 @@ def _locality(row: xarray.Dataset) -> tuple[str, str, Words]:
     if np.isfinite(entropy):
         words.append(f"Entropy is {_percent(entropy)} of what uniform attention has.")
     return _percent(share), "of heads are local", words
+
+
+def _limits(row: xarray.Dataset) -> str:
+    """In which layers a query sees less than the text up to it, or all of it, and at most how much."""
+    keys, seen = row["key"].values[real_tokens(row, "key").isel(batch=0).values], row.visible_keys.isel(batch=0)
+    whole = len(keys) + 0 * row["query"]
+    if direction_of(row) == "causal":
+        whole = whole.copy(data=np.searchsorted(keys, row["query"].values, side="right"))
+    seen = seen.where(seen > 0)
+    limited = (seen < whole).any("query")
+    most = seen.max("query")
+    if "layer" not in limited.dims:
+        return f"In every layer a query sees at most {int(most):,} tokens. " if limited else ""
+    words = []
+    for number in np.unique(most.values[limited.values]):
+        layers = limited["layer"].values[limited.values & (most.values == number)].tolist()
+        words.append(f"In {named_layers(layers)} a query sees at most {int(number):,} tokens. ")
+    return "".join(words)
 
 
 def _layers(row: xarray.Dataset) -> tuple[str, str, Words]:
@@ -160,6 +196,8 @@ def _layers(row: xarray.Dataset) -> tuple[str, str, Words]:
             f"{meaning} goes from {shown(means[0])} to {shown(means[-1])}{unit}; "
             f"lowest {at[0]} ({shown(low)}), highest {at[1]} ({shown(high)}). "
         )
+    if absent := without_attention(row):
+        words.append(f"The model has no attention in {named_layers(absent)}.")
     entropy = evolution.entropy.sel(summary="mean").dropna("layer")
     ends = f"{_number(entropy[0])} → {_number(entropy[-1])}"
     return ends, "nat: mean entropy of the first and of the last measured layer", words
@@ -195,7 +233,7 @@ def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
     tokens = np.flatnonzero(found.massive.any("hidden_layer").values)
     ratio = f"{_number(peak.ratio)} × the median"
     figure, caption = _number(peak.magnitude), f"largest magnitude in the residual stream, {ratio}"
-    bound = f"above {MAGNITUDE:g} and {RATIO:,.0f} × the median magnitude"
+    bound = f"above {MAGNITUDE:g} and at least {RATIO:,.0f} × the median magnitude"
     if not len(tokens):
         words = [f"No activation is massive ({bound}). The largest is {_number(peak.magnitude)}, on ", *where]
         return figure, caption, words
@@ -203,9 +241,7 @@ def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
     for at in tokens[np.argsort(-found.magnitude.max("hidden_layer").values[tokens])][:EXAMPLES]:
         token = found.isel(query=at)
         inside = token.massive.values
-        words += [{"token": int(token["query"])}, f" at {int(token['query'])}: channel "]
-        channels = np.unique(token.channel.values[inside]).tolist()
-        words.append(", ".join(map(str, channels[:EXAMPLES])) + ("…" if len(channels) > EXAMPLES else ""))
+        words += [{"token": int(token["query"])}, f" at {int(token['query'])}: {_channels(token)}"]
         last = int(token.hidden_layer.values[inside][-1])
         words.append(f", from what {_enters(row, int(token.appears))} to what {_enters(row, last)}")
         if "sink_heads" in found:
@@ -214,6 +250,17 @@ def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
             words.append(f"; {_percent(share)} of the heads of these layers have their sink here" if layers else "")
         words.append(". ")
     return figure, caption, [*words, f"The largest, {_number(peak.magnitude)}, is on ", *where]
+
+
+def _channels(token: xarray.Dataset) -> str:
+    """The channels of a token's massive activations, those first that are massive in most layers."""
+    listed = token.channels.values
+    numbers, counts = np.unique(listed[listed >= 0], return_counts=True)
+    shown = [str(number) for number in numbers[np.argsort(-counts, kind="stable")][:EXAMPLES]]
+    more = "" if len(numbers) == len(shown) else f" and {len(numbers) - len(shown)} more"
+    # Where everything that was measured of the token is massive, more may be.
+    unknown = "" if token.complete.all() else ", and perhaps others that were not measured"
+    return f"channel{'s' if len(numbers) > 1 else ''} {', '.join(shown)}{more}{unknown}"
 
 
 def _enters(row: xarray.Dataset, layer: int) -> str:

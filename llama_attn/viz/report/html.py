@@ -13,13 +13,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_attn.analysis import as_dataset, classify_heads, massive_activations, require
-from llama_attn.analysis.activations import MAGNITUDE, RATIO
+from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed
+from llama_attn.analysis.dataset import direction_of, without_attention
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.token_text import readable
-from llama_attn.viz.report.contents import HISTOGRAM, MAP, TOP_KEYS, along_text, described, not_shown, one_row, parts_of
+from llama_attn.viz.report.contents import (
+    HISTOGRAM,
+    MAP,
+    TOP_KEYS,
+    along_text,
+    described,
+    from_the_first_token,
+    not_shown,
+    one_row,
+    parts_of,
+)
 from llama_attn.viz.report.embedding import Embedded, Part, arrays_of, embed, fit
 from llama_attn.viz.report.findings import findings
-from llama_attn.viz.style import tokens_of
+from llama_attn.viz.style import named_layers, tokens_of
 
 if TYPE_CHECKING:
     import xarray
@@ -58,8 +69,8 @@ def report(source: Source, path: str | os.PathLike[str], *, max_megabytes: float
 
     Raises:
         ImportError: xarray, pandas or plotly is not installed.
-        ValueError: The row was not measured or is all padding, or the report does not fit into ``max_megabytes``
-            however much is pooled.
+        ValueError: The row was not measured or is all padding, it is of cross-attention, or the report does not fit
+            into ``max_megabytes`` however much is pooled.
         FileNotFoundError: The folder does not exist.
     """
     if isinstance(max_megabytes, bool) or not isinstance(max_megabytes, (int, float)) or not max_megabytes > 0:
@@ -70,6 +81,10 @@ def report(source: Source, path: str | os.PathLike[str], *, max_megabytes: float
         raise ImportError("the report needs plotly: pip install 'llama_attn[viz]'") from error
     dataset = as_dataset(source)
     require(dataset, "visible_keys", "visible_queries")
+    if direction_of(dataset) == "cross":
+        raise ValueError(
+            "source: the report shows one text, and cross-attention has two; use the figures of llama_attn.viz"
+        )
     if batch not in dataset["batch"].values:
         raise ValueError(f"batch: {batch} was not measured; there are {dataset['batch'].values.tolist()}")
     if not (dataset.visible_queries.sel(batch=batch) > 0).any():
@@ -78,7 +93,8 @@ def report(source: Source, path: str | os.PathLike[str], *, max_megabytes: float
         row = one_row(dataset, batch)
         about = _about(row) | {"row": int(batch), "rows": dataset.sizes["batch"]}
         plotly = embed(np.frombuffer(get_plotlyjs().encode(), np.uint8))
-        unfinished.write_text(_fitting_page(about, plotly, parts_of(row), int(max_megabytes * MEGABYTE)), "utf-8")
+        parts = parts_of(from_the_first_token(row))
+        unfinished.write_text(_fitting_page(about, plotly, parts, int(max_megabytes * MEGABYTE)), "utf-8")
     return Path(path)
 
 
@@ -117,7 +133,9 @@ def _page(about: dict[str, Any], plotly: Embedded, arrays: dict[str, Embedded]) 
 
 def _about(row: xarray.Dataset) -> dict[str, Any]:
     """Everything but the arrays, as plain JSON types."""
-    tokens = tokens_of(row.isel(batch=0), "key")
+    tokens = tokens_of(from_the_first_token(row).isel(batch=0), "key")
+    first, last = (int(row["key"].values[end]) for end in (0, -1))
+    absent = without_attention(row)
     hidden = row["hidden_layer"].values.tolist() if "hidden_layer" in row.dims else []
     layers = row["layer"].values.tolist() if "layer" in row.dims else hidden[:-1]
     queries = row["query"].values
@@ -133,7 +151,9 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "numLayers": int(row.attrs.get("num_layers", len(layers))),
         "heads": row["head"].values.tolist() if "head" in row.dims else [],
         "kvHeads": row["kv_head"].values.tolist() if "kv_head" in row.dims else [],
-        "length": row.sizes["key"],
+        "withoutAttention": named_layers(absent) if absent else "",
+        "length": last + 1,
+        "firstKey": first,
         "queries": {
             "first": int(queries[0]),
             "stride": int(queries[1] - queries[0]) if len(queries) > 1 else 1,
@@ -169,7 +189,7 @@ def _roles(row: xarray.Dataset) -> list[list[str | None]] | None:
 
 def _massive(row: xarray.Dataset) -> dict[str, Any] | None:
     """The largest magnitude of every hidden layer, where it is, and what would be massive; None if it is unknown."""
-    if not all(name in row for name in ("hidden_max", "hidden_max_channel", "hidden_median")):
+    if not all(name in row for name in needed(row)):
         return None
     found = massive_activations(row).isel(batch=0)
     magnitude = found.magnitude.transpose("hidden_layer", "query").fillna(-1)

@@ -133,7 +133,7 @@ function lineStep(direction) {
 
 function tokenTip(position) {
   const name = report.tokens ? `${position}: ${token(position)}` : `token ${position}`;
-  const padding = real[position] ? "" : " · padding";
+  const padding = real[position] ? "" : position < report.firstKey ? " · no longer in the cache" : " · padding";
   if (!shading) return name + padding;
   return `\u2068${name}\u2069${padding} · ${shading.label}: ${valueAt(position)}`;
 }

@@ -1,0 +1,323 @@
+"""The one place where models are observed: the function that transformers' attention interface gives to a layer.
+
+While something is observed, ``get_interface`` of every `AttentionInterface` in use is shadowed on the instance, and so
+is the table of mask functions; the last observer to leave takes the shadows back. Nothing is written to a model or a
+configuration, and layers that nobody watches get what they always got.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llama_attn.backends._masks import MaskRequest
+from llama_attn.backends._rules import AttentionCall, scoring
+from llama_attn.backends._streaming import streaming_call
+from llama_attn.backends.registry import Backend, rule_of
+from llama_attn.engines import choose_engine
+from llama_attn.engines._fused import fused
+from llama_attn.observe import compiled
+from llama_attn.stats.block import Wanted
+from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.visibility import Visibility
+
+# The interfaces that models use whose files have none of their own.
+TRANSFORMERS_OWN = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+TENSORS = ("query", "key", "value", "attention_mask")
+# Where a mask carries the request that it was made for.
+REQUEST = "_llama_attn_request"
+# Keyword arguments in which some layers say who sees whom to backends that they do not know, or hold back keys.
+UNKNOWN = ("indices", "block_indices")
+PAGED = ("cache", "read_index", "block_table")
+
+
+class Observer(Protocol):
+    """What watches attention layers."""
+
+    # Whether it is part of the graph that is being compiled.
+    is_traced: bool
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether a call of ``module`` is to be measured; asked once per call."""
+
+    def visibility(self, call: AttentionCall, backend: Backend) -> Visibility | None:
+        """Who sees whom in the call, the same object for calls that see the same; None to leave it."""
+
+    def fused(
+        self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
+    ) -> tuple[Wanted, Visibility] | None:
+        """What to measure in the blocks of a streaming backend."""
+
+    def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:
+        """Keep what was measured there."""
+
+    def measure(
+        self,
+        call: AttentionCall,
+        name: str,
+        visibility: Visibility,
+        scores: Scoring,
+        output: Tensor,
+        prefer: str | None,
+    ) -> None:
+        """Measure the call, beside its backend what the backend has not."""
+
+    def enter_layer(self, module: nn.Module, states: Tensor) -> None:
+        """Take the hidden states that come to the layer of ``module``, where that layer shows them itself."""
+
+    def leave_layer(self, module: nn.Module, states: Tensor) -> None:
+        """Take its output."""
+
+
+_watched: dict[nn.Module, tuple[Observer, ...]] = {}
+_cross: dict[nn.Module, None] = {}
+_shadowed: dict[int, tuple[Any, int]] = {}
+_lock = threading.RLock()
+
+
+class _Notes(threading.local):
+    """Requests whose answer was no mask, which carries nothing; those of the forward that runs in this thread."""
+
+    def __init__(self) -> None:
+        self.requests: list[MaskRequest] = []
+        self.are_used = False
+
+
+_notes = _Notes()
+
+
+def watching(module: nn.Module) -> tuple[Observer, ...]:
+    """Who watches a layer."""
+    return _watched.get(module, ())
+
+
+def show_states(module: nn.Module, states: Tensor, *, entering: bool) -> None:
+    """Show whoever watches ``module`` what comes into the layer that holds it, or what leaves it."""
+    is_outside = False
+    for observer in _watched.get(module, ()):
+        if torch.compiler.is_compiling() and not observer.is_traced:
+            is_outside = True
+        elif entering:
+            observer.enter_layer(module, states)
+        else:
+            observer.leave_layer(module, states)
+    if is_outside:
+        compiled.show_states(module, states, entering=entering)
+
+
+def is_cross(module: nn.Module) -> bool:
+    """Whether a layer attends to another sequence than its own."""
+    return module in _cross
+
+
+def watch(
+    modules: Iterable[nn.Module], observer: Observer, interfaces: Iterable[Any], cross: Iterable[nn.Module] = ()
+) -> None:
+    """Let ``observer`` see the attention calls of ``modules``.
+
+    Args:
+        modules: The layers.
+        observer: Who is told.
+        interfaces: The attention interfaces that these layers use, see `interfaces_of`.
+        cross: Those of the layers that attend to another sequence than their own.
+    """
+    for module in modules:
+        _watched[module] = (*_watched.get(module, ()), observer)
+        compiled.modules[id(module)] = module
+    for module in cross:
+        _cross[module] = None
+    for interface in interfaces:
+        _, users = _shadowed.get(id(interface), (None, 0))
+        if not users:
+            _shadow(interface)
+        _shadowed[id(interface)] = interface, users + 1
+
+
+def unwatch(modules: Iterable[nn.Module], observer: Observer, interfaces: Iterable[Any]) -> None:
+    """Take back what `watch` did."""
+    for module in modules:
+        left = tuple(other for other in _watched.get(module, ()) if other is not observer)
+        if left:
+            _watched[module] = left
+        else:
+            _watched.pop(module, None)
+            _cross.pop(module, None)
+            compiled.modules.pop(id(module), None)
+    for interface in interfaces:
+        _, users = _shadowed[id(interface)]
+        if users == 1:
+            del _shadowed[id(interface)]
+            _unshadow(interface)
+        else:
+            _shadowed[id(interface)] = interface, users - 1
+
+
+def interfaces_of(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+    """Every attention interface that the files of these layers use, transformers' own first, and its table of masks."""
+    found = {id(ALL_ATTENTION_FUNCTIONS): ALL_ATTENTION_FUNCTIONS}
+    for file in {type(module).__module__ for module in modules}:
+        own = getattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS", None)
+        if own is not None:
+            found[id(own)] = own
+    return (*found.values(), ALL_MASK_ATTENTION_FUNCTIONS)
+
+
+def _shadow(interface: Any) -> None:
+    if interface is ALL_MASK_ATTENTION_FUNCTIONS:
+        for name in list(interface):
+            interface[name] = _Noting(interface[name], name in interface._local_mapping)
+        return
+    given = interface.get_interface
+
+    def get_interface(name: str | None, default: Callable[..., Any]) -> Callable[..., Any]:
+        attend = given(name, default)
+        if not _watched:
+            return attend
+
+        def observed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            everyone = _watched.get(module, ())
+            # Outside a graph that is being compiled nobody can be asked.
+            outside = torch.compiler.is_compiling() and not all(observer.is_traced for observer in everyone)
+            observers = [o for o in everyone if (o.is_traced or not torch.compiler.is_compiling()) and o.wants(module)]
+            if not observers and not outside:
+                return attend(module, *args, **kwargs)
+            return _observe(observers, attend, name or "eager", module, args, kwargs, outside)
+
+        return observed
+
+    interface.get_interface = get_interface
+
+
+def _unshadow(interface: Any) -> None:
+    if interface is not ALL_MASK_ATTENTION_FUNCTIONS:
+        del interface.get_interface
+        return
+    for name in list(interface):
+        made = interface._local_mapping.get(name)
+        if isinstance(made, _Noting):
+            if made.was_local:
+                interface[name] = made.make
+            else:
+                del interface[name]
+    _notes.requests.clear()
+
+
+class _Noting:
+    """A mask function whose result can be traced back to what was asked for."""
+
+    def __init__(self, make: Callable[..., Any], was_local: bool) -> None:
+        self.make, self.was_local = make, was_local
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mask = self.make(*args, **kwargs)
+        if not isinstance(mask, MaskRequest) and not args:
+            _note(MaskRequest(**kwargs), mask)
+        return mask
+
+
+def _note(request: MaskRequest, mask: Any) -> None:
+    if mask is not None:
+        setattr(mask, REQUEST, request)
+    elif not torch.compiler.is_compiling():
+        if _notes.are_used:
+            # Of a forward whose layers have run.
+            _notes.requests, _notes.are_used = [], False
+        _notes.requests.append(request)
+
+
+def _request_of(mask: Any, module: nn.Module, num_queries: int, num_slots: int) -> MaskRequest | None:
+    """What was asked for when ``mask`` was made."""
+    if isinstance(mask, MaskRequest):
+        return mask
+    if mask is not None:
+        made: MaskRequest | None = getattr(mask, REQUEST, None)
+        return made
+    if torch.compiler.is_compiling():
+        return None
+    _notes.are_used = True
+    fitting = [request for request in _notes.requests if request.fits(num_queries, num_slots)]
+    own = [request for request in fitting if request.config is getattr(module, "config", None)]
+    found = own or fitting
+    return found[-1] if found else None
+
+
+def _observe(
+    observers: list[Observer],
+    attend: Callable[..., Any],
+    name: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outside: bool,
+) -> Any:
+    """Run the backend unchanged, and measure what it was given; ``outside`` of the graph there is somebody too."""
+    options = dict(kwargs)
+    given = dict(zip(TENSORS, args, strict=False))
+    query, key, value, mask = (given[n] if n in given else options.pop(n, None) for n in TENSORS)
+    backend = rule_of(name)
+    request = _request_of(mask, module, query.shape[2], key.shape[2])
+    cross = is_cross(module)
+    first = observers[0] if observers else None
+    if backend.is_streaming:
+        call = streaming_call(module, query, key, value, mask, cross=cross, **options)
+        visibility = (first and first.visibility(call, backend)) or backend.sees(call)
+        scores = scoring(call, visibility.num_keys)
+        prefer: str | None
+        prefer = engine = choose_engine(backend.engine, visibility, scores, query.device)
+        share = first and first.fused(call, name, visibility, scores, engine)
+        wanted, seen = share or (None, visibility)
+        output, raw = fused(query, key, value, seen, scores, engine=engine, wanted=wanted)
+        if first and share:
+            first.put(call, visibility, raw, engine)
+        result: Any = output, None
+    else:
+        _refuse(module, name, options)
+        call = AttentionCall(module, query, key, value, mask, options, request, cross)
+        # Before anything has run, so that what cannot be measured is refused at once.
+        known = first.visibility(call, backend) if first else backend.sees(call)
+        result = attend(module, *args, **kwargs)
+        if known is None:
+            return result
+        visibility, prefer = known, None
+        scores = scoring(call, visibility.num_keys, with_sinks=backend.has_sinks)
+    for observer in observers:
+        observer.measure(call, name, visibility, scores, result[0], prefer)
+    if outside:
+        compiled.observe(call, name, visibility, scores, result[0], prefer)
+    return result
+
+
+def tell(call: AttentionCall, name: str, scores: Scoring, output: Tensor, prefer: str | None) -> None:
+    """Tell those outside of a compiled graph of a call in it."""
+    backend = rule_of(name)
+    for observer in watching(call.module):
+        if not observer.is_traced and observer.wants(call.module):
+            visibility = observer.visibility(call, backend)
+            if visibility is not None:
+                observer.measure(call, name, visibility, scores, output, prefer)
+
+
+def _refuse(module: nn.Module, name: str, options: dict[str, Any]) -> None:
+    """Refuse calls that do not show what is attended to.
+
+    Raises:
+        ValueError: It says what is hidden.
+    """
+    if any(options.get(option) is not None for option in PAGED):
+        raise ValueError(
+            "record: continuous batching (generate_batch) hands new keys alone to the attention of "
+            f"{type(module).__name__}, and keeps the others in a paged cache; use generate"
+        )
+    unknown = [option for option in UNKNOWN if options.get(option) is not None]
+    if unknown and name not in ("eager", "sdpa"):
+        raise ValueError(
+            f"record: {type(module).__name__} says who sees whom in {unknown} under {name!r}, which is not known; "
+            'use attn_implementation="eager" or "sdpa"'
+        )

@@ -1,0 +1,136 @@
+"""Who saw whom, summed up: what sums over queries are divided by, and where there is nothing to show.
+
+It holds what is left of a `Visibility` when the forward is over, and can be put together from several forwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llama_attn.stats.visibility import Visibility
+
+Direction = Literal["causal", "bidirectional", "cross"]
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Measured queries and keys of one layer, and how many of the one saw how many of the other.
+
+    Args:
+        first_query: Slot of the first measured query.
+        stride: Distance of the measured queries [token].
+        offset: Position of the first key [token].
+        real_queries: Whether each measured query is real, (batch, query).
+        real_keys: Whether each key is real, (batch, key).
+        visible_keys: Real keys that each query sees, (batch, query).
+        visible_queries_per_head: Real queries that see each key, (batch, head or 1, key).
+        direction: Which way attention goes.
+        whole: Whether every token is real and every key seen, so that nothing has to be marked.
+    """
+
+    first_query: int
+    stride: int
+    offset: int
+    real_queries: Bool[Tensor, "batch query"]
+    real_keys: Bool[Tensor, "batch key"]
+    visible_keys: Int[Tensor, "batch query"]
+    visible_queries_per_head: Int[Tensor, "batch _ key"]
+    direction: Direction = "causal"
+    whole: bool = False
+
+    @classmethod
+    def of(cls, visibility: Visibility) -> Counts:
+        """What is left of who sees whom."""
+        spans = visibility.first_key is None and visibility.stop_key is None
+        return cls(
+            first_query=visibility.first_query,
+            stride=visibility.stride,
+            offset=visibility.offset,
+            real_queries=visibility.real_queries,
+            real_keys=visibility.real_keys,
+            visible_keys=visibility.visible_keys,
+            visible_queries_per_head=visibility.visible_queries_per_head,
+            direction="cross" if not visibility.aligned else "causal" if visibility.causal else "bidirectional",
+            whole=visibility.plain and spans and visibility.rows is None and visibility.stride == 1,
+        )
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.real_keys.shape[0]
+
+    @property
+    def num_keys(self) -> int:
+        """Length of the key axis."""
+        return self.real_keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Position behind the last key [token]."""
+        return self.offset + self.num_keys
+
+    @property
+    def first_position(self) -> int:
+        """Position of the first measured query [token]."""
+        return self.offset + self.first_query
+
+    @property
+    def query_positions(self) -> Int[Tensor, " query"]:
+        """Slots of the measured queries."""
+        count = self.real_queries.shape[1]
+        return self.first_query + self.stride * torch.arange(count, device=self.real_queries.device)
+
+    @property
+    def visible_queries(self) -> Int[Tensor, "batch key"]:
+        """Real queries that see each key, most over heads, (batch, key)."""
+        return self.visible_queries_per_head.amax(1)
+
+    def of_heads(self, heads: list[int]) -> Counts:
+        """The same for some heads only."""
+        if self.visible_queries_per_head.shape[1] == 1:
+            return self
+        return replace(self, visible_queries_per_head=self.visible_queries_per_head[:, heads])
+
+    def to(self, device: torch.device) -> Counts:
+        """The same on ``device``."""
+        names = ("real_queries", "real_keys", "visible_keys", "visible_queries_per_head")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def equals(self, other: Counts) -> bool:
+        """Whether both say the same, so that one of them is enough."""
+        if self is other:
+            return True
+        places = (self.first_query, self.stride, self.offset, self.direction)
+        names = ("real_queries", "real_keys", "visible_keys", "visible_queries_per_head")
+        return places == (other.first_query, other.stride, other.offset, other.direction) and all(
+            torch.equal(getattr(self, name), getattr(other, name).to(getattr(self, name).device)) for name in names
+        )
+
+    def followed_by(self, other: Counts) -> Counts:
+        """Both forwards as one: queries follow one another, the keys of the later one are new or the same.
+
+        Args:
+            other: Of the forward that came next, on the same rows.
+        """
+        cross = self.direction == "cross"
+        front = 0 if cross else other.offset - self.offset
+        grown = 0 if cross else other.length - self.length
+        new_keys = other.real_keys[:, other.num_keys - grown :] if grown else other.real_keys[:, :0]
+        # More queries over the same keys of another sequence move on by their number.
+        direction = self.direction if self.direction == other.direction else "bidirectional"
+        return replace(
+            self,
+            real_queries=torch.cat([self.real_queries, other.real_queries], dim=1),
+            real_keys=torch.cat([self.real_keys, new_keys], dim=1),
+            visible_keys=torch.cat([self.visible_keys, other.visible_keys], dim=1),
+            visible_queries_per_head=pad(self.visible_queries_per_head, (0, grown))
+            + pad(other.visible_queries_per_head, (front, 0)),
+            direction=direction,
+            whole=self.whole and other.whole,
+        )
