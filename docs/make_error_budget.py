@@ -19,7 +19,6 @@ from llama_attn.engines import get_engine
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.recorder import mark_padding, wanted_statistics
 from llama_attn.stats.reference import Reference
-from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import relative_error
 
@@ -75,7 +74,7 @@ def errors(layers: list, ids: torch.Tensor, engine: str, dtype: torch.dtype) -> 
             segments=config.segments,
             tokens=ids,
         )
-        raw = get_engine(engine).walk(query, key, None, visibility, Scoring(layer.scaling), wanted).raw
+        raw = get_engine(engine).walk(query, key, None, visibility, layer.scaling, wanted).raw
         for statistic in statistics:
             value = raw[statistic.name][None]
             if statistic.finish is not None:
