@@ -34,8 +34,13 @@ def _induction(block: Block) -> Float[Tensor, "batch head row"]:
     # A key whose predecessor is padding or of another sequence, or is not there, follows nothing.
     visibility, keys = block.visibility, block.key_positions
     predecessors = (keys - 1).clamp(min=0)
-    follows = (visibility.rank[:, block.keys] > 0) & visibility.real_keys[:, predecessors] & (keys > 0)
-    matches = (block.tokens_at(predecessors)[:, None] == block.row_tokens[..., None]) & follows[:, None]
+    is_there, tokens = visibility.real_keys[:, predecessors] & (keys > 0), block.tokens_at(predecessors)
+    if (before := block.wanted.token_before) is not None:
+        # The token in front of the first key, which the cache has dropped.
+        is_there = torch.where(keys == 0, (before >= 0)[:, None], is_there)
+        tokens = torch.where(keys == 0, before[:, None], tokens)
+    follows = (visibility.rank[:, block.keys] > 0) & is_there
+    matches = (tokens[:, None] == block.row_tokens[..., None]) & follows[:, None]
     return block.mass(matches & (keys <= block.query_positions[:, None]))
 
 
@@ -46,6 +51,7 @@ def _textbook(reference: Reference, role: str) -> Tensor:
     batch, num_keys = reference.real_queries.shape[0], reference.num_keys
     ids = [[0] * num_keys] * batch if reference.tokens is None else reference.tokens.tolist()
     rank = reference.rank.tolist()
+    before = [-1] * batch if reference.token_before is None else reference.token_before.tolist()
 
     def matches(b: int, i: int, j: int) -> bool:
         if role == "previous":
@@ -53,6 +59,8 @@ def _textbook(reference: Reference, role: str) -> Tensor:
         if role == "duplicate":
             return j < i and ids[b][j] == ids[b][i]
         # Its predecessor in the row is the one before it in its sequence, and is the query's token.
+        if j == 0:
+            return rank[b][0] > 0 and before[b] == ids[b][i]
         return 0 < j <= i and 0 < rank[b][j] == rank[b][j - 1] + 1 and ids[b][j - 1] == ids[b][i]
 
     rows = reference.query_positions.tolist()
