@@ -199,8 +199,6 @@ class Chat:
             ends = set(found[words, end])
             for at in found[words, begin]:
                 lengths = [len(form) for form in written(text[begin:end]) if self.text.startswith(form, at)]
-                # A single character may be written as another one, in capitals for instance.
-                lengths += [1] if end == begin + 1 else []
                 spans += [(at, at + length) for length in lengths if at + length in ends][:1]
         return spans
 
