@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama import modeling_llama as upstream
 
-from llama_attn.backends.registry import clear_tables, fill_tables
+from llama_attn.backends._streaming import refuse_model
+from llama_attn.backends.registry import clear_tables, fill_tables, is_streaming
 from llama_attn.modeling_llama import LlamaForCausalLM
 
 
@@ -36,6 +39,10 @@ _Entry.__name__ = _Entry.__qualname__ = LlamaForCausalLM.__name__
 _Entry.__module__ = upstream.__name__
 
 
+# Where every model of transformers asks whether an attention implementation suits it.
+_CHECK = "_check_and_adjust_attn_implementation"
+
+
 def register() -> None:
     """Register the backends with transformers, and `LlamaForCausalLM` for every ``llama`` checkpoint.
 
@@ -43,6 +50,9 @@ def register() -> None:
     Importing the package does it. Doing it twice is the same as doing it once.
     """
     fill_tables()
+    check = getattr(PreTrainedModel, _CHECK)
+    if not hasattr(check, "__wrapped__"):
+        setattr(PreTrainedModel, _CHECK, _refusing(check))
     AutoModelForCausalLM.register(LlamaConfig, _Entry, exist_ok=True)
 
 
@@ -52,5 +62,19 @@ def unregister() -> None:
     Models that exist already keep their class; those on a backend of ours need `register` to run again.
     """
     clear_tables()
+    check = getattr(PreTrainedModel, _CHECK)
+    setattr(PreTrainedModel, _CHECK, getattr(check, "__wrapped__", check))
     if MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.get(LlamaConfig) is _Entry:
         del MODEL_FOR_CAUSAL_LM_MAPPING._extra_content[LlamaConfig]
+
+
+def _refusing(check: Callable[..., str]) -> Callable[..., str]:
+    """Upstream's check, which knows nothing of models that the streaming backends cannot serve."""
+
+    @functools.wraps(check)
+    def refusing(model: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        if is_streaming(attn_implementation):
+            refuse_model(model.config.model_type)
+        return check(model, attn_implementation, *args, **kwargs)
+
+    return refusing

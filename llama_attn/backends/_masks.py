@@ -29,6 +29,7 @@ class Pattern:
         window: A key is seen up to ``window`` − 1 tokens back; None without a window.
         reach: A key is seen up to this distance to both sides; None without such a window.
         chunk: Tokens of a chunk, and the left padding of every row, (batch,); None without chunks.
+        positions: Positions that chunks are counted in, (batch, token), where documents are packed.
         sequence: Packed sequence of every token, (batch, key); None if there is one.
     """
 
@@ -36,6 +37,7 @@ class Pattern:
     window: int | None = None
     reach: int | None = None
     chunk: tuple[int, Tensor] | None = None
+    positions: Tensor | None = None
     sequence: Tensor | None = None
 
 
@@ -254,8 +256,8 @@ class MaskRequest:
             stops.append(position + pattern.reach + 1)
         if pattern.chunk is not None:
             size, padding = pattern.chunk
-            begin = padding.to(position.device)[:, None]
-            begin = torch.div(position - begin, size, rounding_mode="floor") * size + begin
+            counted = position if pattern.positions is None else pattern.positions.to(position.device)
+            begin = position - torch.remainder(counted - padding.to(position.device)[:, None], size)
             firsts.append(begin)
             if not pattern.causal:
                 stops.append(begin + size)
@@ -263,6 +265,7 @@ class MaskRequest:
         return first, _combined(stops, torch.minimum, self.key_offset)
 
 
+PARTS = ("window", "reach", "chunk", "positions", "sequence")
 SIMPLE = {
     "causal_mask_function": Pattern(causal=True),
     "bidirectional_mask_function": Pattern(),
@@ -291,9 +294,9 @@ def read(function: Any) -> Pattern | None:
     if maker == "packed_sequence_mask_function":
         return Pattern(sequence=held.get("packed_sequence_mask"))
     if maker == "remap_positions_for_packed_sequence":
-        # Documents hold consecutive positions, so that distances inside one are the same; chunks are not.
+        # Documents hold consecutive positions, so that distances inside one are the same; chunks begin elsewhere.
         inner = read(held.get("mask_function"))
-        return inner if inner is not None and inner.chunk is None else None
+        return None if inner is None else replace(inner, positions=held.get("position_ids"))
     return None
 
 
@@ -314,10 +317,10 @@ def _all_of(parts: list[Pattern | None]) -> Pattern | None:
     for part in parts:
         if part is None:
             return None
-        for name in ("window", "reach", "chunk", "sequence"):
+        for name in PARTS:
             if getattr(part, name) is not None and getattr(whole, name) is not None:
                 return None
-        held = {n: getattr(part, n) for n in ("window", "reach", "chunk", "sequence") if getattr(part, n) is not None}
+        held = {name: getattr(part, name) for name in PARTS if getattr(part, name) is not None}
         whole = replace(whole, causal=whole.causal or part.causal, **held)
     return whole
 

@@ -123,13 +123,13 @@ def by_mask(call: AttentionCall) -> Visibility:
             f"attention_mask: expected a tensor (batch, head or 1, query, key) at {type(call.module).__name__}, got {what}"
         )
     fits = all(size in (1, needed) for size, needed in zip(mask.shape[:3], call.query.shape[:3], strict=True))
-    if not fits or mask.shape[3] != call.num_slots:
+    if not fits or mask.shape[3] not in (1, call.num_slots):
         raise ValueError(
             f"attention_mask: expected (batch={call.query.shape[0]}, heads or 1, queries={call.num_queries}, "
             f"keys={call.num_slots}), got {tuple(mask.shape)}"
         )
     num_keys = call.num_slots if call.cross else _filled(call, mask)
-    mask = mask[..., :num_keys].expand(-1, -1, call.num_queries, -1)
+    mask = mask.expand(-1, -1, call.num_queries, call.num_slots)[..., :num_keys]
     aligned = not call.cross and call.num_queries <= num_keys
     visibility = Visibility.of_mask(mask, batch=call.query.shape[0], device=call.key.device, aligned=aligned)
     return replace(visibility, causal=True) if aligned and _hides_what_comes_later(visibility) else visibility
@@ -217,7 +217,7 @@ def _filled(call: AttentionCall, mask: Tensor) -> int:
         return call.num_slots
     written = (call.key != 0).any(-1).any(1).any(0) | (call.value != 0).any(-1).any(1).any(0)
     last = int(written.nonzero().max()) + 1 if bool(written.any()) else call.num_slots
-    hidden = mask[..., last:]
+    hidden = mask.expand(-1, -1, -1, call.num_slots)[..., last:]
     unseen = ~hidden if hidden.dtype == torch.bool else hidden < 0
     return max(last, call.num_queries) if bool(unseen.all()) else call.num_slots
 

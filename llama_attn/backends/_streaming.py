@@ -19,7 +19,17 @@ from llama_attn.stats.visibility import Visibility
 # Backends that read one another's masks.
 STREAMING_BACKENDS = ("streaming", *(f"streaming_{engine}" for engine in ENGINES))
 # Ways in which models say who sees whom to implementations that they do not know.
-NOT_SERVED = ("indices", "block_indices", "cache")
+UNKNOWN_WAYS = ("indices", "block_indices", "cache", "read_index", "block_table")
+_BY_NAME = "it makes the masks of its layers for eager and sdpa only, and hides nothing under other names"
+_READS_MASK = "it computes with the mask itself, which is no matrix here"
+# Models that are refused when they are loaded, by type, and why.
+NOT_SERVED = {
+    **dict.fromkeys(
+        ("axk2", "deepseek_v32", "dots3_note", "glm_moe_dsa", "hy_v4", "minimax_m3", "mistral_large4"), _BY_NAME
+    ),
+    **dict.fromkeys(("beit", "data2vec-vision", "doge"), _READS_MASK),
+    "minimax": "it tells the length of its cache wrongly when it decodes, so that the mask is of another one",
+}
 
 
 def mask(**kwargs: Any) -> MaskRequest:
@@ -109,7 +119,7 @@ def streaming_call(
             "output_attentions=True: streaming backends never hold the weights; use "
             'attn_implementation="eager", or output_attention_stats with the statistic "weights_map"'
         )
-    if given := [name for name in NOT_SERVED if options.get(name) is not None]:
+    if given := [name for name in UNKNOWN_WAYS if options.get(name) is not None]:
         raise ValueError(
             f"attn_implementation: {type(module).__name__} says who sees whom in {given}, which the streaming backends "
             'do not know; use "sdpa" or "eager"'
@@ -121,3 +131,16 @@ def streaming_call(
         options["position_bias"], attention_mask = bias if own is None else own + bias, seen
     request = attention_mask if isinstance(attention_mask, MaskRequest) else None
     return AttentionCall(module, query, key, value, attention_mask, options, request, cross)
+
+
+def refuse_model(model_type: str) -> None:
+    """Refuse a model that cannot run here exactly, before it does.
+
+    Raises:
+        ValueError: It says why, and what to use instead.
+    """
+    if (reason := NOT_SERVED.get(model_type)) is not None:
+        raise ValueError(
+            f'attn_implementation: the streaming backends do not serve {model_type!r}: {reason}; use "sdpa" or '
+            '"eager", and llama_attn.record for statistics'
+        )

@@ -6,7 +6,7 @@ What is recorded differs from call to call, so that a graph in which it happened
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from llama_attn.stats.visibility import Visibility
 
 # Operators that change nothing are left out of a graph: these are said to write to it.
 _token = torch.zeros(1)
+# Who is told when a graph runs: of a "call", and of hidden "states".
+receivers: dict[str, Callable[..., None]] = {}
 # Layers by identity, which is what an operator can be told.
 modules: dict[int, nn.Module] = {}
 
@@ -75,13 +77,11 @@ def _observe(
     is_decoder: bool,
     cross: bool,
 ) -> None:
-    from llama_attn.observe.interface import tell
-
     visibility = visibility_of(query, vectors, extent)
     call = AttentionCall(
         modules[module], query, key, value, None, {}, cross=cross, sight=visibility, decides=is_decoder
     )
-    tell(call, name, scoring_of(scores, position_bias, sinks), output, prefer or None)
+    receivers["call"](call, name, scoring_of(scores, position_bias, sinks), output, prefer or None)
 
 
 @_observe.register_fake
@@ -95,12 +95,7 @@ def _(*arguments: Any) -> None:
     schema="(Tensor(a!) token, Tensor states, int module, bool entering) -> ()",
 )
 def _show_states(token: Tensor, states: Tensor, module: int, entering: bool) -> None:
-    from llama_attn.observe.interface import watching
-
-    layer = modules[module]
-    for observer in watching(layer):
-        if not observer.is_traced:
-            (observer.enter_layer if entering else observer.leave_layer)(layer, states)
+    receivers["states"](modules[module], states, entering)
 
 
 @_show_states.register_fake

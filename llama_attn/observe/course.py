@@ -19,6 +19,9 @@ from llama_attn.stats.merge import Run
 from llama_attn.stats.recorder import Step
 from llama_attn.stats.visibility import Visibility
 
+# Keys of other tokens differ by as much as they are large.
+ROUNDING = 0.1
+
 
 @dataclass(frozen=True, eq=False)
 class Link:
@@ -28,8 +31,9 @@ class Link:
         batch: Rows.
         first: Position of the first query [token].
         length: Position behind the last key [token].
-        key: The last key, (batch, kv_head, channel).
-        before: The keys at `earlier`, if there are any.
+        stop: Position behind the last query [token].
+        keys: From the last key that was there before to the last, (batch, kv_head, key, channel).
+        offset: Position of the first of these [token].
         storage: Where the keys lie; those of another sequence stay there from step to step.
         cross: Whether they are of another sequence.
     """
@@ -37,6 +41,7 @@ class Link:
     batch: int
     first: int
     length: int
+    stop: int
     keys: Tensor
     offset: int
     storage: int
@@ -49,8 +54,8 @@ class Link:
         return cls(
             visibility.batch,
             visibility.offset + visibility.first_query,
-            visibility.length,
-            # From the last key that was there before to the last of this forward.
+            visibility.offset + visibility.num_keys,
+            visibility.offset + visibility.first_query + visibility.num_queries,
             call.key.detach()[:, :, last : visibility.num_keys].clone(),
             visibility.offset + last,
             call.key.data_ptr(),
@@ -70,7 +75,10 @@ class Link:
         at = earlier.length - 1 - self.offset
         if not 0 <= at < self.keys.shape[2]:
             return "its cache does not hold the last token of the one before"
-        return None if torch.equal(self.keys[:, :, at], earlier.keys[:, :, -1]) else "its cache holds other keys"
+        # Keys that are made anew from a compressed cache are rounded otherwise.
+        now, then = self.keys[:, :, at].float(), earlier.keys[:, :, -1].float()
+        close = torch.linalg.vector_norm(now - then) <= ROUNDING * torch.linalg.vector_norm(then)
+        return None if bool(close) else "its cache holds other keys"
 
 
 class Past:
@@ -152,6 +160,13 @@ class Course:
         self._called.add(module)
         self._last_called = module
         return self.forward.wants(module)
+
+    def place(self, call: AttentionCall) -> None:
+        """Count the queries of cross-attention on, if the keys are those of the forward before."""
+        if call.cross and self._link is None and self.past and self.forward is not None:
+            earlier = self.past[-1].link
+            if earlier.storage == call.key.data_ptr() and earlier.batch == call.query.shape[0]:
+                self.forward.queries_before = earlier.stop
 
     def observe(self, call: AttentionCall, visibility: Visibility, output: Tensor) -> None:
         """See what else a call shows: how the forward stands to others, and what goes in and out of its layer."""

@@ -99,6 +99,8 @@ class Forward:
         # Whether it is part of a graph that is being compiled, and sees its calls there.
         self.is_traced = torch.compiler.is_compiling()
         self._calls = 0
+        # Queries that have attended to the same keys of another sequence before.
+        self.queries_before = 0
         self.backend = ""
         # Of the first call: where the forward stands among others.
         self.visibility_of_first: Visibility | None = None
@@ -145,7 +147,11 @@ class Forward:
         # The mask is kept beside, so that no other takes its identity.
         key = (id(call.mask), call.num_queries, call.num_slots, call.is_causal, call.key.device, backend.name)
         if key not in self._visibilities:
-            self._visibilities[key] = call.mask, backend.sees(call)
+            visibility, before = backend.sees(call), self.queries_before
+            if call.cross and before:
+                stop = before + call.num_queries
+                visibility = replace(visibility, first_query=before, stop_query=stop)
+            self._visibilities[key] = call.mask, visibility
         return self._visibilities[key][1]
 
     def _known(self, sight: Visibility) -> Visibility:

@@ -57,7 +57,7 @@ class Hooks:
         }
         if brackets:
             self._on_forward(_owner(root, stack), self._enter_forward)
-        if _wants_tokens(config) and (embeddings := _embeddings(root)) is not None:
+        if _wants_tokens(config) and (embeddings := _embeddings(_owner(root, stack))) is not None:
             self._on_forward(embeddings, self._take_tokens)
         for holder in dict.fromkeys(self._holder_of.values()):
             self._on_forward(holder, self._enter_layer)
@@ -183,15 +183,15 @@ def _owner(root: nn.Module, stack: Stack) -> nn.Module:
     return root
 
 
-def _embeddings(root: nn.Module) -> nn.Module | None:
-    for module in root.modules():
-        if isinstance(module, PreTrainedModel):
-            try:
-                embeddings: nn.Module | None = module.get_input_embeddings()
-            except NotImplementedError:
-                return None
-            return embeddings
-    return None
+def _embeddings(owner: nn.Module) -> nn.Module | None:
+    """What turns the tokens of a model into vectors."""
+    if not isinstance(owner, PreTrainedModel):
+        return None
+    try:
+        embeddings: nn.Module | None = owner.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return embeddings
 
 
 def _leaves(root: nn.Module, stack: Stack) -> list[nn.Module]:

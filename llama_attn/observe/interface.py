@@ -296,7 +296,7 @@ def _observe(
     return result
 
 
-def tell(call: AttentionCall, name: str, scores: Scoring, output: Tensor, prefer: str | None) -> None:
+def _tell(call: AttentionCall, name: str, scores: Scoring, output: Tensor, prefer: str | None) -> None:
     """Tell those outside of a compiled graph of a call in it."""
     backend = rule_of(name)
     for observer in watching(call.module):
@@ -304,6 +304,16 @@ def tell(call: AttentionCall, name: str, scores: Scoring, output: Tensor, prefer
             visibility = observer.visibility(call, backend)
             if visibility is not None:
                 observer.measure(call, name, visibility, scores, output, prefer)
+
+
+def _tell_states(module: nn.Module, states: Tensor, entering: bool) -> None:
+    """Show those outside of a compiled graph hidden states in it."""
+    for observer in watching(module):
+        if not observer.is_traced:
+            (observer.enter_layer if entering else observer.leave_layer)(module, states)
+
+
+compiled.receivers.update(call=_tell, states=_tell_states)
 
 
 def _refuse(module: nn.Module, name: str, options: dict[str, Any]) -> None:

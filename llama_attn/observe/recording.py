@@ -190,6 +190,7 @@ class Recording:
         course, forward = self._of(call)
         if self._chosen is None and call.is_decoder:
             self._choose(course)
+        course.place(call)
         try:
             return forward.visibility(call, backend)
         except ValueError as error:

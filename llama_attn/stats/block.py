@@ -29,6 +29,7 @@ class Wanted:
         segments: Segment of every key, −1 for none, (batch, key).
         num_segments: How many segments there are.
         tokens: Token id of every key, (batch, key).
+        token_before: Token id in front of the first key, (batch,), where a cache has dropped it; −1 for padding.
     """
 
     statistics: Sequence[Statistic]
@@ -36,6 +37,7 @@ class Wanted:
     segments: Int[Tensor, "batch key"] | None = None
     num_segments: int = 0
     tokens: Int[Tensor, "batch key"] | None = None
+    token_before: Int[Tensor, " batch"] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,6 +83,7 @@ class AttentionStats(HubMixin):
         stack: Path of the attention modules in the model, with # for the number of the layer.
         paths: Path of each measured layer's attention module.
         direction: ``"causal"``, ``"bidirectional"``, or ``"cross"`` for keys of another sequence.
+        length: Positions that the bins of maps are laid out for [token]; 0 for those of the keys.
     """
 
     values: dict[str, Tensor]
@@ -102,6 +103,7 @@ class AttentionStats(HubMixin):
     stack: str = ""
     paths: tuple[str, ...] = ()
     direction: Direction = "causal"
+    length: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -213,7 +215,7 @@ class AttentionStats(HubMixin):
 
     def coordinates(self) -> dict[str, Sequence[int] | Sequence[str]]:
         """The values of every axis: indices, positions in tokens, left edges of bins, names of segments."""
-        length = self.keys.stop
+        length = self.length or self.keys.stop
         edges = range(0, length, self.config.bin_width(length))
         coordinates: dict[str, Sequence[int] | Sequence[str]] = {
             "layer": self.layers,

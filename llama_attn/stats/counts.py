@@ -30,6 +30,7 @@ class Counts:
         real_keys: Whether each key is real, (batch, key).
         visible_keys: Real keys that each query sees, (batch, query).
         visible_queries_per_head: Real queries that see each key, (batch, head or 1, key).
+        length: Positions that bins of maps and of distances are laid out for.
         direction: Which way attention goes.
         whole: Whether every token is real and every key seen, so that nothing has to be marked.
     """
@@ -41,6 +42,7 @@ class Counts:
     real_keys: Bool[Tensor, "batch key"]
     visible_keys: Int[Tensor, "batch query"]
     visible_queries_per_head: Int[Tensor, "batch _ key"]
+    length: int
     direction: Direction = "causal"
     whole: bool = False
 
@@ -56,6 +58,7 @@ class Counts:
             real_keys=visibility.real_keys,
             visible_keys=visibility.visible_keys,
             visible_queries_per_head=visibility.visible_queries_per_head,
+            length=visibility.length,
             direction="cross" if not visibility.aligned else "causal" if visibility.causal else "bidirectional",
             whole=visibility.plain and spans and visibility.rows is None and visibility.stride == 1,
         )
@@ -71,7 +74,7 @@ class Counts:
         return self.real_keys.shape[1]
 
     @property
-    def length(self) -> int:
+    def stop_key(self) -> int:
         """Position behind the last key [token]."""
         return self.offset + self.num_keys
 
@@ -120,7 +123,7 @@ class Counts:
         """
         cross = self.direction == "cross"
         front = 0 if cross else other.offset - self.offset
-        grown = 0 if cross else other.length - self.length
+        grown = 0 if cross else other.stop_key - self.stop_key
         new_keys = other.real_keys[:, other.num_keys - grown :] if grown else other.real_keys[:, :0]
         # More queries over the same keys of another sequence move on by their number.
         direction = self.direction if self.direction == other.direction else "bidirectional"
@@ -131,6 +134,7 @@ class Counts:
             visible_keys=torch.cat([self.visible_keys, other.visible_keys], dim=1),
             visible_queries_per_head=pad(self.visible_queries_per_head, (0, grown))
             + pad(other.visible_queries_per_head, (front, 0)),
+            length=max(self.length, other.length),
             direction=direction,
             whole=self.whole and other.whole,
         )

@@ -85,6 +85,7 @@ def label(
         stack=origin.stack,
         paths=tuple(path for layer in layers for at, path in origin.paths if at == layer),
         direction=widest.direction,
+        length=sheet.length,
     )
 
 
@@ -109,7 +110,14 @@ class _Sheet:
             if counts.real_queries.shape[1] > self.widest.real_queries.shape[1]:
                 self.widest = counts
         self.first_key = min([counts.offset for counts in self.counts])
+        self.stop_key = max([counts.stop_key for counts in self.counts])
         self.length = max([counts.length for counts in self.counts])
+        if len({counts.batch for counts in self.counts}) > 1:
+            raise ValueError(
+                f"layers: those of {origin.stack!r} hold different numbers of rows (windows or parts of images), so that "
+                f"there is no common batch; choose some that are alike with `layers`: "
+                f"{[group.layers for group in self.groups]}"
+            )
         shards = 1 if origin.shard is None else origin.shard.size
         self.num_heads = max([group.heads for group in self.groups]) * shards
         self.heads = config.selected("heads", self.num_heads)
@@ -167,7 +175,7 @@ class _Sheet:
         sizes = [max(part.shape[axis] for part in parts) for axis in range(len(dims))]
         sizes[0] = len(self.layers)
         if "key" in dims:
-            sizes[dims.index("key")] = self.length - self.first_key
+            sizes[dims.index("key")] = self.stop_key - self.first_key
         whole = parts[0].new_full(sizes, none)
         for part, counts, places in zip(parts, self.counts, self.places, strict=True):
             spans: list[slice[int, int, None]] = []

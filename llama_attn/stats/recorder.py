@@ -11,11 +11,12 @@ from torch import Tensor
 
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.merge import Group, Measured, merges
+from llama_attn.stats.merge import Group, Measured
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.records import Records
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.segments import add_generated
+from llama_attn.stats.selection import HIDDEN, WHERE, wanted_statistics
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
 
@@ -24,8 +25,6 @@ Assign = Callable[..., Mapping[str, Sequence[Statistic]]]
 
 # Stands among the layers for the output of the last one.
 LAST = -1
-# What is measured on the residual stream, not in the attention call.
-HIDDEN = ("hidden", "hidden_real")
 
 
 class UnreadableError(ValueError):
@@ -117,7 +116,9 @@ class Recorder:
         if not measured.num_queries and not step.first:
             raise ValueError(f"query_stride: no query of this call is at a multiple of {config.query_stride}")
         on_blocks = [statistic for statistic in statistics if not statistic.is_norm]
-        wanted = Wanted(on_blocks, config, segments, len(self.segment_names or ()), tokens)
+        wanted = Wanted(
+            on_blocks, config, segments, len(self.segment_names or ()), tokens, self._token_before(visibility)
+        )
         whole = measured.num_queries == visibility.num_queries
         made = _Sight(measured, statistics, wanted, whole)
         self._sights[id(visibility)] = visibility, made
@@ -140,17 +141,24 @@ class Recorder:
         self.known_tokens = now
         return now[:, visibility.offset :].to(visibility.device)
 
+    def _token_before(self, visibility: Visibility) -> Tensor | None:
+        """Token id in front of the first slot, (batch,); None if there is none, −1 for padding."""
+        if not visibility.offset or self.known_tokens is None:
+            return None
+        before = self.known_tokens[:, visibility.offset - 1].to(visibility.device)
+        return before if visibility.dropped is None else torch.where(visibility.dropped > 0, before, -1)
+
     def _segments(self, visibility: Visibility) -> Tensor | None:
-        prompt = self.step.prompt
+        prompt, length = self.step.prompt, visibility.offset + visibility.num_keys
         if prompt is None:
             # A forward that goes on from a cache may have more tokens than segments were given for.
             goes_on = visibility.first_query + visibility.offset > 0
-            prompt = min(visibility.length, self.config.labelled or visibility.length) if goes_on else visibility.length
+            prompt = min(length, self.config.labelled or length) if goes_on else length
         segments, names = self.config.segments_of((visibility.batch, prompt), visibility.device)
         if segments is None or names is None:
             return None
-        if self.step.prompt is not None or prompt < visibility.length:
-            segments, names = add_generated(segments, names, visibility.length)
+        if self.step.prompt is not None or prompt < length:
+            segments, names = add_generated(segments, names, length)
         self.segment_names = names
         return segments[:, visibility.offset :]
 
@@ -374,52 +382,6 @@ class Recorder:
             return tensor
         places = sight.visibility.query_positions.to(tensor.device) - visibility.first_query
         return tensor.index_select(axis, places)
-
-
-WHERE = {
-    "hidden": "the residual stream that enters each layer, (batch, token, channel)",
-    "hidden_real": "the residual stream that enters each layer, (batch, token, channel)",
-    "value_output": "an output projection that takes the attention's output as it is",
-}
-
-
-def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: bool = True) -> tuple[Statistic, ...]:
-    """The entries of the table that ``config`` asks for, in the order of the table.
-
-    Args:
-        config: What was asked for.
-        has_tokens: Whether the token ids of all keys are known.
-        alone: Whether the forward stands alone, and is not put together with others.
-
-    Raises:
-        ValueError: A statistic is named that needs segments or token ids which are not there, or that several
-            forwards cannot give.
-    """
-    have = {"segments": config.segments is not None, "tokens": has_tokens, None: True}
-    ways = {
-        "segments": "`segments` in the AttentionStatsConfig",
-        "tokens": "the ids of all tokens: input_ids, not inputs_embeds, and none of them from a cache",
-    }
-    chosen = []
-    for name, statistic in statistics_table().items():
-        possible = have[statistic.needs]
-        if statistic.is_norm:
-            named = config.statistics != "all" and name in config.statistics
-            if named and not alone and not merges(statistic):
-                raise ValueError(
-                    f"statistics: {name!r} is a number of one forward, which the steps of generate cannot be merged "
-                    "into; leave it out, or measure one forward over the finished sequence"
-                )
-            wanted = named or (config.norms and (alone or merges(statistic)))
-        elif statistic.needs == "segments" and config.segments is not None:
-            wanted = True
-        else:
-            wanted = name in config.statistics or (config.statistics == "all" and possible)
-        if wanted and not possible and statistic.needs:
-            raise ValueError(f"statistics: {name!r} needs {ways[statistic.needs]}")
-        if wanted:
-            chosen.append(statistic)
-    return tuple(chosen)
 
 
 def _some(wanted: Wanted, statistics: Sequence[Statistic]) -> Wanted:

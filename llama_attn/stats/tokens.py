@@ -34,8 +34,13 @@ def _induction(block: Block) -> Float[Tensor, "batch head row"]:
     # A key whose predecessor is padding or of another sequence, or is not there, follows nothing.
     visibility, keys = block.visibility, block.key_positions
     predecessors = (keys - 1).clamp(min=0)
-    follows = (visibility.rank[:, block.keys] > 0) & visibility.real_keys[:, predecessors] & (keys > 0)
-    matches = (block.tokens_at(predecessors)[:, None] == block.row_tokens[..., None]) & follows[:, None]
+    is_there, tokens = visibility.real_keys[:, predecessors] & (keys > 0), block.tokens_at(predecessors)
+    if (before := block.wanted.token_before) is not None:
+        # The token in front of the first key, which the cache has dropped.
+        is_there = torch.where(keys == 0, (before >= 0)[:, None], is_there)
+        tokens = torch.where(keys == 0, before[:, None], tokens)
+    follows = (visibility.rank[:, block.keys] > 0) & is_there
+    matches = (tokens[:, None] == block.row_tokens[..., None]) & follows[:, None]
     return block.mass(matches & (keys <= block.query_positions[:, None]))
 
 

@@ -1,0 +1,55 @@
+"""Which statistics a forward is asked for."""
+
+from __future__ import annotations
+
+from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.merge import merges
+from llama_attn.stats.table import Statistic, statistics_table
+
+# What is measured on the residual stream, not in the attention call.
+HIDDEN = ("hidden", "hidden_real")
+# What a model may not show, in words.
+WHERE = {
+    "hidden": "the residual stream that enters each layer, (batch, token, channel)",
+    "hidden_real": "the residual stream that enters each layer, (batch, token, channel)",
+    "value_output": "an output projection that takes the attention's output as it is",
+}
+
+
+def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: bool = True) -> tuple[Statistic, ...]:
+    """The entries of the table that ``config`` asks for, in the order of the table.
+
+    Args:
+        config: What was asked for.
+        has_tokens: Whether the token ids of all keys are known.
+        alone: Whether the forward stands alone, and is not put together with others.
+
+    Raises:
+        ValueError: A statistic is named that needs segments or token ids which are not there, or that several
+            forwards cannot give.
+    """
+    have = {"segments": config.segments is not None, "tokens": has_tokens, None: True}
+    ways = {
+        "segments": "`segments` in the AttentionStatsConfig",
+        "tokens": "the ids of all tokens: input_ids, not inputs_embeds, and none of them from a cache",
+    }
+    chosen = []
+    for name, statistic in statistics_table().items():
+        possible = have[statistic.needs]
+        if statistic.is_norm:
+            named = config.statistics != "all" and name in config.statistics
+            if named and not alone and not merges(statistic):
+                raise ValueError(
+                    f"statistics: {name!r} is a number of one forward, which the steps of generate cannot be merged "
+                    "into; leave it out, or measure one forward over the finished sequence"
+                )
+            wanted = named or (config.norms and (alone or merges(statistic)))
+        elif statistic.needs == "segments" and config.segments is not None:
+            wanted = True
+        else:
+            wanted = name in config.statistics or (config.statistics == "all" and possible)
+        if wanted and not possible and statistic.needs:
+            raise ValueError(f"statistics: {name!r} needs {ways[statistic.needs]}")
+        if wanted:
+            chosen.append(statistic)
+    return tuple(chosen)
