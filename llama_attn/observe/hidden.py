@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from llama_attn.observe.forward import Forward, Stack, is_replay
 from llama_attn.observe.stacks import layer_modules
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.table import Statistic, statistics_table
+from llama_attn.stats.selection import named
 from llama_attn.stats.visibility import Visibility
 
 
@@ -160,16 +160,11 @@ class _Output:
 
 
 def _wants(config: AttentionStatsConfig, observes: str) -> bool:
-    return any(statistic.observes == observes for statistic in _named(config))
+    return any(statistic.observes == observes for statistic in named(config))
 
 
 def _wants_tokens(config: AttentionStatsConfig) -> bool:
-    return config.statistics == "all" or any(statistic.needs == "tokens" for statistic in _named(config))
-
-
-def _named(config: AttentionStatsConfig) -> list[Statistic]:
-    names = () if config.statistics == "all" else config.statistics
-    return [s for s in statistics_table().values() if s.name in names or (config.norms and s.is_norm)]
+    return config.statistics == "all" or any(statistic.needs == "tokens" for statistic in named(config))
 
 
 def _owner(root: nn.Module, stack: Stack) -> nn.Module:
