@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from any_model import draw, left_padding, state
+from conftest import CACHE
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import ENTRIES, NOT_SERVED
@@ -89,8 +90,8 @@ def test_forwards_of_one_run(model):
     whole = measured(model)
     with record(model) as recording:
         cache = run(model, IDS[:, :7]).past_key_values
-        cache = run(model, IDS[:, 7:9], past_key_values=cache).past_key_values
-        run(model, IDS[:, 9:], past_key_values=cache)
+        cache = run(model, IDS[:, 7:9], **{CACHE: cache}).past_key_values
+        run(model, IDS[:, 9:], **{CACHE: cache})
     assert [list(stats.queries)[0] for stats in recording.forwards] == [0, 7, 9]
     assert_same(recording.stats, whole, 1e-5)
 
@@ -99,7 +100,7 @@ def test_statistics_can_be_looked_at_while_it_runs(model):
     with record(model) as recording:
         cache = run(model, IDS[:, :7]).past_key_values
         first = recording.stats["entropy"].clone()
-        run(model, IDS[:, 7:], past_key_values=cache)
+        run(model, IDS[:, 7:], **{CACHE: cache})
     assert torch.equal(recording.stats["entropy"][..., :7], first)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from any_model import draw, left_padding, state
+from conftest import CACHE
 from transformers import StaticCache, TextGenerationPipeline
 from zoo import ENTRIES
 
@@ -125,8 +126,8 @@ def test_a_static_cache_of_the_users_own(model):
     whole = measured(model)
     cache = StaticCache(model.config, max_cache_len=20)
     with record(model) as recording:
-        run(model, IDS[:, :7], past_key_values=cache)
-        run(model, IDS[:, 7:], past_key_values=cache)
+        run(model, IDS[:, :7], **{CACHE: cache})
+        run(model, IDS[:, 7:], **{CACHE: cache})
     assert_same(recording.stats, whole)
 
 
