@@ -335,3 +335,15 @@ def test_report(name, tmp_path):
     else:
         first = 3
         assert said[0].startswith(f"The first token, <{first}>, is a sink of ")
+
+
+def test_the_page_says_which_tokens_the_cache_has_dropped(open_page, tmp_path):
+    page = open_page(viz.report(MODELS["a cache that dropped keys"].dataset(**ABSENT), tmp_path / "report.html"))
+    assert "layers 0, 2, 4–6, 8 without attention" in page.locator("#facts").inner_text()
+    for position, said in ((3, " · no longer in the cache"), (15, "15: t15 · ")):
+        page.locator(f'.token[data-position="{position}"]').hover()
+        assert said in page.locator("#tip").inner_text().replace("\u2068", "").replace("\u2069", "")
+    page = open_page(viz.report(MODELS["windowed"].dataset(), tmp_path / "padded.html"))
+    page.locator('.token[data-position="1"]').hover()
+    assert " · padding" in page.locator("#tip").inner_text()
+    assert "without attention" not in page.locator("#facts").inner_text()
