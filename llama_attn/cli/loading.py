@@ -131,7 +131,8 @@ def plan(checkpoint: Checkpoint, trust_remote_code: bool | None, *, advice: str 
     _check_place(name)
     trust = bool(trust_remote_code)
     try:
-        settings, _ = PreTrainedConfig.get_config_dict(name, gguf_file=gguf_file)
+        # A GGUF file brings no code, and reading one takes seconds.
+        settings = {} if gguf_file else PreTrainedConfig.get_config_dict(name)[0]
         brings = dict(settings.get("auto_map") or {})
     except DAMAGED as error:
         fail(f"cannot load {name}: {first_line(error)}{advice and f'; {advice}'}")
@@ -143,7 +144,7 @@ def plan(checkpoint: Checkpoint, trust_remote_code: bool | None, *, advice: str 
     try:
         config = AutoConfig.from_pretrained(name, gguf_file=gguf_file, trust_remote_code=trust)
     except DAMAGED as error:
-        fail(f"cannot load {name}: {first_line(error)}")
+        fail(f"cannot load {name}: {first_line(error)}{advice and f'; {advice}'}")
     if trust and (own := [family for family in FAMILIES if family in brings]):
         named = [family for family in own if brings[family].endswith(f".{_architecture(config)}")]
         return Plan(checkpoint, config, (named or own)[0], None, trust)
@@ -185,6 +186,7 @@ def load_model(chosen: Plan, *, attn: str, dtype: str, device: str, adapter: Pat
         # transformers draws the progress bar of loading itself.
         model, info = getattr(modeling_auto, chosen.family).from_pretrained(
             chosen.checkpoint.name,
+            config=chosen.config,
             gguf_file=chosen.checkpoint.gguf_file,
             dtype=DTYPES[dtype],
             trust_remote_code=chosen.trust,

@@ -19,9 +19,9 @@ def fail(message: str) -> NoReturn:
 
 def first_line(error: BaseException) -> str:
     """What an exception says, short enough for a terminal."""
-    lines = (str(error) or type(error).__name__).splitlines()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # Some only announce what the next line says.
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def check_pictures() -> None:
