@@ -151,19 +151,27 @@ DECODERS = (
         "DeepseekV32ForCausalLM",
         {**MLA, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
         base=WITHOUT_HEAD_DIM,
+        stack=Stack(SELF, inside=True),
     ),
     _decoder(
         "glm_moe_dsa",
         "GlmMoeDsaForCausalLM",
         {**MLA, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
         base=WITHOUT_HEAD_DIM,
+        stack=Stack(SELF, inside=True),
     ),
     _decoder(
         "gemma4_text",
         "Gemma4ForCausalLM",
         {**MIXED, "vocab_size_per_layer_input": 97, "global_head_dim": 16, "hidden_size_per_layer_input": 8},
     ),
-    _decoder("doge", "DogeForCausalLM", {"keep_window_size": 4}, base=WITHOUT_HEAD_DIM),
+    _decoder(
+        "doge",
+        "DogeForCausalLM",
+        {"keep_window_size": 4},
+        base=WITHOUT_HEAD_DIM,
+        stack=Stack(SELF, inside=True),
+    ),
 )
 
 
