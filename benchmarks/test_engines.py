@@ -13,8 +13,8 @@ from timing import Case, alternate, keep
 from llama_attn import AttentionStatsConfig, available_backends
 from llama_attn.engines import ENGINES, get_engine
 from llama_attn.stats.block import Wanted
-from llama_attn.stats.recorder import wanted_statistics
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.selection import wanted_statistics
 from llama_attn.stats.visibility import Visibility
 
 pytestmark = pytest.mark.benchmark(group="engines")

@@ -9,8 +9,8 @@ from timing import Case, alternate
 from llama_attn import AttentionStatsConfig
 from llama_attn.engines import triton as engine
 from llama_attn.stats.block import Wanted
-from llama_attn.stats.recorder import wanted_statistics
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.selection import wanted_statistics
 from llama_attn.stats.visibility import Visibility
 
 pytestmark = [

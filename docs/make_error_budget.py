@@ -17,8 +17,11 @@ from llama_attn import AttentionStatsConfig, LlamaForCausalLM
 from llama_attn.demo import SYSTEM, USER, demo_checkpoint
 from llama_attn.engines import get_engine
 from llama_attn.stats.block import Wanted
-from llama_attn.stats.recorder import mark_padding, wanted_statistics
+from llama_attn.stats.counts import Counts
+from llama_attn.stats.labelling import mark_padding
 from llama_attn.stats.reference import Reference
+from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.selection import wanted_statistics
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import relative_error
 
@@ -74,12 +77,12 @@ def errors(layers: list, ids: torch.Tensor, engine: str, dtype: torch.dtype) -> 
             segments=config.segments,
             tokens=ids,
         )
-        raw = get_engine(engine).walk(query, key, None, visibility, layer.scaling, wanted).raw
+        raw = get_engine(engine).walk(query, key, None, visibility, Scoring(layer.scaling), wanted).raw
         for statistic in statistics:
             value = raw[statistic.name][None]
             if statistic.finish is not None:
-                value = statistic.finish(value, visibility, config)
-            expected = mark_padding(statistic, statistic.textbook(reference)[None], visibility)
+                value = statistic.finish(value, Counts.of(visibility), config)
+            expected = mark_padding(statistic, statistic.textbook(reference)[None], Counts.of(visibility))
             if statistic.dtype is not None:
                 # Positions are equal or not; what counts is the share of positions that differ.
                 error = float((value != expected).double().mean())

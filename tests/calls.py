@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from llama_attn import AttentionStatsConfig
 from llama_attn.stats.block import Wanted
-from llama_attn.stats.recorder import mark_padding, wanted_statistics
+from llama_attn.stats.counts import Counts
+from llama_attn.stats.labelling import mark_padding
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.selection import wanted_statistics
 from llama_attn.stats.visibility import Visibility
 
 CPU = torch.device("cpu")
@@ -33,6 +35,7 @@ class Call:
     scoring: Scoring
     config: AttentionStatsConfig
     tokens: torch.Tensor
+    token_before: torch.Tensor | None
     sees: torch.Tensor
     real_queries: torch.Tensor
     rank: torch.Tensor
@@ -54,7 +57,14 @@ class Call:
 
     def wanted(self, statistics=None) -> Wanted:
         segments = self.config.segments
-        return Wanted(statistics or self.statistics, self.config, segments, int(segments.max()) + 1, self.tokens)
+        return Wanted(
+            statistics or self.statistics,
+            self.config,
+            segments,
+            int(segments.max()) + 1,
+            self.tokens,
+            self.token_before,
+        )
 
     def walk(self, engine, statistics=None, **sizes):
         wanted = self.wanted(statistics)
@@ -62,12 +72,12 @@ class Call:
 
     def finished(self, raw, statistics=None):
         """Raw numbers as the recorder finishes them, without a layer axis."""
-        values = {}
+        values, counts = {}, Counts.of(self.visibility)
         for statistic in statistics or self.statistics:
             value = raw[statistic.name][None]
             if statistic.finish is not None:
-                value = statistic.finish(value, self.visibility, self.config)
-            values[statistic.name] = mark_padding(statistic, value.clone(), self.visibility)[0]
+                value = statistic.finish(value, counts, self.config)
+            values[statistic.name] = mark_padding(statistic, value.clone(), counts)[0]
         return values
 
     def reference(self, **leaves) -> Reference:
@@ -77,7 +87,7 @@ class Call:
             real_queries=self.real_queries, rank=self.rank, query_positions=torch.tensor(self.slots),
             config=self.config, bidirectional=not self.visibility.causal, softcap=self.scoring.softcap,
             offset=self.visibility.offset, length=self.visibility.length, segments=self.config.segments,
-            tokens=self.tokens,
+            tokens=self.tokens, token_before=self.token_before,
         )  # fmt: skip
 
     def expected(self, statistics=None) -> dict[str, torch.Tensor]:
@@ -239,6 +249,7 @@ def make_call(
         scoring=scoring,
         config=AttentionStatsConfig(statistics="all", segments=integers(3, batch, keys), query_stride=stride, **config),
         tokens=integers(5, batch, keys),
+        token_before=integers(6, batch) - 1 if offset > 1 else None,
         sees=sees,
         real_queries=real_queries,
         rank=rank,
@@ -261,13 +272,14 @@ def calls(draw, dtypes=(torch.float64,)):
     cached = aligned and not packed
     heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (8, 1)]))
     batch = draw(st.integers(1, 3))
+    stride = draw(st.sampled_from([1, 1, 3])) if aligned else 1
     return make_call(
         spans=draw(st.sampled_from(SPANS)), width=draw(st.integers(1, 30)), batch=batch, heads=heads,
-        kv_heads=kv_heads, queries=draw(st.integers(1, 40)), before=draw(st.integers(0, 20)) if cached else 0,
+        kv_heads=kv_heads, queries=draw(st.integers(stride, 40)), before=draw(st.integers(0, 20)) if cached else 0,
         after=draw(st.integers(0, 9)), offset=draw(st.integers(0, 40)) if cached else 0,
         channels=draw(st.sampled_from([8, 24])), value_channels=draw(st.sampled_from([8, 12])),
         padding=draw(st.booleans()), packed=packed, causal=draw(st.booleans()), aligned=aligned,
-        stride=draw(st.sampled_from([1, 1, 3])) if aligned else 1, softcap=draw(st.sampled_from([None, 0.5, 20.0])),
+        stride=stride, softcap=draw(st.sampled_from([None, 0.5, 20.0])),
         bias=draw(st.sampled_from([None, (1, 1), (1, heads), (batch, 1), (batch, heads)])),
         sinks=draw(st.sampled_from([None, None, (-3.0, 3.0), (-400.0, 400.0)])),
         mask=draw(st.sampled_from([None, None, None, "bool", "additive"])),

@@ -5,12 +5,17 @@ Run by test_compile.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from calls import make_call
 from conftest import tiny_model
+from test_calls import KINDS
 from torch._dynamo.utils import counters
 
 from llama_attn import AttentionStatsConfig
+from llama_attn.engines._fused import fused
 from llama_attn.engines._operator import walk
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.table import statistics_table
@@ -169,3 +174,48 @@ def test_the_operator_keeps_the_rules_of_operators(padding):
     compiled = torch.compile(record, fullgraph=True, backend="aot_eager")(inputs.query, inputs.key, inputs.value)
     for actual, expected in zip(compiled, recorded[0], strict=True):
         torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("engine", ["torch", None])
+@pytest.mark.parametrize(
+    "kind", ["window, the cache has dropped keys", "soft-cap, bias and sinks", "cross-attention with sinks and a bias"]
+)
+def test_calls_of_every_kind(kind, engine):
+    """Windows, soft-cap, sinks and a bias through the operator: numbers, and gradients of all that can learn."""
+    call = make_call(**KINDS[kind])
+    wanted = call.wanted([statistics_table()[name] for name in ("entropy", "received", "learned_sink_mass")])
+
+    def attention(query, key, value, bias, sinks):
+        scoring = replace(call.scoring, position_bias=bias, sinks=sinks)
+        output, raw = fused(query, key, value, call.visibility, scoring, engine, wanted)
+        return output, raw["entropy"], raw["received"], raw["learned_sink_mass"]
+
+    results = []
+    for function in (attention, torch.compile(attention, fullgraph=True, backend="aot_eager")):
+        tensors = (call.query, call.key, call.value, call.scoring.position_bias, call.scoring.sinks)
+        leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in tensors]
+        output, *measured = function(*leaves)
+        output.square().sum().backward()
+        results.append([output, *measured, *(leaf.grad for leaf in leaves if leaf is not None)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_second_derivatives_are_refused(backend):
+    """By the operator, and by torch's own compiler."""
+    inputs = make_inputs(queries=9)
+
+    def loss(query):
+        return fused(query, inputs.key, inputs.value, inputs.visibility, inputs.scoring, None)[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    query = inputs.query.clone().requires_grad_()
+    message = "differentiated once" if backend == "eager" else "does not currently support double backward"
+
+    def penalty():
+        (gradient,) = torch.autograd.grad(compiled(query), query, create_graph=True)
+        gradient.square().sum().backward()
+
+    with pytest.raises(RuntimeError, match=message):
+        penalty()

@@ -11,4 +11,4 @@ export LLAMA_ATTN_CACHE="$cache" LLAMA_ATTN_CXXFLAGS="-O1 -g -fno-omit-frame-poi
 "${bin}llama-attn" build
 # Without capture, since a library that is stopped in the middle takes the captured report with it.
 LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-    "${bin}python" -m pytest tests/test_native.py -q -s -p no:cacheprovider "$@"
+    "${bin}python" -m pytest tests/test_native*.py -q -s -p no:cacheprovider "$@"

@@ -12,19 +12,19 @@ from torch.autograd import forward_ad, functional
 
 from llama_attn import engines
 from llama_attn.backends.registry import attention_function
-from llama_attn.engines import _fused, native, torch as torch_engine
-from llama_attn.engines._fused import engine_for, fused
+from llama_attn.engines import _fused, choose_engine, native, torch as torch_engine
+from llama_attn.engines._fused import fused
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import make_inputs, relative_error
 
-BACKENDS = tuple(f"streaming_{name}" for name in ("native", "torch") if name in engines._loaded)
+ENGINES = tuple(name for name in ("native", "torch") if name in engines._loaded)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=ENGINES)
 def attend(request):
-    return attention_function(request.param)
+    return attention_function(f"streaming_{request.param}")
 
 
 @pytest.fixture
@@ -92,14 +92,16 @@ def test_a_mask_as_a_tensor(attend, kind, shape):
     assert relative_error(actual, written_out(*call, mask, 0.3)) < 1e-12
 
 
-def test_a_visibility_as_the_mask(attend):
-    """Of a window, and of fewer keys than there are."""
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_visibility_of_fewer_keys_than_there_are(engine):
+    """A window in a static cache; the bias is as long as the cache."""
     query, key, value = tensors(9, 12)
-    first = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5, 6]])
-    visibility = Visibility(2, 0, 9, CPU, first_key=first)
+    visibility = Visibility(2, 0, 9, CPU, first_key=torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5, 6]]))
     i, j = torch.arange(9)[:, None], torch.arange(12)
-    actual, _ = attend(module_with(), query, key, value, visibility)
-    assert relative_error(actual, written_out(query, key, value, (j <= i) & (j > i - 3))) < 1e-12
+    bias = drawn(1, 1, 9, 12, seed=4)
+    actual, _ = fused(query, key, value, visibility, Scoring(0.3, position_bias=bias), engine)
+    expected = written_out(query, key, value, (j <= i) & (j > i - 3), 0.3, bias=bias)
+    assert relative_error(actual, expected) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["s_aux", "sinks"])
@@ -167,7 +169,8 @@ def test_a_bias_alone_is_differentiated(attend):
         (lambda q, k, v: (q, k, v.to("meta")), "value: expected a tensor on cpu, got one on meta"),
     ],
 )
-def test_tensors_that_do_not_fit(attend, change, message):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tensors_that_do_not_fit(engine, change, message):
     visibility = Visibility(2, 0, 9, CPU)
     call = change(*tensors())
     if call[0].shape[0] == 3000:
@@ -176,21 +179,30 @@ def test_tensors_that_do_not_fit(attend, change, message):
         for tensor in call:
             tensor.requires_grad_(grad and tensor.is_floating_point())
         with pytest.raises(ValueError, match=message):
-            attend(module_with(), *call, visibility)
+            fused(*call, visibility, Scoring(0.3), engine)
 
 
 @pytest.mark.usefixtures("_no_shapes_checked")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_mask": torch.ones(2, 9)}, r"attention_mask: expected a Visibility, .* got \(2, 9\)"),
+        ({"attention_mask": torch.ones(2, 9)}, r"attention_mask: expected a tensor .* got \(2, 9\)"),
         (
             {"attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)},
             r"attention_mask: expected .* got \(3, 1, 9, 9\)",
         ),
-        ({"attention_mask": torch.ones(2, 3, 9, 9, dtype=torch.bool)}, "mask: expected 1 or 4 heads, got 3"),
-        ({"attention_mask": torch.ones(2, 1, 9, 10, dtype=torch.bool)}, "visibility: expected .* at most 9 keys"),
-        ({"attention_mask": torch.ones(2, 1, 8, 9, dtype=torch.bool)}, "visibility: expected batch 2, 9 queries"),
+        (
+            {"attention_mask": torch.ones(2, 3, 9, 9, dtype=torch.bool)},
+            r"attention_mask: expected .* got \(2, 3, 9, 9\)",
+        ),
+        (
+            {"attention_mask": torch.ones(2, 1, 9, 10, dtype=torch.bool)},
+            r"attention_mask: expected .* got \(2, 1, 9, 10\)",
+        ),
+        (
+            {"attention_mask": torch.ones(2, 1, 8, 9, dtype=torch.bool)},
+            r"attention_mask: expected .* got \(2, 1, 8, 9\)",
+        ),
         ({"attention_mask": torch.ones(2, 1, 9, 9).long()}, "attention_mask: a 4-D mask must be bool or additive"),
         ({"s_aux": torch.zeros(3)}, r"sinks: expected one per head, \(4,\), got \(3,\)"),
         ({"sinks": torch.zeros(2, 4, 9, 1)}, "sinks: expected floats with 1 dimension"),
@@ -200,9 +212,12 @@ def test_tensors_that_do_not_fit(attend, change, message):
         ({"softcap": -1.0}, "softcap: expected None or a number above 0"),
         ({"scaling": float("nan")}, "scale: expected a finite number"),
         ({"dropout": 0.1}, "attention dropout is not supported"),
-        ({"indices": torch.zeros(2, 9, 3)}, "indices: .* use attn_implementation='eager' or 'sdpa'"),
-        ({"block_indices": torch.zeros(2, 9, 3)}, "block_indices: .* use attn_implementation='eager' or 'sdpa'"),
-        ({"cache": object()}, "cache: .* use attn_implementation='eager' or 'sdpa'"),
+        ({"indices": torch.zeros(2, 9, 3)}, r"who sees whom in \['indices'\], .*; use \"sdpa\" or \"eager\""),
+        (
+            {"block_indices": torch.zeros(2, 9, 3)},
+            r"who sees whom in \['block_indices'\], .*; use \"sdpa\" or \"eager\"",
+        ),
+        ({"cache": object()}, r"who sees whom in \['cache'\], .*; use \"sdpa\" or \"eager\""),
     ],
 )
 def test_arguments_that_do_not_fit(attend, changes, message):
@@ -213,7 +228,7 @@ def test_arguments_that_do_not_fit(attend, changes, message):
 def test_who_does_what_the_default_engine_refuses(monkeypatch):
     """The engine in PyTorch; but who is asked for by name says why he does not."""
     visibility, scoring = Visibility(2, 0, 9, CPU), Scoring(0.3)
-    assert engine_for(None, CPU, visibility, scoring) == engines.default_engine(CPU)
+    assert choose_engine(None, visibility, scoring, CPU) == engines.default_engine(CPU)
     asked = []
     walk = torch_engine.walk
     monkeypatch.setattr(torch_engine, "walk", lambda *call: asked.append("torch") or walk(*call))
@@ -222,16 +237,16 @@ def test_who_does_what_the_default_engine_refuses(monkeypatch):
         native, "refuses", lambda visibility, scoring: "softcap: not today" if scoring.softcap else None
     )
     capped = replace(scoring, softcap=2.0)
-    assert engine_for(None, CPU, visibility, capped) == "torch"
+    assert choose_engine(None, visibility, capped, CPU) == "torch"
     output, raw = fused(*tensors(), visibility, capped, None)
     assert asked == ["torch"]
     assert raw == {}
     assert relative_error(output, fused(*tensors(), visibility, capped, "torch")[0]) == 0
-    with pytest.raises(ValueError, match="softcap: not today"):
-        engine_for("native", CPU, visibility, capped)
-    with pytest.raises(ValueError, match="softcap: not today"):
+    with pytest.raises(ValueError, match="engine: 'native' refuses this call: softcap: not today"):
+        choose_engine("native", visibility, capped, CPU)
+    with pytest.raises(ValueError, match="engine: 'native' refuses this call: softcap: not today"):
         attention_function("streaming_native")(module_with(), *tensors(), softcap=2.0)
-    assert engine_for("native", CPU, visibility, scoring) == "native"
+    assert choose_engine("native", visibility, scoring, CPU) == "native"
 
 
 # Second derivatives: an error that names what to use, in whatever way they are asked for.

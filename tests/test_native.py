@@ -16,7 +16,6 @@ from llama_attn import AttentionStatsConfig, available_backends
 from llama_attn.cli import app
 from llama_attn.engines import _library as library, native, torch as reference_engine
 from llama_attn.stats.block import Wanted
-from llama_attn.stats.recorder import mark_padding
 from llama_attn.stats.table import statistics_table
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import assert_matches_reference, make_inputs, relative_error
@@ -82,7 +81,7 @@ def test_equals_the_textbook(case, sizes):
     walk = native.walk(*arguments(case), wanted, *sizes)
     values = case.finished(walk.raw)
     for statistic in KNOWN:
-        expected = mark_padding(statistic, statistic.textbook(reference)[None].clone(), case.visibility)[0]
+        expected = case.marked(statistic, statistic.textbook(reference))
         assert relative_error(values[statistic.name], expected) <= case.bound, statistic.name
     real = reference.real_queries
     largest = max(1.0, float(case.value.abs().max()))

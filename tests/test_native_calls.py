@@ -118,6 +118,7 @@ def test_extents_that_a_tensor_does_not_have(function, calls):
         ("value_channels", [-1, 15, 17, 2**62]),
         ("first_query", [-1, 2**62]),
         ("query_step", [-1, 0, 2**47, 2**62]),
+        ("threads", [-1, 0, 2**62]),
         ("tile_rows", [-1, 0, 2**62]),
         ("block_keys", [-64, 0, 1, 63, 2**62]),
         ("sink_tokens", [-1, 2**62]),
@@ -157,8 +158,8 @@ def test_sizes_that_overflow():
     """Views of one number whose extents, multiplied, are more than there are numbers."""
     one = torch.zeros(1, 1, 1, 1)
     call = library.Call(
-        batch=1, heads=2**40, kv_heads=2**40, num_keys=2**40, channels=2**40, first_query=0, query_step=1, tile_rows=1,
-        block_keys=64,
+        batch=1, heads=2**40, kv_heads=2**40, num_keys=2**40, channels=2**40, first_query=0, query_step=1, threads=1,
+        tile_rows=1, block_keys=64,
     )  # fmt: skip
     call.put("query", one)
     refused("forward", call, "too large to count")

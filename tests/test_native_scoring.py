@@ -199,6 +199,20 @@ def test_keys_behind_those_that_the_visibility_knows():
         assert (mine[:, :, keys:] == 0).all()
 
 
+def test_no_queries():
+    """Statistics of keys are sums over nothing."""
+    call = make_call()
+    visibility = replace(call.visibility, first_query=call.visibility.num_keys)
+    rest = (call.query[:, :, :0], call.key, call.value, visibility, call.scoring)
+    walk = native.walk(*rest[:3], *rest[3:], call.wanted(KNOWN))
+    assert walk.output.shape == (2, 0, 4, 16)
+    assert (walk.raw["received"] == 0).all()
+    assert (walk.raw["distance_histogram"] == 0).all()
+    gradients = native.backward(walk.output, *rest[:3], walk.output, walk.logsumexp, *rest[3:])
+    assert (gradients.key == 0).all()
+    assert (gradients.value == 0).all()
+
+
 def test_a_view_that_is_negated():
     """Its numbers in memory have the other sign."""
     call = make_call()

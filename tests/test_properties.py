@@ -16,10 +16,12 @@ from oracle import rounding_bound, visible_by_hand
 from llama_attn import AttentionStatsConfig
 from llama_attn.engines import torch as engine
 from llama_attn.stats.block import Wanted
-from llama_attn.stats.merge import Run
-from llama_attn.stats.recorder import mark_padding, wanted_statistics
+from llama_attn.stats.counts import Counts
+from llama_attn.stats.labelling import mark_padding
+from llama_attn.stats.merge import Group, Measured, Run
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.selection import wanted_statistics
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import relative_error
 
@@ -58,15 +60,18 @@ class Case:
             block_rows=case.block_rows,
         )  # fmt: skip
 
-    def finished(self, raw, visibility=None):
-        """Raw numbers as the recorder finishes them, without a layer axis."""
-        visibility = visibility or self.visibility
-        values = {}
+    def marked(self, statistic, value):
+        """``value`` of one layer, marked where there is no real token."""
+        return mark_padding(statistic, value[None].clone(), Counts.of(self.visibility))[0]
+
+    def finished(self, raw):
+        """Raw numbers as they are labelled, without a layer axis."""
+        values, counts = {}, Counts.of(self.visibility)
         for statistic in self.statistics:
-            value = raw[statistic.name][None]
+            value = raw[statistic.name]
             if statistic.finish is not None:
-                value = statistic.finish(value, visibility, self.config)
-            values[statistic.name] = mark_padding(statistic, value.clone(), visibility)[0]
+                value = statistic.finish(value[None], counts, self.config)[0]
+            values[statistic.name] = self.marked(statistic, value)
         return values
 
     def reference(self) -> Reference:
@@ -136,7 +141,7 @@ def test_the_engine_equals_the_textbook(case):
         if statistic.name == "topk_position" and not exact_order:
             continue
         # Finished like the engine's numbers, so that padding is marked in the same places.
-        expected = mark_padding(statistic, statistic.textbook(reference)[None].clone(), case.visibility)[0]
+        expected = case.marked(statistic, statistic.textbook(reference))
         assert relative_error(values[statistic.name], expected) <= case.bound, statistic.name
     output = walk.output[real].double()
     expected_output = reference.output.transpose(1, 2)[real]
@@ -169,8 +174,9 @@ def test_in_pieces_as_at_once(case, cuts):
         # As many segments in every piece, whatever it happens to hold.
         wanted = replace(case.wanted(), tokens=case.tokens[:, :last], segments=case.config.segments[:, :last])
         walk = engine.walk(case.query[:, :, first:last], case.key[:, :, :last], None, visibility, case.scoring, wanted)
-        run.add(tuple(case.statistics), {name: raw[None] for name, raw in walk.raw.items()}, last)
-    pieces = case.finished({name: raw[0] for name, raw in run.result(length).items()})
+        raw = {name: raw[None] for name, raw in walk.raw.items()}
+        run.add(Measured(tuple(case.statistics), (Group((0,), [visibility], raw, case.query.shape[1]),)))
+    pieces = case.finished({name: raw[0] for name, raw in run.result().groups[0].raw.items()})
     for name, value in case.finished(case.walk().raw).items():
         assert relative_error(pieces[name], value) < 1e-9, name
 

@@ -17,7 +17,8 @@ from test_calls import KINDS
 from llama_attn import AttentionStatsConfig, available_backends
 from llama_attn.engines import triton as engine
 from llama_attn.stats.block import Wanted
-from llama_attn.stats.recorder import mark_padding
+from llama_attn.stats.counts import Counts
+from llama_attn.stats.labelling import mark_padding
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import statistics_table
@@ -122,13 +123,13 @@ class Case:
         return 0.0 if self.query.dtype == torch.float32 else torch.finfo(self.query.dtype).eps
 
     def check(self, walk) -> None:
-        reference = self.reference()
+        reference, counts = self.reference(), Counts.of(self.visibility)
         for statistic in STATISTICS:
             actual = walk.raw[statistic.name].cpu()[None].clone()
             if statistic.finish is not None:
-                actual = statistic.finish(actual, self.visibility, self.config)
-            expected = mark_padding(statistic, statistic.textbook(reference)[None].clone(), self.visibility)
-            error = relative_error(mark_padding(statistic, actual, self.visibility), expected)
+                actual = statistic.finish(actual, counts, self.config)
+            expected = mark_padding(statistic, statistic.textbook(reference)[None].clone(), counts)
+            error = relative_error(mark_padding(statistic, actual, counts), expected)
             assert error <= self.bound, (statistic.name, error, self.bound)
         if walk.output is not None:
             assert walk.output.dtype == self.value.dtype

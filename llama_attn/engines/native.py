@@ -185,8 +185,9 @@ def _call(
     if block_keys < 1 or block_keys % PANEL_KEYS:
         raise ValueError(f"block_keys: expected a multiple of {PANEL_KEYS}, got {block_keys}")
     batch, heads, num_queries, channels = query.shape
-    # Keys behind the last that the visibility knows are nobody's.
-    key, value = key[:, :, : visibility.num_keys], None if value is None else value[:, :, : visibility.num_keys]
+    if key.shape[2] > visibility.num_keys:
+        # Keys behind the last that the visibility knows are nobody's.
+        key, value = key[:, :, : visibility.num_keys], None if value is None else value[:, :, : visibility.num_keys]
     call = library.Call(
         batch=batch,
         heads=heads,
@@ -205,9 +206,10 @@ def _call(
         softcap=scoring.softcap or 0.0,
         hidden_score=HIDDEN_SCORE,
     )
-    tensors = {"query": query, "key": key, "row_logsumexp": logsumexp}
+    # A view may say "times −1" beside its numbers.
+    tensors = {"query": query.resolve_neg(), "key": key.resolve_neg(), "row_logsumexp": logsumexp}
     if value is not None:
-        tensors["value"] = value
+        tensors["value"] = value.resolve_neg()
     if visibility.real is not None:
         tensors["real_keys"] = visibility.real.contiguous()
     if not (visibility.real is visibility.sees is visibility.rows is None):
@@ -218,11 +220,9 @@ def _call(
         tensors["sinks"] = scoring.sinks.to(logsumexp.dtype).contiguous()
     for name, pairs in (("mask", visibility.mask), ("position_bias", scoring.position_bias)):
         if pairs is not None:
-            tensors[name] = pairs.expand(batch, heads, -1, -1)
+            tensors[name] = pairs.resolve_neg().expand(batch, heads, -1, -1)
     for name, tensor in tensors.items():
-        # A view that says "times −1" beside its numbers.
-        tensors[name] = tensor.resolve_neg()
-        call.put(name, tensors[name])
+        call.put(name, tensor)
     if visibility.mask is not None and visibility.mask.dtype != torch.bool:
         # As torch compares: in the dtype of the mask.
         call.unseen_bias = torch.tensor(UNSEEN_BIAS, dtype=visibility.mask.dtype).item()

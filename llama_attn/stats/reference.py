@@ -40,6 +40,7 @@ class Reference:
         length: Tokens that maps and distances are laid out for; ``None`` for ``offset`` and the keys.
         segments: Segment of every key, −1 for none, (batch, key).
         tokens: Token id of every key, (batch, key).
+        token_before: Token id in front of the first key, (batch,), where a cache has dropped it; −1 for padding.
         hidden: Residual stream that enters the layer, (batch, query, hidden).
         output_weight: Weight of ``o_proj``, (hidden, head · channel).
     """
@@ -61,6 +62,7 @@ class Reference:
     length: int | None = None
     segments: Int[Tensor, "batch key"] | None = None
     tokens: Int[Tensor, "batch key"] | None = None
+    token_before: Int[Tensor, " batch"] | None = None
     hidden: Float[Tensor, "batch query hidden"] | None = None
     output_weight: Float[Tensor, "hidden channels"] | None = None
 

@@ -51,6 +51,7 @@ def _textbook(reference: Reference, role: str) -> Tensor:
     batch, num_keys = reference.real_queries.shape[0], reference.num_keys
     ids = [[0] * num_keys] * batch if reference.tokens is None else reference.tokens.tolist()
     rank = reference.rank.tolist()
+    before = [-1] * batch if reference.token_before is None else reference.token_before.tolist()
 
     def matches(b: int, i: int, j: int) -> bool:
         if role == "previous":
@@ -58,6 +59,8 @@ def _textbook(reference: Reference, role: str) -> Tensor:
         if role == "duplicate":
             return j < i and ids[b][j] == ids[b][i]
         # Its predecessor in the row is the one before it in its sequence, and is the query's token.
+        if j == 0:
+            return rank[b][0] > 0 and before[b] == ids[b][i]
         return 0 < j <= i and 0 < rank[b][j] == rank[b][j - 1] + 1 and ids[b][j - 1] == ids[b][i]
 
     rows = reference.query_positions.tolist()

@@ -79,6 +79,7 @@ void check(const Call& call, bool backward) {
   in_range("query_step", call.query_step, 1, kMost);
   // In this order no product overflows.
   if (queries > 0) in_range("query_step", call.query_step, 1, kMost / queries);
+  in_range("threads", call.threads, 1, 1 << 16);
   in_range("tile_rows", call.tile_rows, 1, kMost);
   in_range("block_keys", call.block_keys, 1, kMost);
   if (call.block_keys % kPanel<float> != 0)
