@@ -99,8 +99,8 @@ def compare(recording, entry, stack, model, known, captured, bound):
     found = gather(model, captured, stack, known.axes, CONFIG)
     wanted = expected(found, recording.stats.names, CONFIG, stack)
     if stack.inside and len(forwards) > 1:
-        # Which key is the first that is real differs from forward to forward.
-        del wanted["sink_mass"]
+        # Which key is real, and the first or the next, differs from forward to forward.
+        del wanted["sink_mass"], wanted["induction"]
     check(recording.stats, wanted, bound, "merged")
 
 
@@ -108,12 +108,12 @@ def compare(recording, entry, stack, model, known, captured, bound):
 def test_every_statistic(name, backend, situation):
     entry = ENTRIES[name]
     is_stock = backend in entry.stock
-    dtype = torch.float32 if is_stock else torch.float64
+    # In float64 the lowest number overflows in eager's softmax, so that rows of padding are NaN there.
+    dtype = torch.float32 if is_stock or entry.stock == ("eager",) else torch.float64
     model = entry.build(backend, dtype)
     # What streaming is asked is captured from a stock backend, whose own rounding is that of float64.
     known, captured = oracle(entry, model if is_stock else entry.build(entry.stock[-1], dtype), situation)
-    # Some of eager's softmax is in float32 whatever the model is.
-    bound = BOUND[dtype] if is_stock or entry.stock[-1] == "sdpa" else 1e-5
+    bound = BOUND[dtype]
     for n, stack in enumerate(entry.stacks):
         if stack.axis != "pieces":
             has_default = n == 0 and entry.name != "siglip"
