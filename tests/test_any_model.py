@@ -22,7 +22,9 @@ CONFIG = AttentionStatsConfig(statistics="all", norms=True, map_size=4, sink_tok
 # their backends, and the others one situation on each; which one goes round.
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 LEADERS = ("qwen2", "llama4_text", "gpt_oss", "qwen3_next", "bert", "t5", "gemma3")
-BACKENDS = {entry.name: (*entry.stock, *(() if entry.name in NOT_STREAMED else ("streaming",))) for entry in ENTRIES.values()}
+BACKENDS = {
+    entry.name: (*entry.stock, *(() if entry.name in NOT_STREAMED else ("streaming",))) for entry in ENTRIES.values()
+}
 
 
 def cases():
@@ -139,3 +141,15 @@ def test_what_is_refused(name):
     model = entry.build(entry.stock[0])
     with pytest.raises(ValueError, match="record: "), record(model):
         prepare(entry, model, "plain").play()
+
+
+@pytest.mark.parametrize("name", NOT_STREAMED)
+def test_what_streaming_refuses(name):
+    """When it is built, and when its backend is set, which leaves it as it was."""
+    entry = ENTRIES[name]
+    with pytest.raises(ValueError, match=rf"do not serve .{name}.*\"sdpa\" or \"eager\""):
+        entry.build("streaming")
+    model = entry.build("sdpa")
+    with pytest.raises(ValueError, match=rf"do not serve .{name}"):
+        model.set_attn_implementation("streaming")
+    assert model.config._attn_implementation == "sdpa"
