@@ -166,7 +166,7 @@ def adapted(model, settings):
     torch.manual_seed(0)
     wrapper = peft.get_peft_model(model, settings).eval()
     with torch.no_grad():
-        for name, parameter in wrapper.named_parameters():
+        for parameter in wrapper.parameters():
             if parameter.requires_grad:
                 parameter.normal_(0, 0.1)
     return wrapper

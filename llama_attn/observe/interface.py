@@ -78,8 +78,9 @@ class Observer(Protocol):
         """Take its output."""
 
 
-_watched: dict[nn.Module, tuple[Observer, ...]] = {}
-_cross: dict[nn.Module, None] = {}
+# By identity: Dynamo would look into keys that are modules. `compiled.modules` keeps them alive.
+_watched: dict[int, tuple[Observer, ...]] = {}
+_cross: dict[int, None] = {}
 # Those who are shown hidden states.
 _seeing: dict[int, Observer] = {}
 _shadowed: dict[int, tuple[Any, int]] = {}
@@ -99,7 +100,7 @@ _notes = _Notes()
 
 def watching(module: nn.Module) -> tuple[Observer, ...]:
     """Who watches a layer."""
-    return _watched.get(module, ())
+    return _watched.get(id(module), ())
 
 
 def show_states(module: nn.Module, states: Tensor, *, entering: bool) -> None:
@@ -107,7 +108,7 @@ def show_states(module: nn.Module, states: Tensor, *, entering: bool) -> None:
     is_outside = False
     if not _seeing:
         return
-    for observer in _watched.get(module, ()):
+    for observer in _watched.get(id(module), ()):
         if torch.compiler.is_compiling() and not observer.is_traced:
             is_outside = True
         elif entering:
@@ -120,7 +121,7 @@ def show_states(module: nn.Module, states: Tensor, *, entering: bool) -> None:
 
 def is_cross(module: nn.Module) -> bool:
     """Whether a layer attends to another sequence than its own."""
-    return module in _cross
+    return id(module) in _cross
 
 
 def watch(
@@ -135,10 +136,10 @@ def watch(
         cross: Those of the layers that attend to another sequence than their own.
     """
     for module in modules:
-        _watched[module] = (*_watched.get(module, ()), observer)
+        _watched[id(module)] = (*_watched.get(id(module), ()), observer)
         compiled.modules[id(module)] = module
     for module in cross:
-        _cross[module] = None
+        _cross[id(module)] = None
     if observer.sees_states:
         _seeing[id(observer)] = observer
     for interface in interfaces:
@@ -152,12 +153,12 @@ def unwatch(modules: Iterable[nn.Module], observer: Observer, interfaces: Iterab
     """Take back what `watch` did."""
     _seeing.pop(id(observer), None)
     for module in modules:
-        left = tuple(other for other in _watched.get(module, ()) if other is not observer)
+        left = tuple(other for other in _watched.get(id(module), ()) if other is not observer)
         if left:
-            _watched[module] = left
+            _watched[id(module)] = left
         else:
-            _watched.pop(module, None)
-            _cross.pop(module, None)
+            _watched.pop(id(module), None)
+            _cross.pop(id(module), None)
             compiled.modules.pop(id(module), None)
     for interface in interfaces:
         _, users = _shadowed[id(interface)]
@@ -191,7 +192,7 @@ def _shadow(interface: Any) -> None:
             return attend
 
         def observed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            everyone = _watched.get(module, ())
+            everyone = _watched.get(id(module), ())
             if not torch.compiler.is_compiling():
                 observers = [observer for observer in everyone if observer.wants(module)]
                 if not observers:
@@ -216,6 +217,7 @@ def _unshadow(interface: Any) -> None:
     for name in list(interface):
         made = interface._local_mapping.get(name)
         if isinstance(made, _Noting):
+            made.is_open = False
             if made.was_local:
                 interface[name] = made.make
             else:
@@ -229,11 +231,11 @@ class _Noting:
     def __init__(self, make: Callable[..., Any], was_local: bool) -> None:
         self.make, self.was_local = make, was_local
         # What `inspect.unwrap` finds: whoever registers it under another name keeps it.
-        self.__wrapped__ = make
+        self.__wrapped__, self.is_open = make, True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mask = self.make(*args, **kwargs)
-        if _watched and not isinstance(mask, MaskRequest) and not args:
+        if self.is_open and not isinstance(mask, MaskRequest) and not args:
             _note(MaskRequest(**kwargs), mask)
         return mask
 

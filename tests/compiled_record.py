@@ -1,0 +1,132 @@
+"""`record` around compiled models of any type: compiled anew, or long before anybody recorded.
+
+Run by test_compile.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from any_model import draw, left_padding, state
+from torch._dynamo.utils import counters
+from zoo import ENTRIES
+
+from llama_attn import AttentionStatsConfig, record
+from llama_attn.testing import relative_error
+
+# Dynamo warns about transformers' own code while it traces.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+IDS = draw(12)
+EVERYTHING = AttentionStatsConfig(statistics="all", norms=True)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def run(module, length=12, **inputs):
+    with torch.no_grad():
+        return module(input_ids=IDS[:, :length], **inputs)
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def assert_same(actual, expected, bound=1e-5):
+    assert actual.names == expected.names
+    for name in expected.names:
+        assert relative_error(actual[name], expected[name]) <= bound, name
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "streaming"])
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "bert"])
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_a_compiled_model(warm, name, backend):
+    model = ENTRIES[name].build(backend)
+    with record(model) as recording:
+        run(model)
+    expected = recording.stats
+    compiled = torch.compile(model, backend="aot_eager")
+    if warm:
+        plain = run(compiled)[0]
+    with record(compiled) as recording:
+        recorded = run(compiled)[0]
+    if not warm:
+        plain = run(compiled)[0]
+    assert torch.equal(recorded, plain)
+    assert_same(recording.stats, expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "t5"])
+def test_many_recordings_take_few_graphs(name):
+    model = ENTRIES[name].build()
+    inputs = {"decoder_input_ids": draw(7, seed=3)} if name == "t5" else {}
+    compiled = torch.compile(model, backend="aot_eager")
+    run(compiled, **inputs)
+    before = graphs()
+    seen = []
+    for _ in range(12):
+        with record(compiled) as recording:
+            run(compiled, **inputs)
+        seen.append(recording.stats["entropy"])
+    assert all(torch.equal(entropy, seen[0]) for entropy in seen)
+    assert graphs() <= 2 * before + 1
+    assert state(model) == state(model)
+
+
+def test_one_graph():
+    """The observed calls do not break it."""
+    model = ENTRIES["qwen3"].build()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with record(compiled) as recording:
+        run(compiled)
+    with record(model) as plain:
+        run(model)
+    assert_same(recording.stats, plain.stats)
+    assert graphs() == 1
+
+
+def test_steps_of_a_compiled_model():
+    """What is recorded grows, and the graph does not see it."""
+    model = ENTRIES["qwen3"].build()
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    with record(compiled) as recording:
+        for _ in range(10):
+            run(compiled)
+    assert len(recording.forwards) == 10
+    assert graphs() <= 2
+
+
+def test_everything_is_measured():
+    model = ENTRIES["qwen3"].build()
+    with record(model, EVERYTHING) as plain:
+        run(model, attention_mask=left_padding(12))
+    compiled = torch.compile(model, backend="aot_eager")
+    with record(compiled, EVERYTHING) as recording:
+        run(compiled, attention_mask=left_padding(12))
+    assert_same(recording.stats, plain.stats)
+
+
+def test_gradients():
+    model = ENTRIES["qwen3"].build().train()
+    compiled = torch.compile(model, backend="aot_eager")
+
+    def gradients(recorded):
+        model.zero_grad(set_to_none=True)
+        recording = record(compiled)
+        if recorded:
+            recording.__enter__()
+        compiled(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        if recorded:
+            recording.__exit__(None, None, None)
+            assert len(recording.forwards) == 1
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    off = gradients(False)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(True), off, strict=True))
