@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 
@@ -14,6 +15,7 @@ from zoo import ENTRIES, NOT_SERVED, NOT_STREAMED
 from zoo_situations import prepare
 
 from llama_attn import AttentionStatsConfig, record
+from llama_attn.stats.table import statistics_table
 from llama_attn.testing import relative_error
 
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -133,6 +135,49 @@ def test_every_statistic(name, backend, situation):
             has_default = n == 0 and entry.name != "siglip"
             recording = run(entry, model, situation, None if has_default else stack.path)
             compare(recording, entry, stack, model, known, captured, bound)
+
+
+SELECTED = ("qwen3", "qwen2", "gpt_oss", "qwen3_next", "bert", "t5")
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_segments_and_selections(name):
+    """Part of the layers and heads, segments, and every third query."""
+    entry = ENTRIES[name]
+    stack = entry.stacks[0]
+    model = entry.build(entry.stock[-1])
+    known, captured = oracle(entry, model, "left")
+    length = known.axes[stack.axis].real.shape[1]
+    whole = dataclasses.replace(CONFIG, segments=torch.arange(length).expand(2, -1) // 3)
+    found = gather(model, captured, stack, known.axes, whole)
+    layers, heads = (found.index[-1], found.index[0]), (3, 1)
+    chosen = dataclasses.replace(whole, layers=tuple(sorted(set(layers))), heads=heads)
+    recordings = []
+    for config in (chosen, dataclasses.replace(chosen, query_stride=3)):
+        with record(model, config) as recording:
+            # A stack that it does not fit, as the encoder before a decoder, is not the one that is wanted.
+            prepare(entry, model, "left").play()
+        recordings.append(recording.stats)
+    stats, strided = recordings
+    assert "segment_mass" in stats.names
+    at = [found.index.index(layer) for layer in chosen.layers]
+    every = expected(found, stats.names, whole, stack)
+    wanted = {}
+    for statistic in (statistics_table()[name] for name in stats.names if not name.startswith("visible_")):
+        value = every[statistic.name]
+        value = value if statistic.dims[0] == "hidden_layer" else value[at]
+        wanted[statistic.name] = value[:, :, list(heads)] if "head" in statistic.dims else value
+    # Which layers' input is measured follows the selection.
+    wanted = {name: value for name, value in wanted.items() if value.shape == stats[name].shape}
+    assert {"entropy", "segment_mass", "received", "weights_map", "value_norm"} <= set(wanted)
+    check(stats, wanted, BOUND[torch.float32], "selected")
+    thirds = {
+        name: value[..., ::3] if value.ndim == 4 else value[..., ::3, :]
+        for name, value in wanted.items()
+        if statistics_table()[name].dims[3:4] == ("query",)
+    }
+    assert {"entropy", "segment_mass", "topk_weight"} <= set(thirds)
+    check(strided, thirds, BOUND[torch.float32], "every third query")
 
 
 @pytest.mark.parametrize("name", NOT_SERVED)

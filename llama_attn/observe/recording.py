@@ -180,11 +180,7 @@ class Recording:
         try:
             return course.enter(module)
         except ValueError as error:
-            if self._chosen is not None:
-                raise
-            # Perhaps it is not the stack that is wanted.
-            course.refusal = error
-            course.drop()
+            self._refuse(course, error)
             return False
 
     def visibility(self, call: AttentionCall, backend: Backend) -> Visibility | None:
@@ -196,17 +192,21 @@ class Recording:
         try:
             return forward.visibility(call, backend)
         except ValueError as error:
-            if self._chosen is not None:
-                raise
-            course.refusal = error
-            course.drop()
+            self._refuse(course, error)
             return None
 
     def fused(
         self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
     ) -> tuple[Wanted, Visibility] | None:
         """What to measure in the blocks of a streaming backend."""
-        return self._of(call)[1].fused(call, name, visibility, scores, engine)
+        course = self._courses[self._names[call.module]]
+        if course.refusal is not None:
+            return None
+        try:
+            return self._of(call)[1].fused(call, name, visibility, scores, engine)
+        except ValueError as error:
+            self._refuse(course, error)
+            return None
 
     def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:
         """Keep what was measured there."""
@@ -222,10 +222,16 @@ class Recording:
         prefer: str | None,
     ) -> None:
         """Measure the call, beside its backend what the backend has not."""
+        if self._courses[self._names[call.module]].refusal is not None:
+            return
         course, forward = self._of(call)
         course.take_states(call.module)
-        forward.measure(call, name, visibility, scores, output, prefer)
-        course.observe(call, visibility, output)
+        try:
+            forward.measure(call, name, visibility, scores, output, prefer)
+        except ValueError as error:
+            self._refuse(course, error)
+        else:
+            course.observe(call, visibility, output)
 
     def enter_layer(self, module: nn.Module, states: Tensor) -> None:
         """Take the hidden states that come to the layer of ``module``, where that layer shows them itself."""
@@ -244,6 +250,17 @@ class Recording:
         if course.forward is None:
             raise RuntimeError(f"record: {course.stack.name} was called outside a forward")
         return course, course.forward
+
+    def _refuse(self, course: Course, error: ValueError) -> None:
+        """Leave a stack that cannot be measured: perhaps it is not the one that is wanted.
+
+        Raises:
+            ValueError: It is.
+        """
+        if self._chosen is not None:
+            raise error
+        course.refusal = error
+        course.drop()
 
     def _choose(self, course: Course) -> None:
         """Measure this stack and no other."""
