@@ -25,9 +25,9 @@ from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.labelling import label
 from llama_attn.stats.merge import Run
-from llama_attn.stats.recorder import Step
 from llama_attn.stats.segments import add_generated
 from llama_attn.stats.selection import sees_states
+from llama_attn.stats.step import Step
 
 SERVED = (
     GenerationMode.GREEDY_SEARCH,
