@@ -61,7 +61,7 @@ class Layers:
         layers: One `Written` for each.
         pairs: Who is counted as seeing whom, (batch, 1 or head, query, key), for each layer.
         real_queries: (batch, query).
-        real_keys: (batch, key).
+        real_keys: (batch, key), for each layer.
         present: Which keys each layer's cache has held, (key).
         first_key: Where the key axis starts.
         last_hidden: What left the last layer, (batch, query, hidden).
@@ -71,7 +71,7 @@ class Layers:
     layers: list[Written]
     pairs: list[Tensor]
     real_queries: Tensor
-    real_keys: Tensor
+    real_keys: list[Tensor]
     present: list[Tensor]
     first_key: int
     last_hidden: Tensor | None
@@ -170,13 +170,16 @@ def gather(
                 [_absolute(pick(made[f][n]), where[f][n], length, dim, fill) for f in range(len(chosen))], 2
             )
 
-        seen = visible[n]
+        seen, real_n, ranks = visible[n], real, _ranks(keys)
         # A query that is real sees no padding; what padding sees is nothing to count.
         stray = seen & real[:, None, :, None] & ~keys.real[:, None, None, :]
-        if bool(stray.any()):
+        if stack.inside:
+            # As with a mask of one's own: whoever sees or is seen is real, and a row is one sequence.
+            real_n, ranks = torch.ones_like(real), _ranks(Axis.of(keys.real, seen.any(2).any(1)))
+        elif bool(stray.any()):
             raise AssertionError(f"{calls[0].path}: a real query sees padding, so the situation does not fit the model")
         sees_some = seen.any(-1).any(1)
-        real_queries = real & sees_some
+        real_queries = real_n & sees_some
         held = torch.zeros(length, dtype=torch.bool)
         for place in spots:
             held[place.offset : place.offset + place.filled] = True
@@ -200,7 +203,7 @@ def gather(
                 sink_weights=torch.cat([made[f][n].sink_weights for f in range(len(chosen))], 2),
                 visible=seen,
                 real_queries=real_queries,
-                rank=_ranks(keys),
+                rank=ranks,
                 query_positions=torch.tensor(queries),
                 distance=(torch.tensor(queries)[:, None] - torch.arange(length)).abs(),
                 config=config,
@@ -220,7 +223,11 @@ def gather(
         last = torch.cat(outputs[forwards], 1)
     index = [_index(stack, call.path, n) for n, call in enumerate(chosen[0])]
     first_key = min(place.offset for ps in where for place in ps)
-    return Layers(index, layers, pairs, real, keys.real, present, first_key, last)
+    if stack.inside:
+        real, seen_keys = layers[0].real_queries, [layer.visible.any(2).any(1) for layer in layers]
+    else:
+        seen_keys = [keys.real] * num_layers
+    return Layers(index, layers, pairs, real, seen_keys, present, first_key, last)
 
 
 def _masks(made: list[list[Materialised]], layer: int) -> int:
@@ -266,24 +273,20 @@ def expected(found: Layers, names: Sequence[str], config: AttentionStatsConfig, 
                 value = torch.full_like(value, torch.nan)
             dims = statistic.dims[1:]
             if "query" in dims:
-                real = found.real_queries if statistic.dims[0] == "hidden_layer" else layer.real_queries
+                of_stream = statistic.dims[0] == "hidden_layer" and not stack.inside
+                real = found.real_queries if of_stream else layer.real_queries
                 value = _hide(value, dims, "query", ~real, none)
             elif "key" in dims:
-                shown = found.real_keys & found.present[n] if statistic.is_norm else found.pairs[n].any(2).any(1)
+                shown = found.real_keys[n] & found.present[n] if statistic.is_norm else found.pairs[n].any(2).any(1)
                 value = _hide(value, dims, "key", ~shown, none)[..., keys]
             values[n] = value
         if statistic.dims[0] == "hidden_layer":
             last = Written(**{**found.layers[-1].__dict__, "hidden": found.last_hidden})
             value = form(last)
-            values.append(
-                _hide(
-                    value.double() if value.is_floating_point() else value,
-                    statistic.dims[1:],
-                    "query",
-                    ~found.real_queries,
-                    none,
-                )
-            )
+            value = value.double() if value.is_floating_point() else value
+            if "query" in statistic.dims:
+                value = _hide(value, statistic.dims[1:], "query", ~found.real_queries, none)
+            values.append(value)
         results[name] = torch.stack(_same_heads(values, none))
     return results
 
@@ -298,7 +301,7 @@ def _same_heads(values: list[Tensor], none: float) -> list[Tensor]:
     most = max(value.shape[1] for value in values) if values[0].ndim > 2 else 0
     return [
         value
-        if value.shape[1] == most or not most
+        if not most or value.shape[1] == most
         else torch.cat([value, value.new_full((value.shape[0], most - value.shape[1], *value.shape[2:]), none)], 1)
         for value in values
     ]

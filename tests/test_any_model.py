@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
 import torch
 from any_expected import expected, gather
+from any_model import state
 from any_oracle import capture
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from zoo import ENTRIES, NOT_SERVED
+from zoo import ENTRIES, NOT_SERVED, NOT_STREAMED
 from zoo_situations import prepare
 
 from llama_attn import AttentionStatsConfig, record
@@ -18,12 +18,28 @@ from llama_attn.testing import relative_error
 
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
 CONFIG = AttentionStatsConfig(statistics="all", norms=True, map_size=4, sink_tokens=2, window=3, top_k=4)
-CASES = [
-    (entry.name, backend, situation)
-    for entry in ENTRIES.values()
-    for backend in entry.stock
-    for situation in entry.situations
-]
+# Every situation on every backend takes a quarter of an hour: `make long`. Otherwise these have every situation on one of
+# their backends, and the others one situation on each; which one goes round.
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+LEADERS = ("qwen2", "llama4_text", "gpt_oss", "qwen3_next", "bert", "t5", "gemma3")
+BACKENDS = {entry.name: (*entry.stock, *(() if entry.name in NOT_STREAMED else ("streaming",))) for entry in ENTRIES.values()}
+
+
+def cases():
+    """Name, backend and situation of every test."""
+    turn = 0
+    for entry in ENTRIES.values():
+        backends = BACKENDS[entry.name]
+        for at, situation in enumerate(entry.situations):
+            for nth, backend in enumerate(backends):
+                if LONG or (entry.name in LEADERS and at % len(backends) == nth):
+                    yield entry.name, backend, situation
+        for backend in () if LONG or entry.name in LEADERS else backends:
+            yield entry.name, backend, entry.situations[turn % len(entry.situations)]
+            turn += 1
+
+
+CASES = list(cases())
 
 
 def tensors(output):
@@ -31,22 +47,6 @@ def tensors(output):
     if isinstance(output, torch.Tensor):
         return [output]
     return [value for value in output.values() if isinstance(value, torch.Tensor)]
-
-
-def state(model):
-    """Whatever a recording could leave behind."""
-    hooks = [
-        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs), sorted(vars(m)))
-        for m in model.modules()
-    ]
-    mapping = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ALL_MASK_ATTENTION_FUNCTIONS}
-    return (
-        hooks,
-        mapping,
-        dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping),
-        sorted(vars(ALL_ATTENTION_FUNCTIONS)),
-        model.config.to_dict(),
-    )
 
 
 def check(stats, wanted, bound, label):
@@ -97,33 +97,28 @@ def compare(recording, entry, stack, model, known, captured, bound):
         assert stats.first_key == found.first_key
         check(stats, wanted, bound, f"forward {n}")
     found = gather(model, captured, stack, known.axes, CONFIG)
-    check(recording.stats, expected(found, recording.stats.names, CONFIG, stack), bound, "merged")
+    wanted = expected(found, recording.stats.names, CONFIG, stack)
+    if stack.inside and len(forwards) > 1:
+        # Which key is real, and the first or the next, differs from forward to forward.
+        del wanted["sink_mass"], wanted["induction"]
+    check(recording.stats, wanted, bound, "merged")
 
 
 @pytest.mark.parametrize(("name", "backend", "situation"), CASES)
-def test_stock(name, backend, situation):
+def test_every_statistic(name, backend, situation):
     entry = ENTRIES[name]
-    model = entry.build(backend)
-    known, captured = oracle(entry, model, situation)
+    is_stock = backend in entry.stock
+    # In float64 the lowest number overflows in eager's softmax, so that rows of padding are NaN there.
+    dtype = torch.float32 if is_stock or entry.stock == ("eager",) else torch.float64
+    model = entry.build(backend, dtype)
+    # What streaming is asked is captured from a stock backend, whose own rounding is that of float64.
+    known, captured = oracle(entry, model if is_stock else entry.build(entry.stock[-1], dtype), situation)
+    bound = BOUND[dtype]
     for n, stack in enumerate(entry.stacks):
-        if stack.axis == "pieces":
-            continue
-        recording = run(entry, model, situation, None if n == 0 and entry.family != "joint" else stack.path)
-        compare(recording, entry, stack, model, known, captured, BOUND[torch.float32])
-
-
-@pytest.mark.parametrize(("name", "situation"), sorted({(name, situation) for name, _, situation in CASES}))
-def test_streaming(name, situation):
-    entry = ENTRIES[name]
-    stock = entry.build(entry.stock[-1], torch.float64)
-    model = entry.build("streaming", torch.float64)
-    known, captured = oracle(entry, stock, situation)
-    bound = BOUND[torch.float64] if entry.stock[-1] == "sdpa" else 1e-5
-    for n, stack in enumerate(entry.stacks):
-        if stack.axis == "pieces":
-            continue
-        recording = run(entry, model, situation, None if n == 0 and entry.family != "joint" else stack.path)
-        compare(recording, entry, stack, model, known, captured, bound)
+        if stack.axis != "pieces":
+            has_default = n == 0 and entry.name != "siglip"
+            recording = run(entry, model, situation, None if has_default else stack.path)
+            compare(recording, entry, stack, model, known, captured, bound)
 
 
 @pytest.mark.parametrize("name", NOT_SERVED)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from conftest import CACHE, tiny_model
@@ -23,6 +26,7 @@ from llama_attn import AttentionStatsConfig, LlamaForCausalLM
         ({"layers": (1, 1)}, "distinct"),
         ({"heads": ("a",)}, "heads: expected"),
         ({"heads": 3}, "heads: expected"),
+        *[({"layers": [0, one]}, "layers: expected") for one in (True, 1.0, np.bool_(True), torch.tensor(True), torch.tensor(1.0))],
         *[({name: value}, f"{name}: expected a positive integer, got")
           for name in ("sink_tokens", "window", "top_k", "map_size", "query_stride") for value in (0, -1, 1.5, True, "3", None)],
         ({"offload": "disk"}, "offload: expected None or"),
@@ -41,6 +45,14 @@ from llama_attn import AttentionStatsConfig, LlamaForCausalLM
 def test_configurations(arguments, message):
     with pytest.raises(ValueError, match=message):
         AttentionStatsConfig(**arguments)
+
+
+@pytest.mark.parametrize("one", [1, np.int64(1), np.array(1), torch.tensor(1)], ids=lambda one: type(one).__name__)
+def test_whatever_counts_as_an_integer(one):
+    config = AttentionStatsConfig(layers=[one, 2], heads=np.array([0, 1]), top_k=one, window=one)
+    assert config == AttentionStatsConfig(layers=(1, 2), heads=(0, 1), top_k=1, window=1)
+    assert json.loads(json.dumps(config.to_json()))["layers"] == [1, 2]
+    assert AttentionStatsConfig(layers=torch.arange(2)).layers == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from chat_templates import BOS, EOS, FAMILIES
+from chat_templates import BOS, EOS, FAMILIES, dumps
 from chat_tokenizers import Letters, byte_level, lower_case, sentence_piece
 from hypothesis import assume, given, settings, strategies as st
 from jinja2 import TemplateError
@@ -561,3 +561,97 @@ def test_smollm2(smollm2):
     assert said["assistant"] == "A parrot.<|im_end|>\n<|im_start|>user\nno"
     assert said["special"].startswith("<|im_start|>system\nYou are a helpful AI assistant")
     assert said["special"].endswith("<|im_start|>assistant\n")
+
+
+def test_equal_messages_of_which_one_is_trimmed():
+    """Llama 2 strips the first message together with what it puts before, and so keeps its leading spaces."""
+    tokenizer = byte_level("llama2")
+    messages = [{"role": role, "content": "\n hi\n"} for role in ("system", "user", "assistant", "user")]
+    text, labels = by_hand(FAMILIES["llama2"], messages)
+    assert spans(text, labels) == [("system", "\n hi\n"), ("user", "\n hi"), ("assistant", "hi"), ("user", "hi")]
+    assert rendered(tokenizer, messages).labels() == labels
+
+
+def test_equal_messages_that_the_template_compares():
+    """Mistral writes the tools before every message that equals the last of the user's."""
+    tokenizer = byte_level("mistral")
+    messages = [{"role": role, "content": " hi "} for role in ("user", "assistant", "user")]
+    text, labels = by_hand(FAMILIES["mistral"], messages, TOOLS)
+    assert text.count("[AVAILABLE_TOOLS]") == 2
+    assert rendered(tokenizer, messages, TOOLS).labels() == labels
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content'] + '[/INST]'", "message['content'] | trim + '[/INST]'"
+    )
+    chat = rendered(tokenizer, messages, TOOLS)
+    assert spans(chat.text, chat.labels())[1::2] == [("user", "hi"), ("tools", dumps(TOOLS))]
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "expected"),
+    [
+        ("{{ m.content.split('|')[1] }}", "no|yes|no", ["yes"]),
+        ("{{ m.content | upper }}", "hé\n<a>", ["HÉ\n<A>"]),
+        ("{{ m.content.split('\n') | join('\n> ') }}", "one\ntwo", ["one", "two"]),
+        ("{{ m.content + ' ' + m.content }}", "a b", ["a b", "a b"]),
+        ("{{ m.content[:5] }}", "a b c d", ["a b c"]),
+        ("{{ m.content | length }}: {{ m.content }}", "a b", ["a b"]),
+        ("{% for letter in m.content %}{{ letter + ',' }}{% endfor %}", "abc", ["a", "b", "c"]),
+        ("{{ m.content | replace('cat', 'dog') }}", "a cat, a cow", ["a ", ", a cow"]),
+        ("{{ {'said': m.content} | tojson }}", 'é "b"\n', ['é \\"b\\"\\n']),
+        ("{{ m | tojson }}", "\U000f0000\\u", ["\U000f0000\\\\u"]),
+        ("{{ m }}", "it's\n'", ["it's\\n'"]),
+        ("{{ m.content.lstrip('\n') }}", "\n \n a\n", [" \n a\n"]),
+    ],
+)
+def test_what_templates_make_of_a_content(template, content, expected):
+    tokenizer = byte_level("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'a b' }}" + template.replace("\n", "\\n") + "{{ 'a b' }}{% endfor %}"
+    )
+    chat = rendered(tokenizer, [{"role": "user", "content": content}])
+    assert [text for _, text in spans(chat.text, chat.labels())] == expected
+
+
+def test_what_is_written_around_a_call_is_not_the_call():
+    tokenizer = byte_level("chatml")
+    call = {"function": {"name": "f", "arguments": {"x": 12}}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    tokenizer.chat_template = "{{ {'by': 'me', 'call': messages[0].tool_calls[0].function} | tojson }}"
+    chat = rendered(tokenizer, messages)
+    assert spans(chat.text, chat.labels()) == [("tool_call", '{"name": "f", "arguments": {"x": 12}}')]
+    # The template looks at the number, which can then not be exchanged.
+    tokenizer.chat_template = (
+        """{% set x = messages[0].tool_calls[0].function.arguments.x %}{{ 'many' if x > 12 else 'less' }} {{ x }}"""
+    )
+    assert rendered(tokenizer, messages).labels() == [None] * len("less 12")
+
+
+def test_ids_alone_that_two_chats_make():
+    """A user may have written what a tool's answer stands in, and an assistant the thoughts that it did not have."""
+    tokenizer = byte_level("qwen3")
+    messages = adversarial("qwen3", "plain")
+    assert chat_segments(tokenizer, tokenizer.apply_chat_template(messages)["input_ids"])[1][1:] == (
+        "system",
+        "user",
+        "assistant",
+    )
+    messages[3]["content"] = "<tool_response>\n20\n</tool_response>"
+    for chat in (messages, messages[:3]):
+        with pytest.raises(ValueError, match="or not for certain"):
+            chat_segments(tokenizer, tokenizer.apply_chat_template(chat)["input_ids"])
+
+
+def test_ids_alone_that_the_template_would_not_make():
+    """Spaces that it trims, and other tokens of the same text."""
+    tokenizer = byte_level("gemma")
+    for spaces, made in (("", True), (" ", False)):
+        ids = tokenizer(f"<s><start_of_turn>user\nhi{spaces}<end_of_turn>\n")["input_ids"]
+        if made:
+            assert chat_segments(tokenizer, ids)[1] == ("special", "user")
+        else:
+            with pytest.raises(ValueError, match="from ids alone no messages"):
+                chat_segments(tokenizer, ids)
+    with pytest.raises(ValueError, match="from ids alone no messages"):
+        chat_segments(
+            byte_level("gemma", ("h", "i")), tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+        )

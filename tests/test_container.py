@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from conftest import tiny_model
 from safetensors.torch import save_file
+from transformers import BatchEncoding
 
 from llama_attn import AttentionStats, AttentionStatsConfig, Statistic, register_statistic
 from llama_attn.stats.table import statistics_table
@@ -102,9 +103,36 @@ def test_with_tokens(stats):
     longer = torch.cat([ids, ids[:, :1]], dim=1)
     assert stats.with_tokens(Tokenizer(), longer).tokens == labelled.tokens
     assert stats.with_tokens(Tokenizer(), ids.tolist()).tokens == labelled.tokens
+    for encoding in (BatchEncoding({"input_ids": ids}), BatchEncoding({"input_ids": ids.tolist(), "length": [37, 37]})):
+        assert stats.with_tokens(Tokenizer(), encoding).tokens == labelled.tokens
+    for wrong in (ids.double(), {"ids": ids}, [[1, 2], [3]], "text", None):
+        with pytest.raises(ValueError, match="input_ids: expected"):
+            stats.with_tokens(Tokenizer(), wrong)
     for wrong in (ids[:, :-1], ids[:1], ids[0]):
         with pytest.raises(ValueError, match=r"input_ids: expected shape \(2, 37\), got"):
             stats.with_tokens(Tokenizer(), wrong)
+
+
+class PaddedVocabulary:
+    """As transformers' tokenizers: ids beyond the tokenizer are None in fast ones, errors in others."""
+
+    def convert_ids_to_tokens(self, ids):
+        if max(ids) >= 70:
+            raise IndexError("piece id is out of range")
+        if min(ids) < 0:
+            raise OverflowError("number too small to fit in target type")
+        return [f"t{i}" if i < 60 else None for i in ids]
+
+
+def test_ids_beyond_the_tokenizer(stats, tmp_path):
+    ids = torch.arange(-1, 73).view(2, 37)
+    labelled = stats.with_tokens(PaddedVocabulary(), ids)
+    assert labelled.tokens[0][:2] == ["<id:-1>", "t0"]
+    assert labelled.tokens[1][-15:] == ["t58", "t59", *(f"<id:{i}>" for i in range(60, 73))][-15:]
+    assert "id:-1" in labelled._repr_html_()
+    assert labelled.to_xarray().key_token.values[1, -1] == "<id:72>"
+    labelled.save(tmp_path / "run.safetensors")
+    assert AttentionStats.load(tmp_path / "run.safetensors").tokens == labelled.tokens
 
 
 def test_xarray_is_labelled(stats):
@@ -202,6 +230,7 @@ def _change_ours(change):
         lambda h: h["config"].update(surprise=1),
         lambda h: h["config"].update(top_k=-1),
         lambda h: h.update(tokens=[["a"]]),
+        lambda h: h.update(tokens=[[None] * 37] * 2),
         lambda h: h.update(unexpected=1),
         lambda h: h.clear(),
     ],
@@ -299,8 +328,10 @@ def test_select_reorders(stats):
     twice = stats.select(heads=torch.tensor([4, 4, 4]))
     assert twice.heads == (4, 4, 4)
     assert torch.equal(twice["entropy"].nan_to_num(), stats["entropy"][:, :, [1, 1, 1]].nan_to_num())
-    assert stats.select(heads=np.int64(4)).heads == (4,)
-    for wrong in (slice(0, 2), True, "a", [1.5]):
+    for four in (np.int64(4), torch.tensor(4), np.array(4), np.array([4]), [torch.tensor(4)], range(4, 5)):
+        assert stats.select(heads=four).heads == (4,)
+        assert json.dumps(stats.select(heads=four).heads) == "[4]"
+    for wrong in (slice(0, 2), True, "a", [1.5], [True], torch.tensor(True), torch.tensor([True]), np.bool_(True)):
         with pytest.raises(ValueError, match="heads: expected some of"):
             stats.select(heads=wrong)
 

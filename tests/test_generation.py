@@ -226,7 +226,7 @@ def test_off_returns_upstreams_own(prompt):
 def test_smollm2(mode, smollm2, demo_chat):
     model, tokenizer = smollm2
     model.set_attn_implementation("streaming")
-    labels = chat_segments(tokenizer, demo_chat["input_ids"])
+    labels = chat_segments(tokenizer, demo_chat)
     config = AttentionStatsConfig(statistics=("entropy", "received", "segment_mass"), segments=labels)
     settings = {"max_new_tokens": 8, "eos_token_id": tokenizer.eos_token_id} | MODES[mode]
     off, on = (generate(model.double(), demo_chat, c, **settings) for c in (None, config))
@@ -239,68 +239,3 @@ def test_smollm2(mode, smollm2, demo_chat):
     assert stats.segments == ("special", "system", "user", "generated")
     torch.testing.assert_close(stats["segment_mass"].sum(-1), torch.ones_like(stats["entropy"]))
     assert stats.with_tokens(tokenizer, on.sequences).tokens[0][0] == "<|im_start|>"
-
-
-@pytest.mark.smollm2
-def test_chat_segments(smollm2):
-    _, tokenizer = smollm2
-    chat = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Who are you?\nReally?"},
-        {"role": "assistant", "content": "A parrot."},
-        {"role": "user", "content": "Sure."},
-    ]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-        "input_ids"
-    ]
-    labels, names = chat_segments(tokenizer, ids)
-    assert names == ("special", "system", "user", "assistant")
-    spans = {name: tokenizer.decode(ids[0][labels[0] == i]) for i, name in enumerate(names)}
-    assert spans["system"] == "Be brief."
-    assert spans["user"] == "Who are you?\nReally?Sure."
-    assert spans["assistant"] == "A parrot."
-    assert spans["special"].startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>")
-    padded = torch.nn.functional.pad(ids, (5, 0), value=tokenizer.pad_token_id)
-    both, _ = chat_segments(tokenizer, padded)
-    assert (both[0, :5] == -1).all()
-    assert torch.equal(both[0, 5:], labels[0])
-    assert torch.equal(chat_segments(tokenizer, ids[0].tolist())[0], labels)
-    with pytest.raises(ValueError, match="found no message"):
-        chat_segments(tokenizer, tokenizer("Just some text")["input_ids"])
-
-
-class Words:
-    """A tokenizer whose tokens are whatever the test says."""
-
-    def __init__(self, *pieces, pad_token_id=None, eos_token_id=None):
-        self.pieces, self.pad_token_id, self.eos_token_id = pieces, pad_token_id, eos_token_id
-
-    def decode(self, ids):
-        return "".join(self.pieces[i] for i in ids)
-
-
-@pytest.mark.parametrize(
-    ("pieces", "roles"),
-    [
-        (
-            ["<|begin_of_text|>", "<|start_header_id|>", "system", "<|end_header_id|>", "\n\n", "Be", " brief", "<|eot_id|>",
-             "<|start_header_id|>", "user", "<|end_header_id|>", "\n\n", "Hi", "<|eot_id|>",
-             "<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"],
-            "sssssBBsssssUsssss",
-        ),
-        (["<s>", "[INST]", " <<SYS>>\n", "Be", " brief", "\n<</SYS>>\n\n", "Hi", " [/INST]", " Arr", " </s>"], "sssBBsUsAs"),
-    ],
-    ids=["llama 3", "llama 2"],
-)  # fmt: skip
-def test_chat_segments_of_other_templates(pieces, roles):
-    labels, names = chat_segments(Words(*pieces), list(range(len(pieces))))
-    letters = {"special": "s", "system": "B", "user": "U", "assistant": "A"}
-    assert "".join(letters[names[i]] for i in labels[0].tolist()) == roles
-
-
-@pytest.mark.parametrize("pad", [4, 5], ids=["the token that ends a message", "a token of its own"])
-def test_right_padding_is_in_no_segment(pad):
-    tokenizer = Words("<|im_start|>", "user", "\n", "Hi", "<|im_end|>", "<pad>", pad_token_id=pad, eos_token_id=4)
-    labels, names = chat_segments(tokenizer, [[0, 1, 2, 3, 4, pad, pad], [0, 1, 2, 3, 3, 3, 4]])
-    assert names == ("special", "user")
-    assert labels.tolist() == [[0, 0, 0, 1, 0, -1, -1], [0, 0, 0, 1, 1, 1, 0]]

@@ -22,6 +22,7 @@ from llama_attn.analysis import (
     summarize_layers,
 )
 from llama_attn.analysis.dataset import without_attention
+from llama_attn.viz.figures.multiples import pooled_maps
 from llama_attn.viz.style import named_layers
 
 LENGTH = 20
@@ -41,7 +42,7 @@ MODELS = {
     "a cache that dropped keys": Model(
         Text(WHOLE, [0] * LENGTH, first_query=17, dropped=12), {0: Rule(window=6), 1: Rule(window=4)}, 2
     ),
-    "strided": Model(Text(PADDED, [0] * LENGTH, stride=4), {0: Rule(), 1: Rule(window=7)}, 2),
+    "strided": Model(Text(PADDED, [0] * LENGTH, stride=4), {0: Rule(), 1: Rule(window=3)}, 2),
 }
 
 
@@ -156,6 +157,11 @@ def test_one_line_per_layer(model):
             else -1
             for place in range(len(model.keys))
         ]
+        sees = [i for i in np.flatnonzero(mask.any(1)) if mask[i].sum() > 2]
+        if not model.text.dropped and model.text.stride == 1:
+            sees = [i for i in sees if (mask[i] & (model.rank < 2)).any()]
+        mass = (model.weights[at] * (model.rank < 2)).sum(-1)
+        close(summary.sink_mass[layer], mass[:, sees].mean() if sees else np.nan)
         assert summary.sink_position[layer] == model.keys[int(np.argmax(received))]
         close(summary.received[layer], max(received))
 
@@ -193,8 +199,12 @@ def test_cross_attention_has_two_texts(tmp_path):
     assert locality(ds).uniform_distance.isnull().all()
     assert "sink_heads" not in massive_activations(ds), "the keys are other tokens"
     assert np.isfinite(sink_positions(ds).boost).all()
-    frame = compare(ds, ds)
-    assert (frame[frame.statistic == "entropy"].effect == 0).all()
+    # The same queries, and keys of which only some are the same: every query counts.
+    other = ds.copy(deep=True).assign_coords(key_token=(("batch", "key"), [["x", "y", *ds.key_token.values[0, 2:]]]))
+    other["entropy"][..., 0] += 1
+    frame = compare(ds, other).query("statistic == 'entropy'")
+    close(frame.difference, 1 / LENGTH)
+    assert (frame.position == 0).all()
     with pytest.raises(ValueError, match="the report shows one text, and cross-attention has two"):
         viz.report(ds, tmp_path / "report.html")
     other = ds.assign_coords(query_token=(("batch", "query"), [[f"q{i}" for i in model.queries]]))
@@ -275,6 +285,17 @@ def test_every_figure_of_a_run(name, tmp_path):
     viz.plot_layer_heads(ds, layer=layer)
     viz.plot_head_roles(ds)
     assert plt.get_fignums() == []
+    # Means over the real queries of two positions each.
+    maps = pooled_maps(ds.isel(batch=0), 10)
+    for at in range(len(model.layers)):
+        real = model.masks[..., :].any((0, 2))
+        for query in range(10):
+            rows = [i for i, position in enumerate(model.queries) if position // 2 == query and real[i]]
+            for key in range(10):
+                columns = [j for j, position in enumerate(model.keys) if position // 2 == key]
+                expected = model.weights[at][:, rows][:, :, columns].sum(-1).mean(-1) if rows else np.full(3, np.nan)
+                expected = expected if expected.any() else np.nan
+                np.testing.assert_allclose(maps[at, :, query, key], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -301,7 +322,7 @@ def test_report(name, tmp_path):
         "both sides": "",
         "both sides, windowed": "In layer 2 a query sees at most 3 tokens. In layer 1 a query sees at most 7 tokens. ",
         "a cache that dropped keys": "In layer 1 a query sees at most 4 tokens. In layer 0 a query sees at most 6 tokens. ",
-        "strided": "In layer 1 a query sees at most 7 tokens. ",
+        "strided": "In layer 1 a query sees at most 3 tokens. ",
     }
     assert said[1].count("a query sees at most") == limits[name].count("a query sees at most")
     assert limits[name] in said[1]
@@ -314,3 +335,15 @@ def test_report(name, tmp_path):
     else:
         first = 3
         assert said[0].startswith(f"The first token, <{first}>, is a sink of ")
+
+
+def test_the_page_says_which_tokens_the_cache_has_dropped(open_page, tmp_path):
+    page = open_page(viz.report(MODELS["a cache that dropped keys"].dataset(**ABSENT), tmp_path / "report.html"))
+    assert "layers 0, 2, 4–6, 8 without attention" in page.locator("#facts").inner_text()
+    for position, said in ((3, " · no longer in the cache"), (15, "15: t15 · ")):
+        page.locator(f'.token[data-position="{position}"]').hover()
+        assert said in page.locator("#tip").inner_text().replace("\u2068", "").replace("\u2069", "")
+    page = open_page(viz.report(MODELS["windowed"].dataset(), tmp_path / "padded.html"))
+    page.locator('.token[data-position="1"]').hover()
+    assert " · padding" in page.locator("#tip").inner_text()
+    assert "without attention" not in page.locator("#facts").inner_text()

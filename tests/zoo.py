@@ -11,3 +11,5 @@ from zoo_text import DECODERS, ENCODERS, HYBRIDS
 
 ENTRIES = {entry.name: entry for entry in (*DECODERS, *HYBRIDS, *ENCODERS, *TOWERS, *SOUNDS, *PAIRS, *JOINT)}
 NOT_SERVED = {entry.name: entry for entry in REFUSED}
+# Those that streaming refuses when they are loaded.
+NOT_STREAMED = ("deepseek_v32", "glm_moe_dsa", "doge", "beit", "minimax")

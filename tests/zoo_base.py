@@ -54,6 +54,7 @@ class Stack:
         axis: What its sequence is: the ids of the model, of its encoder, or something of its own (patches, frames).
         shared: Whether one module is called for several layers (albert), which its path cannot number.
         layer: Path of the layer that holds it, by default that of the last number.
+        inside: Whether its masks are made in the layer itself, so that nobody else knows what is padding.
     """
 
     path: str
@@ -64,6 +65,7 @@ class Stack:
     axis: str = "ids"
     shared: bool = False
     layer: str | None = None
+    inside: bool = False
 
     @property
     def cross(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from conftest import CACHE
 from transformers import PreTrainedModel, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 from zoo_base import Entry
@@ -136,7 +137,7 @@ def _text(entry: Entry, model: PreTrainedModel, situation: str) -> Run:
         cache = StaticCache(model.config, max_cache_len=16) if situation == "static" else None
         start = 0
         for size in CHUNKS[situation]:
-            inputs = {"input_ids": ids[:, start : start + size], "past_key_values": cache, "use_cache": True}
+            inputs = {"input_ids": ids[:, start : start + size], CACHE: cache, "use_cache": True}
             if mask is not None:
                 inputs["attention_mask"] = mask[:, : start + size]
             for name, value in extra.items():
@@ -184,9 +185,8 @@ def _pair(entry: Entry, model: PreTrainedModel, situation: str) -> Run:
     def forwards() -> Iterator[Any]:
         inputs, cache, start = dict(source), None, 0
         for size in (5, 1, 1):
-            output = model(
-                **inputs, decoder_input_ids=decoder[:, start : start + size], past_key_values=cache, use_cache=True
-            )
+            inputs |= {"decoder_input_ids": decoder[:, start : start + size], CACHE: cache}
+            output = model(**inputs, use_cache=True)
             cache, start = output.past_key_values, start + size
             inputs = {name: value for name, value in source.items() if name == "attention_mask"}
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)

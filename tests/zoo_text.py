@@ -151,26 +151,35 @@ DECODERS = (
         "DeepseekV32ForCausalLM",
         {**MLA, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
         base=WITHOUT_HEAD_DIM,
+        stack=Stack(SELF, inside=True),
     ),
     _decoder(
         "glm_moe_dsa",
         "GlmMoeDsaForCausalLM",
         {**MLA, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
         base=WITHOUT_HEAD_DIM,
+        stack=Stack(SELF, inside=True),
     ),
     _decoder(
         "gemma4_text",
         "Gemma4ForCausalLM",
         {**MIXED, "vocab_size_per_layer_input": 97, "global_head_dim": 16, "hidden_size_per_layer_input": 8},
     ),
-    _decoder("doge", "DogeForCausalLM", {"keep_window_size": 4}, base=WITHOUT_HEAD_DIM),
+    _decoder(
+        "doge",
+        "DogeForCausalLM",
+        {"keep_window_size": 4},
+        base=WITHOUT_HEAD_DIM,
+        stack=Stack(SELF, inside=True),
+    ),
 )
 
 
 def _hybrid(name: str, cls: str, settings: dict[str, Any], layers: tuple[int, ...], **more: Any) -> Entry:
     stack = Stack(more.pop("stack", SELF), output=more.pop("output", "o_proj"), layers=layers, length=4)
     base = more.pop("base", WITHOUT_HEAD_DIM) | {"num_hidden_layers": 4}
-    return replace(_decoder(name, cls, settings, base=base, stack=stack, situations=RECURRENT, **more), family="hybrid")
+    situations = more.pop("situations", RECURRENT)
+    return replace(_decoder(name, cls, settings, base=base, stack=stack, situations=situations, **more), family="hybrid")
 
 
 HYBRIDS = (
@@ -219,6 +228,8 @@ HYBRIDS = (
         {"num_local_experts": 2, "block_size": 4, "layer_types": ["linear_attention", FULL, "linear_attention", FULL]},
         (1, 3),
         base=TEXT,
+        # When it decodes, its masks are of the wrong tokens: padding is seen, and real tokens see nothing.
+        situations=("plain", "left"),
     ),
     _hybrid("falcon_h1", "FalconH1ForCausalLM", {**MAMBA, "mamba_d_ssm": 64}, (0, 1, 2, 3)),
     _hybrid(

@@ -76,7 +76,7 @@ def runs_of(
     found = Runs(queries, places, keys, first, first + count)
     # A token sees itself, except in cross-attention, where it is not among the keys.
     itself = direction == "cross" or bool((found.near(1) == 1).all())
-    return found if itself and (np.diff(found.stop) >= 0).all() and _fits(found, seen_by) else None
+    return found if itself and _fits(found, seen_by) else None
 
 
 def _fits(runs: Runs, seen_by: Int[np.ndarray, " key"]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class AttentionCall:
     """What an attention function was called with.
 
@@ -230,12 +231,20 @@ def scoring(call: AttentionCall, num_keys: int, *, with_sinks: bool = True) -> S
         num_keys: Filled slots.
         with_sinks: Whether the backend has a column for learned sinks.
     """
-    scale, bias = call.options.get("scaling"), call.options.get("position_bias")
-    sinks = call.options.get("s_aux")
-    sinks = call.options.get("sinks") if sinks is None else sinks
+    options = call.options
+    scale, bias, sinks = options.get("scaling"), options.get("position_bias"), options.get("s_aux")
+    sinks = options.get("sinks") if sinks is None else sinks
+    if bias is None and sinks is None and options.get("softcap") is None and not torch.compiler.is_compiling():
+        return _plain(call.query.shape[-1] ** -0.5 if scale is None else float(scale))
     return Scoring(
         scale=call.query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=call.options.get("softcap"),
         position_bias=None if bias is None else bias[..., :num_keys],
         sinks=sinks if with_sinks else None,
     )
+
+
+@cache
+def _plain(scale: float) -> Scoring:
+    """The scoring of most layers, made once."""
+    return Scoring(scale)

@@ -7,6 +7,7 @@ that stands in the first alone gets no mask at all, so padding would be ignored 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -158,7 +159,8 @@ def rule_of(name: str) -> Backend:
     if name in _BACKENDS:
         return _BACKENDS[name]
     masks = {sdpa_mask: "sdpa", eager_mask: "eager", flash_attention_mask: "flash_attention_2"}
-    made_by = type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping.get(name)
+    # While something is recorded, mask functions are found wrapped.
+    made_by = inspect.unwrap(type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping.get(name, rule_of))
     rule = "flash_attention_2" if "flash" in name else masks.get(made_by)
     if rule is None:
         raise ValueError(

@@ -12,14 +12,16 @@ console = Console()
 
 
 def fail(message: str) -> NoReturn:
-    """End the command with a message on the error stream and exit status 2."""
-    Console(stderr=True).print(f"llama-attn: {message}", style="red", highlight=False, markup=False)
+    """End the command with a message on the error stream, on one line, and exit status 2."""
+    Console(stderr=True).print(f"llama-attn: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(2)
 
 
 def first_line(error: BaseException) -> str:
     """What an exception says, short enough for a terminal."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Some only announce what the next line says.
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def check_pictures() -> None:

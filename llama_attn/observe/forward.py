@@ -23,6 +23,7 @@ from llama_attn.stats.merge import Measured
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.recorder import LAST, Recorder, Step
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.selection import sees_states
 from llama_attn.stats.spans import VECTORS
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
@@ -98,6 +99,7 @@ class Forward:
         self.is_closed = False
         # Whether it is part of a graph that is being compiled, and sees its calls there.
         self.is_traced = torch.compiler.is_compiling()
+        self.sees_states = sees_states(config)
         self._calls = 0
         # Queries that have attended to the same keys of another sequence before.
         self.queries_before = 0
@@ -191,6 +193,8 @@ class Forward:
 
     def enter_layer(self, module: nn.Module, states: Tensor) -> None:
         """Take the hidden states that come to the layer of a module; they are measured with its attention."""
+        if not self.sees_states:
+            return
         layer = self.layer_of(module)
         if not self.is_closed and layer in self.layers and not is_replay():
             self._entered[layer] = states.detach()
@@ -202,7 +206,7 @@ class Forward:
 
     def leave_last_layer(self, states: Tensor) -> None:
         """Take the output of the last layer."""
-        if not self.is_closed and self.visibility_of_first is not None and not is_replay():
+        if self.sees_states and not self.is_closed and self.visibility_of_first is not None and not is_replay():
             self._record_hidden(LAST, states, self.visibility_of_first)
 
     def take_projection(self, module: nn.Module, leaf: nn.Module, value: Tensor, visibility: Visibility) -> None:
@@ -276,18 +280,12 @@ class _Assign:
 
     def __init__(self, engine: str | None) -> None:
         self.engine = engine
-        self._known: dict[tuple[Any, ...], dict[str, tuple[Statistic, ...]]] = {}
 
     def __call__(
         self, statistics: Sequence[Statistic], visibility: Visibility, scores: Scoring, prefer: str | None = None
     ) -> dict[str, tuple[Statistic, ...]]:
-        kinds = tuple(part is None for part in (scores.position_bias, scores.sinks, scores.softcap))
-        key = (id(statistics), id(visibility), prefer, *kinds)
-        if key not in self._known:
-            device = visibility.device
-            engine = choose_engine(self.engine, visibility, scores, device, default=prefer)
-            self._known[key] = assign(statistics, device, engine)
-        return self._known[key]
+        engine = choose_engine(self.engine, visibility, scores, visibility.device, default=prefer)
+        return assign(statistics, visibility.device, engine)
 
 
 def is_replay() -> bool:

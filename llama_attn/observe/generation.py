@@ -27,6 +27,7 @@ from llama_attn.stats.labelling import label
 from llama_attn.stats.merge import Run
 from llama_attn.stats.recorder import Step
 from llama_attn.stats.segments import add_generated
+from llama_attn.stats.selection import sees_states
 
 SERVED = (
     GenerationMode.GREEDY_SEARCH,
@@ -46,7 +47,7 @@ class GenerationSession:
     """
 
     def __init__(self, config: AttentionStatsConfig, observe: Callable[[AttentionStatsConfig, Step], Forward]) -> None:
-        self.config, self._observe = config, observe
+        self.config, self._observe, self.sees_states = config, observe, sees_states(config)
         self._step = Step()
         self._forward: Forward | None = None
         self._called: set[nn.Module] = set()

@@ -6,7 +6,7 @@ is made meanwhile has hooks that do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from llama_attn.observe.forward import Forward, Stack, is_replay
 from llama_attn.observe.stacks import layer_modules
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.table import Statistic, statistics_table
+from llama_attn.stats.selection import named
 from llama_attn.stats.visibility import Visibility
 
 
@@ -57,7 +57,7 @@ class Hooks:
         }
         if brackets:
             self._on_forward(_owner(root, stack), self._enter_forward)
-        if _wants_tokens(config) and (embeddings := _embeddings(_owner(root, stack))) is not None:
+        if _wants_tokens(config) and (embeddings := _embeddings(root, stack)) is not None:
             self._on_forward(embeddings, self._take_tokens)
         for holder in dict.fromkeys(self._holder_of.values()):
             self._on_forward(holder, self._enter_layer)
@@ -160,38 +160,38 @@ class _Output:
 
 
 def _wants(config: AttentionStatsConfig, observes: str) -> bool:
-    return any(statistic.observes == observes for statistic in _named(config))
+    return any(statistic.observes == observes for statistic in named(config))
 
 
 def _wants_tokens(config: AttentionStatsConfig) -> bool:
-    return config.statistics == "all" or any(statistic.needs == "tokens" for statistic in _named(config))
-
-
-def _named(config: AttentionStatsConfig) -> list[Statistic]:
-    names = () if config.statistics == "all" else config.statistics
-    return [s for s in statistics_table().values() if s.name in names or (config.norms and s.is_norm)]
+    return config.statistics == "all" or any(statistic.needs == "tokens" for statistic in named(config))
 
 
 def _owner(root: nn.Module, stack: Stack) -> nn.Module:
     """The nearest model above the layers, else what is recorded."""
+    return next(_models_above(root, stack), root)
+
+
+def _models_above(root: nn.Module, stack: Stack) -> Iterator[PreTrainedModel]:
+    """Models that the layers are in, the nearest first."""
     _, path = next(iter(stack.layers.values()))
     parts = path.split(".")
     for end in range(len(parts) - 1, -1, -1):
         module = root.get_submodule(".".join(parts[:end]))
         if isinstance(module, PreTrainedModel):
-            return module
-    return root
+            yield module
 
 
-def _embeddings(owner: nn.Module) -> nn.Module | None:
-    """What turns the tokens of a model into vectors."""
-    if not isinstance(owner, PreTrainedModel):
-        return None
-    try:
-        embeddings: nn.Module | None = owner.get_input_embeddings()
-    except NotImplementedError:
-        return None
-    return embeddings
+def _embeddings(root: nn.Module, stack: Stack) -> nn.Module | None:
+    """Those of the nearest model that has some: an encoder and a decoder read different ids."""
+    for model in _models_above(root, stack):
+        try:
+            embeddings: nn.Module | None = model.get_input_embeddings()
+        except NotImplementedError:
+            continue
+        if embeddings is not None:
+            return embeddings
+    return None
 
 
 def _leaves(root: nn.Module, stack: Stack) -> list[nn.Module]:

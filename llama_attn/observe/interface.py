@@ -43,6 +43,8 @@ class Observer(Protocol):
 
     # Whether it is part of the graph that is being compiled.
     is_traced: bool
+    # Whether it is to be shown hidden states.
+    sees_states: bool
 
     def wants(self, module: nn.Module) -> bool:
         """Whether a call of ``module`` is to be measured; asked once per call."""
@@ -78,6 +80,8 @@ class Observer(Protocol):
 
 _watched: dict[nn.Module, tuple[Observer, ...]] = {}
 _cross: dict[nn.Module, None] = {}
+# Those who are shown hidden states.
+_seeing: dict[int, Observer] = {}
 _shadowed: dict[int, tuple[Any, int]] = {}
 _lock = threading.RLock()
 
@@ -101,6 +105,8 @@ def watching(module: nn.Module) -> tuple[Observer, ...]:
 def show_states(module: nn.Module, states: Tensor, *, entering: bool) -> None:
     """Show whoever watches ``module`` what comes into the layer that holds it, or what leaves it."""
     is_outside = False
+    if not _seeing:
+        return
     for observer in _watched.get(module, ()):
         if torch.compiler.is_compiling() and not observer.is_traced:
             is_outside = True
@@ -133,6 +139,8 @@ def watch(
         compiled.modules[id(module)] = module
     for module in cross:
         _cross[module] = None
+    if observer.sees_states:
+        _seeing[id(observer)] = observer
     for interface in interfaces:
         _, users = _shadowed.get(id(interface), (None, 0))
         if not users:
@@ -142,6 +150,7 @@ def watch(
 
 def unwatch(modules: Iterable[nn.Module], observer: Observer, interfaces: Iterable[Any]) -> None:
     """Take back what `watch` did."""
+    _seeing.pop(id(observer), None)
     for module in modules:
         left = tuple(other for other in _watched.get(module, ()) if other is not observer)
         if left:
@@ -183,9 +192,14 @@ def _shadow(interface: Any) -> None:
 
         def observed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             everyone = _watched.get(module, ())
+            if not torch.compiler.is_compiling():
+                observers = [observer for observer in everyone if observer.wants(module)]
+                if not observers:
+                    return attend(module, *args, **kwargs)
+                return _observe(observers, attend, name or "eager", module, args, kwargs, False)
             # Outside a graph that is being compiled nobody can be asked.
-            outside = torch.compiler.is_compiling() and not all(observer.is_traced for observer in everyone)
-            observers = [o for o in everyone if (o.is_traced or not torch.compiler.is_compiling()) and o.wants(module)]
+            outside = not all(observer.is_traced for observer in everyone)
+            observers = [observer for observer in everyone if observer.is_traced and observer.wants(module)]
             if not observers and not outside:
                 return attend(module, *args, **kwargs)
             return _observe(observers, attend, name or "eager", module, args, kwargs, outside)
@@ -214,10 +228,12 @@ class _Noting:
 
     def __init__(self, make: Callable[..., Any], was_local: bool) -> None:
         self.make, self.was_local = make, was_local
+        # What `inspect.unwrap` finds: whoever registers it under another name keeps it.
+        self.__wrapped__ = make
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mask = self.make(*args, **kwargs)
-        if not isinstance(mask, MaskRequest) and not args:
+        if _watched and not isinstance(mask, MaskRequest) and not args:
             _note(MaskRequest(**kwargs), mask)
         return mask
 
@@ -259,8 +275,11 @@ def _observe(
 ) -> Any:
     """Run the backend unchanged, and measure what it was given; ``outside`` of the graph there is somebody too."""
     options = dict(kwargs)
-    given = dict(zip(TENSORS, args, strict=False))
-    query, key, value, mask = (given[n] if n in given else options.pop(n, None) for n in TENSORS)
+    if len(args) == len(TENSORS):
+        query, key, value, mask = args
+    else:
+        given = dict(zip(TENSORS, args, strict=False))
+        query, key, value, mask = (given[n] if n in given else options.pop(n, None) for n in TENSORS)
     backend = rule_of(name)
     request = _request_of(mask, module, query.shape[2], key.shape[2])
     cross = is_cross(module)

@@ -17,6 +17,7 @@ from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.selection import sees_states
 from llama_attn.stats.visibility import Visibility
 
 
@@ -30,6 +31,7 @@ class Recording:
 
     def __init__(self, module: nn.Module, config: AttentionStatsConfig, stack: str | None) -> None:
         self._module, self._config, self._stack = module, config, stack
+        self.sees_states = sees_states(config)
         self._model = str(getattr(getattr(module, "config", None), "_name_or_path", ""))
         self._chosen = stack
         self._courses: dict[str, Course] = {}

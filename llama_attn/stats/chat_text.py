@@ -178,13 +178,15 @@ class Chat:
     def _pieces(self, words: Words, first: int, last: int) -> list[Span]:
         """Where the characters ``first`` to ``last`` of a string stand, of which the template drops or changes some."""
         text, places = words.text, range(first, last + 1)
+        if exchanged := self._exchanged(words, first, last):
+            return exchanged
         found = self._survey([(words, place) for place in places])
-        if not found and words.kind == "said":
+        kept = [place for place in places if found.get((words, place))]
+        if not kept and len(found) < len(places) and words.kind == "said":
             raise ValueError(
                 f"messages[{words.speaker}]: the chat template looks so closely at {text[:40]!r} that it cannot be told "
                 "where it goes"
             )
-        kept = [place for place in places if found.get((words, place))]
         # Where it stands whole it counts as a whole, with what cannot be marked because the template looks for it.
         whole = text[first:last]
         starts = [at - kept[0] + first for at in found[words, kept[0]]] if kept else []
@@ -197,9 +199,37 @@ class Chat:
             ends = set(found[words, end])
             for at in found[words, begin]:
                 lengths = [len(form) for form in written(text[begin:end]) if self.text.startswith(form, at)]
-                # A single character may be written as another one, in capitals for instance.
-                lengths += [1] if end == begin + 1 else []
                 spans += [(at, at + length) for length in lengths if at + length in ends][:1]
+        return spans
+
+    def _exchanged(self, words: Words, first: int, last: int) -> list[Span]:
+        """Where the characters ``first`` to ``last`` of a string stand, by exchanging all for others.
+
+        For templates that count characters, as those that cut a content short; nothing if they look at them.
+        """
+        places = [place for place in range(first, last) if not words.text[place].isspace()]
+        if len(places) > len(self._marks):
+            return []
+        marks = dict(zip(places, self._marks, strict=False))
+        new = "".join(marks.get(place, letter) for place, letter in enumerate(words.text))
+        try:
+            exchanged = self._rendered(lambda these: new if these == words else these.text)
+        except _COMPLAINTS:
+            return []
+        place_of = {mark: place for place, mark in marks.items()}
+        if len(exchanged) != len(self.text):
+            return []
+        spans: list[Span] = []
+        before = -1
+        for at, (letter, ours) in enumerate(zip(exchanged, self.text, strict=True)):
+            place = place_of.get(letter)
+            if (letter if place is None else words.text[place]).casefold() != ours.casefold():
+                return []
+            if place is not None:
+                begin = spans[-1][1] if spans else 0
+                joined = spans and self.text[begin:at] == words.text[before + 1 : place]
+                spans[-1:] = [(spans[-1][0], at + 1)] if joined else [*spans[-1:], (at, at + 1)]
+                before = place
         return spans
 
     def _label_whole(self, labels: list[str | None], label: str, values: list[Any]) -> None:

@@ -23,7 +23,7 @@ class AttentionStatsConfig:
         heads: Query-head indices to measure; ``None`` for all. KV heads are never filtered.
         sink_tokens: Number of real keys at the start of a sequence that count as the sink [tokens].
         window: Distances 0 ≤ i − j < window count as local [tokens].
-        top_k: Number of most attended keys kept per query.
+        top_k: Number of most attended keys kept per query, and of largest magnitudes per token.
         map_size: Largest number of bins along each axis of a map.
         norms: Add every norm of hidden states, keys and values to the selection.
         segments: Integer tensor (batch, key), −1 for "none", or one list of labels per sample, or what

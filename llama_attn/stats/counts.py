@@ -124,13 +124,13 @@ class Counts:
         cross = self.direction == "cross"
         front = 0 if cross else other.offset - self.offset
         grown = 0 if cross else other.stop_key - self.stop_key
-        new_keys = other.real_keys[:, other.num_keys - grown :] if grown else other.real_keys[:, :0]
         # More queries over the same keys of another sequence move on by their number.
         direction = self.direction if self.direction == other.direction else "bidirectional"
         return replace(
             self,
             real_queries=torch.cat([self.real_queries, other.real_queries], dim=1),
-            real_keys=torch.cat([self.real_keys, new_keys], dim=1),
+            # Of a mask that somebody made, those that some query sees: a later one may be the first.
+            real_keys=pad(self.real_keys, (0, grown)) | pad(other.real_keys, (front, 0)),
             visible_keys=torch.cat([self.visible_keys, other.visible_keys], dim=1),
             visible_queries_per_head=pad(self.visible_queries_per_head, (0, grown))
             + pad(other.visible_queries_per_head, (front, 0)),

@@ -204,4 +204,6 @@ def mark_padding(statistic: Statistic, tensor: Tensor, counts: Counts) -> Tensor
     else:
         return tensor
     shape = [size if dim in ("batch", "query", "key") else 1 for dim, size in zip(dims, tensor.shape, strict=True)]
-    return tensor.masked_fill_(~real.view(shape), -1 if statistic.dtype is not None else torch.nan)
+    hidden, none = ~real.view(shape), -1 if statistic.dtype is not None else torch.nan
+    # Sums over queries and norms of keys may have to go on: a key that nobody has seen may be seen by a later forward.
+    return tensor.masked_fill(hidden, none) if "key" in dims else tensor.masked_fill_(hidden, none)

@@ -45,7 +45,7 @@ def _ranked(states: Float[Tensor, "batch query channel"], top_k: int) -> Int[Ten
     # torch.topk breaks ties as it likes, and sorting costs ten times as much. Floats from 0 up are in the order of
     # their bits, so that bits and channel in one integer leave no ties.
     from_last = torch.arange(channels - 1, -1, -1, device=states.device)
-    numbers = (magnitudes.view(torch.int32).long() << 32) | from_last
+    numbers = magnitudes.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(from_last)
     return channels - 1 - (numbers.topk(kept, dim=-1).values & 0xFFFFFFFF)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,12 +52,23 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class _Sight:
-    """What layers share that see the same: who sees whom for the measured queries, and what to measure."""
+    """What layers share that see the same: who sees whom for the measured queries, and what to measure.
+
+    Args:
+        visibility: Who sees whom.
+        statistics: What to measure.
+        wanted: What of it on attention weights.
+        norms: What else is looked at: "key", "value", "value_output".
+        whole: Whether all queries of the call are measured.
+        shares: What each engine measures, by the kind of call.
+    """
 
     visibility: Visibility
     statistics: tuple[Statistic, ...]
     wanted: Wanted
+    norms: frozenset[str]
     whole: bool
+    shares: dict[tuple[Any, ...], dict[str, Wanted]] = field(default_factory=dict)
 
 
 class Recorder:
@@ -120,7 +131,8 @@ class Recorder:
             on_blocks, config, segments, len(self.segment_names or ()), tokens, self._token_before(visibility)
         )
         whole = measured.num_queries == visibility.num_queries
-        made = _Sight(measured, statistics, wanted, whole)
+        norms = frozenset(s.observes for s in statistics) - {"block", *HIDDEN}
+        made = _Sight(measured, statistics, wanted, norms, whole)
         self._sights[id(visibility)] = visibility, made
         return made
 
@@ -170,8 +182,17 @@ class Recorder:
         sight = self.sight(visibility)
         if self.config.heads is not None or not sight.whole:
             return None
-        share = self._assign(sight.wanted.statistics, visibility, scoring, prefer=engine).get(engine)
-        return None if not share else (_some(sight.wanted, share), sight.visibility)
+        share = self._shares(sight, visibility, scoring, engine).get(engine)
+        return None if share is None else (share, sight.visibility)
+
+    def _shares(self, sight: _Sight, visibility: Visibility, scoring: Scoring, prefer: str | None) -> dict[str, Wanted]:
+        """What each engine measures, found out once for all layers with such calls."""
+        kinds = [part is None for part in (scoring.position_bias, scoring.sinks, scoring.softcap)]
+        kind = (prefer, visibility.device, *kinds)
+        if kind not in sight.shares:
+            assigned = self._assign(sight.wanted.statistics, visibility, scoring, prefer=prefer)
+            sight.shares[kind] = {e: replace(sight.wanted, statistics=part) for e, part in assigned.items()}
+        return sight.shares[kind]
 
     def put(
         self, layer: int, visibility: Visibility, heads: tuple[int, int], raw: Mapping[str, Tensor], engine: str
@@ -209,14 +230,13 @@ class Recorder:
         held, kv_held = query.shape[1], key.shape[1]
         self.heads_held[layer] = held * (1 if shard is None else shard.size)
         self._belongs(layer, visibility, (held, kv_held))
+        shares = self._shares(sight, visibility, scoring, prefer)
+        missing = {e: share for e, share in shares.items() if not self.records.has(share.statistics[0].name, layer)}
+        if not missing and not sight.norms:
+            return
         chosen = self._chosen(layer)
         query, key, value = query.detach(), key.detach(), value.detach()
         key, value = key[:, :, : visibility.num_keys], value[:, :, : visibility.num_keys]
-        shares = self._assign(sight.wanted.statistics, visibility, scoring, prefer=prefer)
-        missing = {e: share for e, share in shares.items() if not self.records.has(share[0].name, layer)}
-        observed = {s.observes for s in sight.statistics} - {"block", *HIDDEN}
-        if not missing and not observed:
-            return
         # Under autocast a float32 product would be computed in half precision.
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             if missing and sight.visibility.num_queries:
@@ -227,9 +247,9 @@ class Recorder:
                     seen, rows = seen.of_heads(chosen), rows[:, list(chosen)]
                     seen_keys, scores = key[:, [head // group for head in chosen]], scores.of_heads(chosen)
                 for engine, share in missing.items():
-                    raw = self._walk(engine, rows, seen_keys, None, seen, scores, _some(sight.wanted, share)).raw
+                    raw = self._walk(engine, rows, seen_keys, None, seen, scores, share).raw
                     self.put(layer, visibility, (held, kv_held), raw, engine)
-            if observed:
+            if sight.norms:
                 self._measure_norms(layer, sight, key, value, chosen, output_weight)
 
     def _measure_norms(
@@ -245,8 +265,7 @@ class Recorder:
             old = max(0, self.step.first - sight.visibility.offset)
             key, value = key[:, :, old:], value[:, :, old:]
         keys, values = key, value
-        observed = {s.observes for s in sight.statistics}
-        if self.shard is not None and observed & {"key", "value"}:
+        if self.shard is not None and sight.norms & {"key", "value"}:
             # The norm of their mean over heads needs all of them.
             keys, values = self.shard.gather(key, 1), self.shard.gather(value, 1)
         for statistic in sight.statistics:
@@ -382,10 +401,6 @@ class Recorder:
             return tensor
         places = sight.visibility.query_positions.to(tensor.device) - visibility.first_query
         return tensor.index_select(axis, places)
-
-
-def _some(wanted: Wanted, statistics: Sequence[Statistic]) -> Wanted:
-    return Wanted(statistics, wanted.config, wanted.segments, wanted.num_segments, wanted.tokens)
 
 
 def _of_queries(scoring: Scoring, sight: _Sight, visibility: Visibility) -> Scoring:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+# Numbers in a tensor that is not worth a place in a block.
+SMALL = 4096
 
 
 class Records:
     """One tensor per statistic, (layer, …), filled layer by layer.
 
-    A small tensor of each layer, alive among the large blocks that come and go, would keep the memory of these from
-    being used again. Layers of another shape (other heads, other keys) are kept by themselves.
+    A tensor of each layer, alive among the large blocks that come and go, would keep the memory of these from being
+    used again. Layers of another shape (other heads, other keys), and small tensors, of which a step of decoding has
+    many, are kept by themselves.
 
     Args:
         expected: How many layers will report.
@@ -23,11 +27,15 @@ class Records:
         self._expected, self._offload = max(1, expected), offload
         self._places: dict[str, dict[int, int]] = {}
         self._blocks: dict[str, Tensor] = {}
-        self._alone: dict[tuple[str, int], Tensor] = {}
+        # By statistic and layer.
+        self._alone: dict[str, dict[int, Tensor]] = {}
 
     def put(self, layer: int, raw: Mapping[str, Tensor]) -> None:
         """Keep what was measured in ``layer``."""
         for name, tensor in raw.items():
+            if self._offload is None and tensor.numel() < SMALL:
+                self._alone.setdefault(name, {})[layer] = tensor.detach()
+                continue
             block = self._blocks.get(name)
             if block is None:
                 device = self._offload or tensor.device
@@ -35,7 +43,7 @@ class Records:
                 self._blocks[name], self._places[name] = block, {}
             places = self._places[name]
             if block.shape[1:] != tensor.shape or block.dtype != tensor.dtype:
-                self._alone[name, layer] = tensor.detach().to(block.device)
+                self._alone.setdefault(name, {})[layer] = tensor.detach().to(block.device)
                 continue
             if len(places) == len(block):
                 block = self._blocks[name] = torch.cat([block, torch.empty_like(block)])
@@ -43,51 +51,23 @@ class Records:
 
     def has(self, name: str, layer: int) -> bool:
         """Whether ``layer`` has reported a statistic."""
-        return layer in self._places.get(name, ()) or (name, layer) in self._alone
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Statistics that some layer has reported."""
-        return tuple(self._blocks)
-
-    def layers(self, name: str) -> list[int]:
-        """Layers that have reported a statistic, in order."""
-        return sorted({*self._places.get(name, ()), *(layer for other, layer in self._alone if other == name)})
-
-    def of(self, name: str, layer: int) -> Tensor:
-        """What ``layer`` has reported.
-
-        Raises:
-            RuntimeError: It did not, so the numbers would be incomplete.
-        """
-        if (name, layer) in self._alone:
-            return self._alone[name, layer]
-        if not self.has(name, layer):
-            raise RuntimeError(f"{name}: layer {layer} did not report")
-        return self._blocks[name][self._places[name][layer]]
+        return layer in self._alone.get(name, ()) or layer in self._places.get(name, ())
 
     def stacked(self, name: str, layers: Sequence[int]) -> Tensor | None:
         """What ``layers`` have reported, (layer, …); None if their shapes differ.
 
         Raises:
-            RuntimeError: One of them did not report.
+            RuntimeError: One of them did not report, so the numbers would be incomplete.
         """
-        if missing := [layer for layer in layers if not self.has(name, layer)]:
+        alone, places = self._alone.get(name, {}), self._places.get(name, {})
+        if missing := [layer for layer in layers if layer not in alone and layer not in places]:
             raise RuntimeError(f"{name}: layers {missing} did not report")
-        if any((name, layer) in self._alone for layer in layers):
-            parts = [self.of(name, layer) for layer in layers]
-            alike = len({(part.shape, part.dtype) for part in parts}) == 1
+        if alone:
+            parts = [alone[layer] if layer in alone else self._blocks[name][places[layer]] for layer in layers]
+            first = parts[0]
+            alike = all(part.shape == first.shape and part.dtype == first.dtype for part in parts)
             return torch.stack(parts) if alike else None
-        block, places = self._blocks[name], self._places[name]
         wanted = [places[layer] for layer in layers]
         if wanted == list(range(len(wanted))):
-            return block[: len(wanted)]
-        return block[wanted]
-
-    def drop(self, names: Iterable[str]) -> None:
-        """Forget statistics that some layers could not give."""
-        for name in list(names):
-            self._blocks.pop(name, None)
-            self._places.pop(name, None)
-            for key in [key for key in self._alone if key[0] == name]:
-                del self._alone[key]
+            return self._blocks[name][: len(wanted)]
+        return self._blocks[name][wanted]

@@ -16,6 +16,17 @@ WHERE = {
 }
 
 
+def named(config: AttentionStatsConfig) -> list[Statistic]:
+    """What is asked for by name, and the norms."""
+    names = () if config.statistics == "all" else config.statistics
+    return [s for s in statistics_table().values() if s.name in names or (config.norms and s.is_norm)]
+
+
+def sees_states(config: AttentionStatsConfig) -> bool:
+    """Whether hidden states are measured."""
+    return any(statistic.observes in HIDDEN for statistic in named(config))
+
+
 def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: bool = True) -> tuple[Statistic, ...]:
     """The entries of the table that ``config`` asks for, in the order of the table.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +14,8 @@ from llama_attn.viz.figures.attention import KINDS, check_kind, plot_attention_m
 from llama_attn.viz.figures.norms import plot_hidden_norms, plot_kv_norms
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from llama_attn.analysis.dataset import Source
 
 
@@ -23,6 +26,7 @@ def save_seed_figures(
     *,
     batch: int = 0,
     kind: Literal["weights", "logits"] = "weights",
+    partly: bool = False,
     on_saved: Callable[[Path], None] | None = None,
 ) -> list[Path]:
     """Write ``layer_{i}_attention.png``, ``hidden_states_{i}_norm.png`` and ``kv_{i}_norm.png`` for some layers.
@@ -33,6 +37,7 @@ def save_seed_figures(
         layers: Which layers; those that were not measured are skipped.
         batch: Row of the batch.
         kind: What the attention map shows.
+        partly: Leave out the figures that need a statistic that is missing, in place of an error.
         on_saved: Called with every finished file, e.g. to move a progress bar.
 
     Returns:
@@ -43,21 +48,24 @@ def save_seed_figures(
     """
     check_kind(kind)
     dataset = as_dataset(stats)
-    require(dataset, KINDS[kind], "hidden_norm", "key_norm", "value_norm", "key_mean_norm", "value_mean_norm")
+    drawn: dict[str, tuple[Callable[..., Figure], tuple[str, ...]]] = {
+        "layer_{}_attention.png": (partial(plot_attention_map, kind=kind), (KINDS[kind],)),
+        "hidden_states_{}_norm.png": (plot_hidden_norms, ("hidden_norm",)),
+        "kv_{}_norm.png": (plot_kv_norms, ("key_norm", "value_norm", "key_mean_norm", "value_mean_norm")),
+    }
+    if partly:
+        drawn = {name: figure for name, figure in drawn.items() if all(needed in dataset for needed in figure[1])}
+    require(dataset, *(name for _, needed in drawn.values() for name in needed))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     measured = set(dataset.layer.values.tolist())
     written = []
     for layer in (layer for layer in layers if layer in measured):
-        figures = {
-            f"layer_{layer}_attention.png": plot_attention_map(dataset, layer=layer, batch=batch, kind=kind),
-            f"hidden_states_{layer}_norm.png": plot_hidden_norms(dataset, layer=layer, batch=batch),
-            f"kv_{layer}_norm.png": plot_kv_norms(dataset, layer=layer, batch=batch),
-        }
-        for name, figure in figures.items():
-            with complete_file(directory / name) as unfinished:
-                figure.savefig(unfinished, format="png", dpi=100)
-            written.append(directory / name)
+        for name, (plot, _) in drawn.items():
+            path = directory / name.format(layer)
+            with complete_file(path) as unfinished:
+                plot(dataset, layer=layer, batch=batch).savefig(unfinished, format="png", dpi=100)
+            written.append(path)
             if on_saved is not None:
-                on_saved(directory / name)
+                on_saved(path)
     return written

@@ -1,0 +1,165 @@
+"""Run a model over a prompt and measure it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llama_attn.cli.terminal import fail, first_line
+from llama_attn.cli.texts import batch
+from llama_attn.observe.recording import record
+from llama_attn.observe.stacks import candidates, is_cross, stack_of
+from llama_attn.stats.config import AttentionStatsConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llama_attn.cli.texts import Prompt
+    from llama_attn.stats.container import AttentionStats
+
+# What a model that cannot do what is asked of it answers with.
+REFUSALS = (ValueError, RuntimeError, IndexError, ImportError, NotImplementedError, TypeError)
+# A table of positions may have a few more lines than the context has tokens.
+SPARE_POSITIONS = 8
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What of a model is measured.
+
+    Args:
+        model: The model.
+        part: The module that is run, unless text is generated.
+        generates: Whether text is generated.
+    """
+
+    model: Any
+    part: Any
+    generates: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, *, generates: bool) -> Subject:
+        """The whole model, if it makes text; the encoder of one that would need a text to decode; else the base.
+
+        The head of an encoder costs memory that grows with the vocabulary, and no attention depends on it.
+        """
+        own = _without_adapter(model)
+        part = model
+        if not generates and own is model and isinstance(model, PreTrainedModel):
+            if model.config.is_encoder_decoder:
+                part = model.get_encoder()
+            elif not model.can_generate():
+                part = model.base_model
+        return cls(model, part, generates)
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        own = _without_adapter(self.model)
+        name = type(own).__name__ if own is self.model else f"{type(own).__name__} with {_kind_of_adapter(self.model)}"
+        whole = self.part in (self.model, getattr(self.model, "base_model", None))
+        return name if whole else f"the encoder of {name}"
+
+    @property
+    def made_for(self) -> str:
+        """The model that an adapter says it is for."""
+        return str(self.model.active_peft_config.base_model_name_or_path)
+
+    @property
+    def adds_tokens(self) -> bool:
+        """Whether an adapter puts tokens of its own before the text: they have no ids."""
+        adapter = getattr(self.model, "active_peft_config", None)
+        return adapter is not None and bool(adapter.is_prompt_learning)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with attention, in the stacks that text goes through."""
+        part = self.part
+        if part is self.model and isinstance(own := _without_adapter(self.model), PreTrainedModel):
+            part = own.get_decoder()
+        found = {name: module for name, module in candidates(part).items() if not is_cross(name)}
+        return tuple(sorted({index for module in found.values() for index in stack_of(part, module).indices}))
+
+    def measure(
+        self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: AttentionStatsConfig, new_tokens: int
+    ) -> tuple[AttentionStats, Tensor]:
+        """The statistics, with their tokens, and the ids that were read and written. Ends the command if it cannot be.
+
+        Args:
+            prompt: What to read.
+            tokenizer: Its tokenizer.
+            config: What to measure.
+            new_tokens: How many tokens to generate; greedy.
+        """
+        own = _without_adapter(self.model)
+        decodes = self.generates and not own.config.is_encoder_decoder
+        device = next(self.model.parameters()).device
+        vocabulary = own.get_input_embeddings().num_embeddings
+        inputs = batch(prompt, tokenizer, "left" if decodes else "right", vocabulary)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        _check_length(own, prompt.length + (new_tokens if decodes else 0))
+        with _refusals(own), torch.no_grad(), record(self.part, config) as recording:
+            ids = self._generate(inputs, new_tokens) if self.generates else self._forward(inputs)
+        with _refusals(own):
+            return _with_tokens(recording.stats, tokenizer, ids), ids
+
+    def _generate(self, inputs: dict[str, Tensor], new_tokens: int) -> Tensor:
+        padding = inputs["input_ids"][inputs["attention_mask"] == 0]
+        given: dict[str, Any] = {"pad_token_id": int(padding[0])} if len(padding) else {}
+        return self.model.generate(**inputs, **given, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
+
+    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        known = inspect.signature(_without_adapter(self.part).forward).parameters
+        options = {"use_cache": False, "logits_to_keep": 1}
+        self.part(**inputs, **{name: value for name, value in options.items() if name in known})
+        return inputs["input_ids"]
+
+
+@contextmanager
+def _refusals(model: nn.Module) -> Iterator[None]:
+    """End the command with what a model says that cannot be measured."""
+    try:
+        yield
+    except REFUSALS as error:
+        fail(f"cannot measure {type(model).__name__}: {first_line(error)}")
+
+
+def _check_length(model: Any, length: int) -> None:
+    """Warn of a text beyond the context; end the command where the model has no positions for it."""
+    text = model.config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    if context is None or length <= context:
+        return
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    if any(
+        context <= table.num_embeddings < context + SPARE_POSITIONS
+        for table in tables
+        if table.num_embeddings != text.vocab_size
+    ):
+        fail(f"the text has {length} tokens, and the model positions for {context}")
+    warnings.warn(f"the text has {length} tokens, more than the model's context of {context}", stacklevel=2)
+
+
+def _with_tokens(stats: AttentionStats, tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> AttentionStats:
+    """Statistics that know their tokens; those of an adapter, which come first, have no name."""
+    missing = stats.num_keys - ids.shape[1]
+    if missing <= 0:
+        return stats.with_tokens(tokenizer, ids)
+    rows = [tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
+    return replace(stats, tokens=[["<adapter>"] * missing + row for row in rows])
+
+
+def _without_adapter(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _kind_of_adapter(model: Any) -> str:
+    return str(model.active_peft_config.peft_type.value)
