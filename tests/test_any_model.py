@@ -22,7 +22,9 @@ CONFIG = AttentionStatsConfig(statistics="all", norms=True, map_size=4, sink_tok
 # their backends, and the others one situation on each; which one goes round.
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 LEADERS = ("qwen2", "llama4_text", "gpt_oss", "qwen3_next", "bert", "t5", "gemma3")
-BACKENDS = {entry.name: (*entry.stock, *(() if entry.name in NOT_STREAMED else ("streaming",))) for entry in ENTRIES.values()}
+BACKENDS = {
+    entry.name: (*entry.stock, *(() if entry.name in NOT_STREAMED else ("streaming",))) for entry in ENTRIES.values()
+}
 
 
 def cases():

@@ -147,7 +147,6 @@ def test_encoder_and_decoder():
     assert own.stats.stack == decoder
 
 
-
 def test_pipeline(smollm2):
     model, tokenizer = smollm2
     pipeline = TextGenerationPipeline(model=model, tokenizer=tokenizer, device="cpu")
