@@ -51,10 +51,20 @@ def tensors(output):
     return [value for value in output.values() if isinstance(value, torch.Tensor)]
 
 
+def is_close_to_another(weights, bound):
+    """Whether a weight is that of its neighbour, or the last of those listed, whose next is not known."""
+    close = weights.diff(dim=-1).abs() < bound
+    no = torch.zeros_like(close[..., :1])
+    return torch.cat([no, close], -1) | torch.cat([close, ~no], -1)
+
+
 def check(stats, wanted, bound, label):
     """Every statistic within the bound; what the container must always hold."""
     errors = {}
     for name, value in wanted.items():
+        if name == "topk_position":
+            # Of weights that only rounding tells apart, either may be the larger.
+            value = torch.where(is_close_to_another(wanted["topk_weight"], bound), stats[name], value)
         if name.startswith("visible_") and stats[name].ndim > value.ndim:
             # Layers may see others, and as many.
             value = value.expand_as(stats[name])
@@ -117,7 +127,9 @@ def test_every_statistic(name, backend, situation):
     known, captured = oracle(entry, model if is_stock else entry.build(entry.stock[-1], dtype), situation)
     bound = BOUND[dtype]
     for n, stack in enumerate(entry.stacks):
-        if stack.axis != "pieces":
+        # Queries of padding, which see nothing, come to the encoder's keys with whatever a backend made of that.
+        is_undefined = stack.cross and backend == "streaming" and situation == "left"
+        if stack.axis != "pieces" and not is_undefined:
             has_default = n == 0 and entry.name != "siglip"
             recording = run(entry, model, situation, None if has_default else stack.path)
             compare(recording, entry, stack, model, known, captured, bound)
