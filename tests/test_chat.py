@@ -688,3 +688,14 @@ def test_spelling(tokenizer, text, expected):
     assert (None if places is None else [text[begin:end] for begin, end in places]) == expected
     assert token_spans(tokenizer, "x" + text, range(len(tokenizer.tokens))) is None
     assert token_spans(tokenizer, text, [0, 99]) is None
+
+
+def test_padding_that_only_the_mask_knows():
+    tokenizer = byte_level("chatml", pad_token=None)
+    messages = [{"role": "user", "content": "hi"}]
+    ids = torch.tensor([tokenizer.apply_chat_template(messages)["input_ids"]])
+    padded, mask = (torch.nn.functional.pad(tensor, (3, 2)) for tensor in (ids, torch.ones_like(ids)))
+    labels, _ = chat_segments(tokenizer, messages, input_ids={"input_ids": padded, "attention_mask": mask})
+    assert torch.equal(labels, torch.nn.functional.pad(chat_segments(tokenizer, messages)[0], (3, 2), value=-1))
+    with pytest.raises(ValueError, match="row 0 is not what the chat template makes"):
+        chat_segments(tokenizer, messages, input_ids=padded)
