@@ -44,9 +44,10 @@ newest: $(VENV)/.native
 	$(NEWEST)/bin/python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
 	$(NEWEST)/bin/python -m pytest --numprocesses 2
 
-# Ten thousand random examples of the properties of the engine; too long for CI.
+# Ten thousand random examples of the properties of the engine, and every type of model on every backend in every
+# situation; too long for CI.
 long: $(VENV)/.native
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py tests/test_any_model.py
 
 # transformers' own model tests on five of its models, also with every forward inside `record`, and on our Llama, also
 # with statistics in every forward: about 50 minutes. FAMILIES="qwen3 mistral" names some.

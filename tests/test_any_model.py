@@ -141,3 +141,15 @@ def test_what_is_refused(name):
     model = entry.build(entry.stock[0])
     with pytest.raises(ValueError, match="record: "), record(model):
         prepare(entry, model, "plain").play()
+
+
+@pytest.mark.parametrize("name", NOT_STREAMED)
+def test_what_streaming_refuses(name):
+    """When it is built, and when its backend is set, which leaves it as it was."""
+    entry = ENTRIES[name]
+    with pytest.raises(ValueError, match=rf"do not serve .{name}.*\"sdpa\" or \"eager\""):
+        entry.build("streaming")
+    model = entry.build("sdpa")
+    with pytest.raises(ValueError, match=rf"do not serve .{name}"):
+        model.set_attn_implementation("streaming")
+    assert model.config._attn_implementation == "sdpa"

@@ -9,9 +9,16 @@ import pytest
 import torch
 from any_oracle import capture, materialise
 from conftest import CACHE, tiny_config, tiny_model
-from transformers import AutoModel, DynamicCache, LlavaConfig, LlavaForConditionalGeneration
-from transformers import LlamaForCausalLM as StockLlama
-from transformers import LlamaForQuestionAnswering, LlamaForSequenceClassification, LlamaForTokenClassification
+from transformers import (
+    AutoModel,
+    DynamicCache,
+    LlamaForCausalLM as StockLlama,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.models.llama import modeling_llama as upstream
 
 from llama_attn import AttentionStatsConfig, record
@@ -287,7 +294,10 @@ def test_a_layer_without_a_weight(picky, ids):
 @pytest.mark.filterwarnings("ignore")  # torch wants another library for it
 def test_dynamic_int8(ids):
     model = tiny_model()
-    if "x86" not in torch.backends.quantized.supported_engines and "fbgemm" not in torch.backends.quantized.supported_engines:
+    if (
+        "x86" not in torch.backends.quantized.supported_engines
+        and "fbgemm" not in torch.backends.quantized.supported_engines
+    ):
         pytest.skip("no quantised engine here")
     model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
     with torch.no_grad():

@@ -335,7 +335,7 @@ def test_threads(model):
     def within():
         try:
             run(model)
-        except BaseException as error:  # noqa: BLE001 (it is raised below)
+        except BaseException as error:
             errors.append(error)
 
     beside_thread = threading.Thread(target=beside)
