@@ -39,12 +39,14 @@ class Stack:
         layers: Index and path of each module.
         num_layers: How many layers the model has there, those without attention included.
         cross: Whether they attend to another sequence.
+        without: Layers of the model that have no attention of any kind.
     """
 
     name: str
     layers: Mapping[nn.Module, tuple[int, str]]
     num_layers: int
     cross: bool = False
+    without: tuple[int, ...] = ()
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -264,7 +266,7 @@ class Forward:
         """Where the numbers come from."""
         return Origin(
             num_layers=self.stack.num_layers, backend=self.backend, model=self.model, stack=self.stack.name,
-            paths=tuple(self._paths.items()), shard=self.shard,
+            paths=tuple(self._paths.items()), shard=self.shard, without_attention=self.stack.without,
         )  # fmt: skip
 
     def finish(self, device: torch.device) -> AttentionStats:
