@@ -15,13 +15,12 @@ from llama_attn.engines import assign, choose_engine
 from llama_attn.engines._operator import extent_of, walk
 from llama_attn.observe import projection
 from llama_attn.observe.interface import TRANSFORMERS_OWN, unwatch, watch
-from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.labelling import Origin, label
 from llama_attn.stats.merge import Measured
 from llama_attn.stats.parallel import HeadShard
-from llama_attn.stats.recorder import LAST, Recorder
+from llama_attn.stats.recorder import LAST, Recorder, Share
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.selection import named, sees_states
 from llama_attn.stats.spans import VECTORS
@@ -166,10 +165,11 @@ class Forward:
 
     def fused(
         self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
-    ) -> tuple[Wanted, Visibility] | None:
+    ) -> Share | None:
         """What to measure in the blocks of a streaming backend."""
         self._started(call, name, visibility)
-        return self.recorder.fused(visibility, scores, engine)
+        share = self.recorder.fused(visibility, scores, engine)
+        return share._replace(is_all=False) if share and self.sees_states else share
 
     def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:
         """Keep what was measured there."""

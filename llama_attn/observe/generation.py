@@ -23,11 +23,11 @@ from llama_attn.observe.forward import Forward
 from llama_attn.observe.interface import TRANSFORMERS_OWN, unwatch, watch
 from llama_attn.observe.outputs import GenerateBeamOutputWithAttentionStats, GenerateOutputWithAttentionStats
 from llama_attn.observe.pipelining import refuse_pipeline
-from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.labelling import label
 from llama_attn.stats.merge import Run
+from llama_attn.stats.recorder import Share
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.segments import add_generated
 from llama_attn.stats.selection import sees_states
@@ -150,7 +150,7 @@ class GenerationSession:
 
     def fused(
         self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
-    ) -> tuple[Wanted, Visibility] | None:
+    ) -> Share | None:
         """What to measure in the blocks of a streaming backend."""
         return self._running.fused(call, name, visibility, scores, engine)
 

@@ -24,7 +24,7 @@ from llama_attn.backends.registry import Backend, rule_of
 from llama_attn.engines import choose_engine
 from llama_attn.engines._fused import fused
 from llama_attn.observe import compiled
-from llama_attn.stats.block import Wanted
+from llama_attn.stats.recorder import Share
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 
@@ -53,7 +53,7 @@ class Observer(Protocol):
 
     def fused(
         self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
-    ) -> tuple[Wanted, Visibility] | None:
+    ) -> Share | None:
         """What to measure in the blocks of a streaming backend."""
 
     def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:
@@ -290,10 +290,11 @@ def _observe(
         prefer: str | None
         prefer = engine = choose_engine(backend.engine, visibility, scores, query.device)
         share = first and first.fused(call, name, visibility, scores, engine)
-        wanted, seen = share or (None, visibility)
+        wanted, seen, is_all = share or (None, visibility, False)
         output, raw = fused(query, key, value, seen, scores, engine=engine, wanted=wanted)
         if first and share:
             first.put(call, visibility, raw, engine)
+            observers = observers[1:] if is_all else observers
         result: Any = output, None
     else:
         _refuse(module, name, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,20 @@ LAST = -1
 
 class UnreadableError(ValueError):
     """A model does not show what a statistic is of."""
+
+
+class Share(NamedTuple):
+    """What a backend may measure from its own blocks.
+
+    Args:
+        wanted: What to measure.
+        visibility: Who sees whom, for the measured queries.
+        is_all: Whether nothing is left to be measured beside it.
+    """
+
+    wanted: Wanted
+    visibility: Visibility
+    is_all: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +133,7 @@ class Recorder:
         self._sights[id(visibility)] = visibility, sight
         return sight
 
-    def fused(self, visibility: Visibility, scoring: Scoring, engine: str) -> tuple[Wanted, Visibility] | None:
+    def fused(self, visibility: Visibility, scoring: Scoring, engine: str) -> Share | None:
         """What a backend on ``engine`` may measure from its own blocks; ``None`` if it should measure nothing.
 
         A subset of heads or queries is cheaper to measure beside the backend.
@@ -127,8 +141,11 @@ class Recorder:
         sight = self.sight(visibility)
         if self.config.heads is not None or not sight.whole:
             return None
-        share = self._shares(sight, visibility, scoring, engine).get(engine)
-        return None if share is None else (share, sight.visibility)
+        shares = self._shares(sight, visibility, scoring, engine)
+        share = shares.get(engine)
+        if share is None:
+            return None
+        return Share(share, sight.visibility, len(shares) == 1 and not sight.norms)
 
     def _shares(self, sight: _Sight, visibility: Visibility, scoring: Scoring, prefer: str | None) -> dict[str, Wanted]:
         """What each engine measures, found out once for all layers with such calls."""
@@ -143,6 +160,7 @@ class Recorder:
         self, layer: int, visibility: Visibility, heads: tuple[int, int], raw: Mapping[str, Tensor], engine: str
     ) -> None:
         """Keep what ``engine`` has measured in ``layer``."""
+        self.heads_held[layer] = heads[0] * (1 if self.shard is None else self.shard.size)
         self.records.put(layer, raw)
         self.engines[engine] = None
         self._belongs(layer, visibility, heads)
