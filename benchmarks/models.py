@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
 from transformers.models.llama import modeling_llama as upstream
 
 from llama_attn import LlamaForCausalLM
@@ -30,6 +30,15 @@ def llama_3_8b(num_layers: int) -> LlamaForCausalLM:
         num_attention_heads=32, num_key_value_heads=8,
     )  # fmt: skip
     return LlamaForCausalLM._from_config(config).eval()
+
+
+def mistral(window: int, backend: str) -> MistralForCausalLM:
+    """Four layers of Mistral's proportions at a quarter of its width, with random weights, in float32."""
+    config = MistralConfig(
+        vocab_size=1024, hidden_size=1024, intermediate_size=3584, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128, sliding_window=window, max_position_embeddings=32_768,
+    )  # fmt: skip
+    return MistralForCausalLM._from_config(config, attn_implementation=backend).eval()
 
 
 def stock(model: LlamaForCausalLM, backend: str = "sdpa") -> upstream.LlamaForCausalLM:

@@ -80,9 +80,14 @@ class Call(ctypes.Structure):
                 f"{name}: the native engine takes up to four axes of {sorted(map(str, TYPES))}, got "
                 f"{tuple(tensor.shape)} of {tensor.dtype}"
             )
-        more = 4 - tensor.ndim
-        extents = (*tensor.shape, *(1,) * more, *tensor.stride(), *(0,) * more)
-        _PACKED.pack_into(self, getattr(Call, name).offset, tensor.data_ptr(), kind, *extents)
+        size: tuple[int, ...] = tensor.shape
+        stride = tensor.stride()
+        if (missing := 4 - len(size)) > 0:
+            size, stride = (*size, *(1,) * missing), (*stride, *(0,) * missing)
+        _PACKED.pack_into(self, _OFFSETS[name], tensor.data_ptr(), kind, *size, *stride)
+
+
+_OFFSETS = {name: getattr(Call, name).offset for name, *_ in Call._fields_}
 
 
 def compiler() -> str:

@@ -18,13 +18,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_attn.backends._masks import MaskRequest
-from llama_attn.backends._rules import AttentionCall, scoring
+from llama_attn.backends._rules import AttentionCall, is_paged, scoring
 from llama_attn.backends._streaming import streaming_call
 from llama_attn.backends.registry import Backend, rule_of
 from llama_attn.engines import choose_engine
 from llama_attn.engines._fused import fused
 from llama_attn.observe import compiled
-from llama_attn.stats.block import Wanted
+from llama_attn.stats.recorder import Share
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 
@@ -35,7 +35,6 @@ TENSORS = ("query", "key", "value", "attention_mask")
 REQUEST = "_llama_attn_request"
 # Keyword arguments in which some layers say who sees whom to backends that they do not know, or hold back keys.
 UNKNOWN = ("indices", "block_indices")
-PAGED = ("cache", "read_index", "block_table")
 
 
 class Observer(Protocol):
@@ -54,7 +53,7 @@ class Observer(Protocol):
 
     def fused(
         self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
-    ) -> tuple[Wanted, Visibility] | None:
+    ) -> Share | None:
         """What to measure in the blocks of a streaming backend."""
 
     def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:
@@ -293,10 +292,11 @@ def _observe(
         prefer: str | None
         prefer = engine = choose_engine(backend.engine, visibility, scores, query.device)
         share = first and first.fused(call, name, visibility, scores, engine)
-        wanted, seen = share or (None, visibility)
+        wanted, seen, is_all = share or (None, visibility, False)
         output, raw = fused(query, key, value, seen, scores, engine=engine, wanted=wanted)
         if first and share:
             first.put(call, visibility, raw, engine)
+            observers = observers[1:] if is_all else observers
         result: Any = output, None
     else:
         _refuse(module, name, options)
@@ -307,7 +307,7 @@ def _observe(
         if known is None:
             return result
         visibility, prefer = known, None
-        scores = scoring(call, visibility.num_keys, with_sinks=backend.has_sinks)
+        scores = scoring(call, visibility.num_keys, backend.ignores)
     for observer in observers:
         observer.measure(call, name, visibility, scores, result[0], prefer)
     if outside:
@@ -341,7 +341,7 @@ def _refuse(module: nn.Module, name: str, options: dict[str, Any]) -> None:
     Raises:
         ValueError: It says what is hidden.
     """
-    if any(options.get(option) is not None for option in PAGED):
+    if is_paged(options):
         raise ValueError(
             "record: continuous batching (generate_batch) hands new keys alone to the attention of "
             f"{type(module).__name__}, and keeps the others in a paged cache; use generate"

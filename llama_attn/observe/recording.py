@@ -13,9 +13,9 @@ from llama_attn.observe.course import Course, only
 from llama_attn.observe.forward import Forward, is_replay
 from llama_attn.observe.interface import interfaces_of, unwatch, watch
 from llama_attn.observe.stacks import candidates, is_cross, name_of, stack_of
-from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
+from llama_attn.stats.recorder import Share
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.selection import sees_states
 from llama_attn.stats.visibility import Visibility
@@ -197,16 +197,18 @@ class Recording:
 
     def fused(
         self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
-    ) -> tuple[Wanted, Visibility] | None:
+    ) -> Share | None:
         """What to measure in the blocks of a streaming backend."""
         course = self._courses[self._names[call.module]]
         if course.refusal is not None:
             return None
         try:
-            return self._of(call)[1].fused(call, name, visibility, scores, engine)
+            share = self._of(call)[1].fused(call, name, visibility, scores, engine)
         except ValueError as error:
             self._refuse(course, error)
             return None
+        # There is more to see in the call.
+        return share and share._replace(is_all=False)
 
     def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:
         """Keep what was measured there."""

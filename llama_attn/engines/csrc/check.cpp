@@ -69,8 +69,9 @@ void check(const Call& call, bool backward) {
   in_range("batch", batch, 0, kMost);
   in_range("kv_heads", call.kv_heads, 1, kMost);
   in_range("heads", heads, 1, kMost);
-  if (heads % call.kv_heads != 0) refuse("heads: %lld is no multiple of %lld KV heads", static_cast<long long>(heads),
-                                         static_cast<long long>(call.kv_heads));
+  if (heads % call.kv_heads != 0)
+    refuse("heads: %lld is no multiple of %lld KV heads", static_cast<long long>(heads),
+           static_cast<long long>(call.kv_heads));
   in_range("num_queries", queries, 0, kMost);
   in_range("num_keys", keys, 0, kMost);
   in_range("channels", call.channels, 1, kMost);

@@ -69,7 +69,8 @@ void write(const Tensor& tensor, int64_t offset, int64_t stride, int64_t count, 
       return write_as<float>(data, offset, stride, count, from, factor, [](T x) { return static_cast<float>(x); });
     case Type::kBFloat16: return write_as<uint16_t>(data, offset, stride, count, from, factor, rounded);
     case Type::kFloat16:
-      return write_as<_Float16>(data, offset, stride, count, from, factor, [](T x) { return static_cast<_Float16>(x); });
+      return write_as<_Float16>(data, offset, stride, count, from, factor,
+                                [](T x) { return static_cast<_Float16>(x); });
     case Type::kBool:
     case Type::kInt32:
     case Type::kInt64: return;
