@@ -280,7 +280,8 @@ def test_continuous_batching_is_refused(model):
     attention, states = model.model.layers[0].self_attn, torch.randn(1, 5, 32)
     rotary = model.model.rotary_emb(states, torch.arange(5)[None])
     # Since transformers 5.24 the layer fills the cache itself, and its function sees where to read.
-    paged = {"cache" if CACHE == "past_key_values" else "read_index": object()}
+    cache = type("PagedAttentionCache", (), {})()
+    paged = {"cache": cache} if CACHE == "past_key_values" else {"read_index": object()}
     with pytest.raises(ValueError, match="generate_batch"), record(model), torch.no_grad():
         attention(states, position_embeddings=rotary, attention_mask=None, **paged)
 
