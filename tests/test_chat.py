@@ -655,3 +655,47 @@ def test_ids_alone_that_the_template_would_not_make():
         chat_segments(
             byte_level("gemma", ("h", "i")), tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
         )
+
+
+class Spelled:
+    """A tokenizer without offsets, of which only the strings of its tokens are known."""
+
+    def __init__(self, *tokens, added=()):
+        self.tokens, self.added_tokens_decoder, self.all_special_ids = tokens, {tokens.index(a): a for a in added}, []
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.tokens[i] if i < len(self.tokens) else None for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "expected"),
+    [
+        (Spelled("▁hi", "▁", "<0x0A>", "▁▁x"), "hi  \n  x", None),
+        (Spelled("▁hi", "▁", "<0x0A>", "▁▁x"), "hi \n  x", ["hi", " ", "\n", "  x"]),
+        (Spelled("<s>", "▁hi", "</s>", "▁", added=("<s>", "</s>")), "<s>hi</s>", ["<s>", "hi", "</s>", ""]),
+        (Spelled("<|end|>", "hi", added=("<|end|>",)), "<|end|>\n\nhi", ["<|end|>\n\n", "hi"]),
+        (Spelled("<é>", "Ã", "©", "Ġhi", added=("<é>",)), "<é>é hi", ["<é>", "é", "é", " hi"]),
+        (Spelled("<é>", "é", "Ġ"), "<é>é ", None),
+        (Spelled("<é>", added=("<é>",)), "<é>\n", ["<é>\n"]),
+        (Spelled("hi", "<é>", added=("<é>",)), "hi <é>", ["hi ", "<é>"]),
+        (Spelled("hi"), "hi there", None),
+        (Spelled("hi", "<0xC3>", "<0xA9>"), "hié", ["hi", "é", "é"]),
+        (Spelled(), "", []),
+    ],
+)
+def test_spelling(tokenizer, text, expected):
+    places = token_spans(tokenizer, text, range(len(tokenizer.tokens)))
+    assert (None if places is None else [text[begin:end] for begin, end in places]) == expected
+    assert token_spans(tokenizer, "x" + text, range(len(tokenizer.tokens))) is None
+    assert token_spans(tokenizer, text, [0, 99]) is None
+
+
+def test_padding_that_only_the_mask_knows():
+    tokenizer = byte_level("chatml", pad_token=None)
+    messages = [{"role": "user", "content": "hi"}]
+    ids = torch.tensor([tokenizer.apply_chat_template(messages)["input_ids"]])
+    padded, mask = (torch.nn.functional.pad(tensor, (3, 2)) for tensor in (ids, torch.ones_like(ids)))
+    labels, _ = chat_segments(tokenizer, messages, input_ids={"input_ids": padded, "attention_mask": mask})
+    assert torch.equal(labels, torch.nn.functional.pad(chat_segments(tokenizer, messages)[0], (3, 2), value=-1))
+    with pytest.raises(ValueError, match="row 0 is not what the chat template makes"):
+        chat_segments(tokenizer, messages, input_ids=padded)

@@ -163,6 +163,11 @@ def test_generation(kind, zoo, tmp_path):
     torch.testing.assert_close(stats["entropy"], recording.stats["entropy"], rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_generated_is_drawn(zoo, tmp_path):
+    _, said = run(zoo("mistral"), "--prompt", TEXT, "--generate", 4, out=tmp_path / "out")
+    assert "6 pictures, report.html" in said
+
+
 def plan_class(folder):
     from transformers.models.auto import modeling_auto
 
@@ -241,9 +246,10 @@ def test_documents_are_segments_of_one_prompt(kind, expected, zoo, tmp_path):
     assert weights.shape[-1] == stats.num_keys, "one token per bin"
     start = 1 if kind == "bert" else 0
     torch.testing.assert_close(mass[:, 0, :, -1, 1], weights[:, 0, :, -1, start : start + 8].sum(-1))
-    for name, share in zip(stats.segments, mass[:, 0, :, -1].mean((0, 1)).tolist(), strict=True):
+    queries, whose = (slice(None), "all tokens") if kind == "bert" else (slice(-1, None), "the last token")
+    for name, share in zip(stats.segments, mass[:, 0, :, queries].mean((0, 1, 2)).tolist(), strict=True):
         assert f"{name} {share:.1%}" in said
-    assert "attention of the last token" in said
+    assert f"attention of {whose}" in said
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -186,3 +186,9 @@ def test_the_page_of_statistics_is_up_to_date():
     docs = PACKAGE.parent / "docs"
     page = runpy.run_path(str(docs / "make_tables.py"))["statistics_page"]()
     assert (docs / "statistics.md").read_text() == page, "run python docs/make_tables.py"
+
+
+def test_the_page_of_models_is_up_to_date():
+    docs = PACKAGE.parent / "docs"
+    page = runpy.run_path(str(docs / "make_models.py"))["models_page"]()
+    assert (docs / "models.md").read_text() == page, "run python docs/make_models.py"

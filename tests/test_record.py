@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +167,8 @@ def test_norms_that_a_model_cannot_give():
 def test_models_that_never_ask_the_interface(name):
     entry = NOT_SERVED[name]
     module = entry.build(entry.stock[0])
+    if "get_interface" in Path(inspect.getfile(type(module))).read_text():
+        pytest.skip("this transformers has brought it to the interface")
     with pytest.raises(ValueError, match=r"record: .* has no attention that goes through"), record(module):
         run(module)
 
@@ -269,8 +273,10 @@ def test_continuous_batching_is_refused(model):
     model.set_attn_implementation("sdpa")
     attention, states = model.model.layers[0].self_attn, torch.randn(1, 5, 32)
     rotary = model.model.rotary_emb(states, torch.arange(5)[None])
+    # Since transformers 5.24 the layer fills the cache itself, and its function sees where to read.
+    paged = {"cache" if CACHE == "past_key_values" else "read_index": object()}
     with pytest.raises(ValueError, match="generate_batch"), record(model), torch.no_grad():
-        attention(states, position_embeddings=rotary, attention_mask=None, cache=object())
+        attention(states, position_embeddings=rotary, attention_mask=None, **paged)
 
 
 # Several of them.
@@ -329,7 +335,7 @@ def test_threads(model):
     def within():
         try:
             run(model)
-        except BaseException as error:  # noqa: BLE001 (it is raised below)
+        except BaseException as error:
             errors.append(error)
 
     beside_thread = threading.Thread(target=beside)

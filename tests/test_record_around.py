@@ -147,7 +147,6 @@ def test_encoder_and_decoder():
     assert own.stats.stack == decoder
 
 
-
 def test_pipeline(smollm2):
     model, tokenizer = smollm2
     pipeline = TextGenerationPipeline(model=model, tokenizer=tokenizer, device="cpu")
@@ -189,7 +188,12 @@ def test_lora(model):
 @pytest.mark.parametrize(
     "settings",
     [
-        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        pytest.param(
+            peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+            marks=pytest.mark.skipif(
+                CACHE == "cache", reason="peft 0.21 gives the prefix by the old name, and transformers 5.24 drops it"
+            ),
+        ),
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
     ],

@@ -247,7 +247,7 @@ def test_layers_are_named_in_ranges():
 
 
 ABSENT = {"without_attention": json.dumps([0, 2, 4, 5, 6, 8])}
-NAMED = "layers 0, 2, 4–6, 8 without attention"
+NAMED = "layers 0, 2, 4–6, 8 without attention weights"
 
 
 def test_figures_name_layers_without_attention():
@@ -327,7 +327,7 @@ def test_report(name, tmp_path):
     assert said[1].count("a query sees at most") == limits[name].count("a query sees at most")
     assert limits[name] in said[1]
     assert (" over what each layer sees" in said[1]) == (name not in ("windowed", "both sides"))
-    assert ("The model has no attention in layers 0, 2, 4–6, 8." in said[2]) == (name == "hybrid")
+    assert ("There are no attention weights in layers 0, 2, 4–6, 8." in said[2]) == (name == "hybrid")
     assert page.about["withoutAttention"] == ("layers 0, 2, 4–6, 8" if name == "hybrid" else "")
     if model.text.dropped:
         assert said[0].startswith("The first 12 tokens are no longer in the cache. Sinks: <")
@@ -339,7 +339,7 @@ def test_report(name, tmp_path):
 
 def test_the_page_says_which_tokens_the_cache_has_dropped(open_page, tmp_path):
     page = open_page(viz.report(MODELS["a cache that dropped keys"].dataset(**ABSENT), tmp_path / "report.html"))
-    assert "layers 0, 2, 4–6, 8 without attention" in page.locator("#facts").inner_text()
+    assert "layers 0, 2, 4–6, 8 without attention weights" in page.locator("#facts").inner_text()
     for position, said in ((3, " · no longer in the cache"), (15, "15: t15 · ")):
         page.locator(f'.token[data-position="{position}"]').hover()
         assert said in page.locator("#tip").inner_text().replace("\u2068", "").replace("\u2069", "")

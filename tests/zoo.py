@@ -9,7 +9,9 @@ from __future__ import annotations
 from zoo_other import JOINT, PAIRS, REFUSED, SOUNDS, TOWERS
 from zoo_text import DECODERS, ENCODERS, HYBRIDS
 
+from llama_attn.backends import _streaming
+
 ENTRIES = {entry.name: entry for entry in (*DECODERS, *HYBRIDS, *ENCODERS, *TOWERS, *SOUNDS, *PAIRS, *JOINT)}
 NOT_SERVED = {entry.name: entry for entry in REFUSED}
 # Those that streaming refuses when they are loaded.
-NOT_STREAMED = ("deepseek_v32", "glm_moe_dsa", "doge", "beit", "minimax")
+NOT_STREAMED = [name for name in ENTRIES if name in _streaming.NOT_SERVED]

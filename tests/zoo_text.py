@@ -179,7 +179,9 @@ def _hybrid(name: str, cls: str, settings: dict[str, Any], layers: tuple[int, ..
     stack = Stack(more.pop("stack", SELF), output=more.pop("output", "o_proj"), layers=layers, length=4)
     base = more.pop("base", WITHOUT_HEAD_DIM) | {"num_hidden_layers": 4}
     situations = more.pop("situations", RECURRENT)
-    return replace(_decoder(name, cls, settings, base=base, stack=stack, situations=situations, **more), family="hybrid")
+    return replace(
+        _decoder(name, cls, settings, base=base, stack=stack, situations=situations, **more), family="hybrid"
+    )
 
 
 HYBRIDS = (

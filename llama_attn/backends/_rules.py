@@ -5,7 +5,7 @@ Every backend file has a function ``sees(call) -> Visibility`` made of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -223,15 +223,15 @@ def _filled(call: AttentionCall, mask: Tensor) -> int:
     return max(last, call.num_queries) if bool(unseen.all()) else call.num_slots
 
 
-def scoring(call: AttentionCall, num_keys: int, *, with_sinks: bool = True) -> Scoring:
+def scoring(call: AttentionCall, num_keys: int, ignores: Collection[str] = ()) -> Scoring:
     """How the scores of the call are made.
 
     Args:
         call: The call.
         num_keys: Filled slots.
-        with_sinks: Whether the backend has a column for learned sinks.
+        ignores: Arguments that the backend knows nothing of.
     """
-    options = call.options
+    options = {name: value for name, value in call.options.items() if name not in ignores} if ignores else call.options
     scale, bias, sinks = options.get("scaling"), options.get("position_bias"), options.get("s_aux")
     sinks = options.get("sinks") if sinks is None else sinks
     if bias is None and sinks is None and options.get("softcap") is None and not torch.compiler.is_compiling():
@@ -240,8 +240,15 @@ def scoring(call: AttentionCall, num_keys: int, *, with_sinks: bool = True) -> S
         scale=call.query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=call.options.get("softcap"),
         position_bias=None if bias is None else bias[..., :num_keys],
-        sinks=sinks if with_sinks else None,
+        sinks=sinks,
     )
+
+
+def is_paged(options: Mapping[str, Any]) -> bool:
+    """Whether a call hands over new keys alone, and the others are in the cache of continuous batching."""
+    # Other caches may come by the same name, of which the keys already are.
+    paged = type(options.get("cache")).__name__ == "PagedAttentionCache"
+    return paged or any(options.get(name) is not None for name in ("read_index", "block_table"))
 
 
 @cache

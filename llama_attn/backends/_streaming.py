@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import sdpa_mask
 
 from llama_attn.backends._masks import MaskRequest
-from llama_attn.backends._rules import AttentionCall, by_mask, by_request, scoring, without_mask
+from llama_attn.backends._rules import AttentionCall, by_mask, by_request, is_paged, scoring, without_mask
 from llama_attn.engines import ENGINES
 from llama_attn.engines._fused import fused
 from llama_attn.stats.spans import UNSEEN_BIAS
@@ -19,7 +19,7 @@ from llama_attn.stats.visibility import Visibility
 # Backends that read one another's masks.
 STREAMING_BACKENDS = ("streaming", *(f"streaming_{engine}" for engine in ENGINES))
 # Ways in which models say who sees whom to implementations that they do not know.
-UNKNOWN_WAYS = ("indices", "block_indices", "cache", "read_index", "block_table")
+UNKNOWN_WAYS = ("indices", "block_indices")
 _BY_NAME = "it makes the masks of its layers for eager and sdpa only, and hides nothing under other names"
 _READS_MASK = "it computes with the mask itself, which is no matrix here"
 # Models that are refused when they are loaded, by type, and why.
@@ -118,6 +118,11 @@ def streaming_call(
         raise ValueError(
             "output_attentions=True: streaming backends never hold the weights; use "
             'attn_implementation="eager", or output_attention_stats with the statistic "weights_map"'
+        )
+    if is_paged(options):
+        raise ValueError(
+            "attn_implementation: continuous batching keeps keys in a paged cache, which the streaming backends do not "
+            'know; use "sdpa" or "eager"'
         )
     if given := [name for name in UNKNOWN_WAYS if options.get(name) is not None]:
         raise ValueError(

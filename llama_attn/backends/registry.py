@@ -38,7 +38,7 @@ class Backend:
         accepts_masks_of: Backends whose masks it reads.
         sees: Its rule: who sees whom in a call of it.
         engine: Name of the engine it runs on, if it names one.
-        has_sinks: Whether it gives learned sinks their share, where a layer has them.
+        ignores: Arguments of a call that it is given and knows nothing of.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Backend:
     accepts_masks_of: tuple[str, ...]
     sees: Callable[[AttentionCall], Visibility]
     engine: str | None = None
-    has_sinks: bool = True
+    ignores: tuple[str, ...] = ()
 
     @property
     def is_ours(self) -> bool:
@@ -223,7 +223,7 @@ def _discover() -> dict[str, Backend]:
             module.ACCEPTS_MASKS_OF,
             module.sees,
             getattr(module, "ENGINE", None),
-            getattr(module, "HAS_SINKS", True),
+            getattr(module, "IGNORES", ()),
         )
     return found
 

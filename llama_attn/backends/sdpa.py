@@ -7,13 +7,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward as a
 from llama_attn.backends._rules import AttentionCall, by_mask, without_mask
 from llama_attn.stats.visibility import Visibility
 
-__all__ = ["ACCEPTS_MASKS_OF", "HAS_SINKS", "attend", "mask", "sees", "unavailable"]
+__all__ = ["ACCEPTS_MASKS_OF", "IGNORES", "attend", "mask", "sees", "unavailable"]
 
 mask = None
 # It adds the float masks of eager; with eager the causal mask is never left out.
 ACCEPTS_MASKS_OF = ("sdpa", "eager")
-# It is given learned sinks and knows nothing of them.
-HAS_SINKS = False
+# It is given learned sinks, and before transformers 5.21 soft-caps, and knows nothing of them.
+IGNORES = ("s_aux", "sinks", "softcap")
 
 
 def sees(call: AttentionCall) -> Visibility:

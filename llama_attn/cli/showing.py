@@ -119,22 +119,22 @@ def _table_of_layers(stats: AttentionStats, row: int) -> Table:
 
 
 def table_of_documents(stats: AttentionStats, prompt_length: int) -> Table:
-    """How much attention each document gets from what was generated, else from the last token.
+    """How much attention each document gets: from what was generated, or the last token; in encoders from everywhere.
 
     Args:
         stats: Statistics of one row with segments.
         prompt_length: Tokens before those that were generated.
     """
-    names = stats.segments or ()
     mass = stats["segment_mass"][:, 0]
-    first = min(prompt_length, mass.shape[2] - 1)
+    length = mass.shape[2]
+    first = 0 if stats.direction == "bidirectional" else min(prompt_length, length - 1)
     shares = mass[:, :, first:].nanmean(dim=(0, 1, 2)).tolist()
-    count = mass.shape[2] - first
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("document", no_wrap=True)
-    table.add_column(
-        "attention of the last token" if count == 1 else f"attention of the last {count} tokens", no_wrap=True
+    whose = (
+        "all tokens" if first == 0 else "the last token" if length - first == 1 else f"the last {length - first} tokens"
     )
-    for name, share in zip(names, shares, strict=True):
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("document", f"attention of {whose}"):
+        table.add_column(heading, no_wrap=True)
+    for name, share in zip(stats.segments or (), shares, strict=True):
         table.add_row(escape(name), f"{share:.1%}")
     return table

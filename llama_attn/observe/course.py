@@ -16,7 +16,7 @@ from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.labelling import label
 from llama_attn.stats.merge import Run
-from llama_attn.stats.recorder import Step
+from llama_attn.stats.step import Step
 from llama_attn.stats.visibility import Visibility
 
 # Keys of other tokens differ by as much as they are large.

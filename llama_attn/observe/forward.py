@@ -21,10 +21,11 @@ from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.labelling import Origin, label
 from llama_attn.stats.merge import Measured
 from llama_attn.stats.parallel import HeadShard
-from llama_attn.stats.recorder import LAST, Recorder, Step
+from llama_attn.stats.recorder import LAST, Recorder
 from llama_attn.stats.scoring import Scoring
-from llama_attn.stats.selection import sees_states
+from llama_attn.stats.selection import named, sees_states
 from llama_attn.stats.spans import VECTORS
+from llama_attn.stats.step import Step
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
 
@@ -38,12 +39,14 @@ class Stack:
         layers: Index and path of each module.
         num_layers: How many layers the model has there, those without attention included.
         cross: Whether they attend to another sequence.
+        without: Layers of the model that have no attention of any kind.
     """
 
     name: str
     layers: Mapping[nn.Module, tuple[int, str]]
     num_layers: int
     cross: bool = False
+    without: tuple[int, ...] = ()
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -90,9 +93,8 @@ class Forward:
         self.config, self.stack, self.model, self.must_be_complete = config, stack, model, must_be_complete
         self.layers = stack.indices if config.layers is None else config.layers
         self.shard: HeadShard | None = None
-        for module in stack.layers:
-            self.shard = HeadShard.of_attention(module)
-            break
+        if stack.layers:
+            self.shard = HeadShard.of_attention(next(iter(stack.layers)))
         self.recorder = Recorder(
             config, layers=self.layers, assign=_Assign(config.engine), walk=walk, step=step, shard=self.shard
         )
@@ -100,6 +102,7 @@ class Forward:
         # Whether it is part of a graph that is being compiled, and sees its calls there.
         self.is_traced = torch.compiler.is_compiling()
         self.sees_states = sees_states(config)
+        self._sees_outputs = any(statistic.observes == "value_output" for statistic in named(config))
         self._calls = 0
         # Queries that have attended to the same keys of another sequence before.
         self.queries_before = 0
@@ -185,7 +188,8 @@ class Forward:
         """Measure the call, beside its backend what the backend has not."""
         self._started(call, name, visibility)
         layer = self.layer_of(call.module)
-        output_layer = getattr(call.module, "output_projection", None)
+        # A layer may say itself what takes its output.
+        output_layer = getattr(call.module, "output_projection", None) if self._sees_outputs else None
         weight = None if output_layer is None else projection.by_head(output_layer, call.query.shape[1], call.value)
         self.recorder.measure(layer, call.query, call.key, call.value, visibility, scores, weight, prefer)
         if layer in self._entered:
@@ -262,7 +266,7 @@ class Forward:
         """Where the numbers come from."""
         return Origin(
             num_layers=self.stack.num_layers, backend=self.backend, model=self.model, stack=self.stack.name,
-            paths=tuple(self._paths.items()), shard=self.shard,
+            paths=tuple(self._paths.items()), shard=self.shard, without_attention=self.stack.without,
         )  # fmt: skip
 
     def finish(self, device: torch.device) -> AttentionStats:

@@ -17,17 +17,22 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
+from llama_attn.backends._rules import AttentionCall
+from llama_attn.backends.registry import Backend
 from llama_attn.observe.forward import Forward
 from llama_attn.observe.interface import TRANSFORMERS_OWN, unwatch, watch
 from llama_attn.observe.outputs import GenerateBeamOutputWithAttentionStats, GenerateOutputWithAttentionStats
 from llama_attn.observe.pipelining import refuse_pipeline
+from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.labelling import label
 from llama_attn.stats.merge import Run
-from llama_attn.stats.recorder import Step
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.segments import add_generated
 from llama_attn.stats.selection import sees_states
+from llama_attn.stats.step import Step
+from llama_attn.stats.visibility import Visibility
 
 SERVED = (
     GenerationMode.GREEDY_SEARCH,
@@ -45,6 +50,9 @@ class GenerationSession:
         config: What to measure.
         observe: Makes the observer of one forward from its place in the run.
     """
+
+    # It stands outside of any graph.
+    is_traced = False
 
     def __init__(self, config: AttentionStatsConfig, observe: Callable[[AttentionStatsConfig, Step], Forward]) -> None:
         self.config, self._observe, self.sees_states = config, observe, sees_states(config)
@@ -136,9 +144,42 @@ class GenerationSession:
         """The forward that runs; a module that was called in it begins the next."""
         return self._next() if self._forward is None or module in self._called else self._forward
 
-    def __getattr__(self, name: str) -> Any:
-        # Everything else is asked of the forward that runs.
-        return getattr(self.__dict__["_forward"], name)
+    def visibility(self, call: AttentionCall, backend: Backend) -> Visibility:
+        """Who sees whom."""
+        return self._running.visibility(call, backend)
+
+    def fused(
+        self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
+    ) -> tuple[Wanted, Visibility] | None:
+        """What to measure in the blocks of a streaming backend."""
+        return self._running.fused(call, name, visibility, scores, engine)
+
+    def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:
+        """Keep what was measured there."""
+        self._running.put(call, visibility, raw, engine)
+
+    def measure(
+        self,
+        call: AttentionCall,
+        name: str,
+        visibility: Visibility,
+        scores: Scoring,
+        output: Tensor,
+        prefer: str | None,
+    ) -> None:
+        """Measure the call, beside its backend what the backend has not."""
+        self._running.measure(call, name, visibility, scores, output, prefer)
+
+    def leave_layer(self, module: nn.Module, states: Tensor) -> None:
+        """Take the output of the layer of ``module``."""
+        self._running.leave_layer(module, states)
+
+    @property
+    def _running(self) -> Forward:
+        """The forward that runs."""
+        if self._forward is None:
+            raise RuntimeError("generate: a layer was called outside of a forward")
+        return self._forward
 
 
 _session: ContextVar[GenerationSession | None] = ContextVar("session", default=None)

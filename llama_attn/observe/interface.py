@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_attn.backends._masks import MaskRequest
-from llama_attn.backends._rules import AttentionCall, scoring
+from llama_attn.backends._rules import AttentionCall, is_paged, scoring
 from llama_attn.backends._streaming import streaming_call
 from llama_attn.backends.registry import Backend, rule_of
 from llama_attn.engines import choose_engine
@@ -35,7 +35,6 @@ TENSORS = ("query", "key", "value", "attention_mask")
 REQUEST = "_llama_attn_request"
 # Keyword arguments in which some layers say who sees whom to backends that they do not know, or hold back keys.
 UNKNOWN = ("indices", "block_indices")
-PAGED = ("cache", "read_index", "block_table")
 
 
 class Observer(Protocol):
@@ -305,7 +304,7 @@ def _observe(
         if known is None:
             return result
         visibility, prefer = known, None
-        scores = scoring(call, visibility.num_keys, with_sinks=backend.has_sinks)
+        scores = scoring(call, visibility.num_keys, backend.ignores)
     for observer in observers:
         observer.measure(call, name, visibility, scores, result[0], prefer)
     if outside:
@@ -339,7 +338,7 @@ def _refuse(module: nn.Module, name: str, options: dict[str, Any]) -> None:
     Raises:
         ValueError: It says what is hidden.
     """
-    if any(options.get(option) is not None for option in PAGED):
+    if is_paged(options):
         raise ValueError(
             "record: continuous batching (generate_batch) hands new keys alone to the attention of "
             f"{type(module).__name__}, and keeps the others in a paged cache; use generate"

@@ -34,11 +34,14 @@ def stack_of(root: nn.Module, module: nn.Module) -> Stack:
     if len(varying) == 1 or (not varying and len(numbers[0]) == 1):
         at = varying[0] if varying else 0
         indices = [of_member[at] for of_member in numbers]
-        num_layers = _length_of_list(root, members[0][0], at)
+        modules = _list_of(root, members[0][0], at)
     else:
-        indices, num_layers = list(range(len(members))), len(members)
+        indices, modules = list(range(len(members))), []
+    num_layers = len(modules) or len(members)
+    with_attention = {number for number, layer in enumerate(modules) if any(map(calls_interface, layer.modules()))}
+    without = tuple(sorted({*range(len(modules))} - with_attention - {*indices}))
     layers = {held: (index, path) for index, (path, held) in zip(indices, members, strict=True)}
-    return Stack(name, layers, max(num_layers, max(indices) + 1), is_cross(name))
+    return Stack(name, layers, max(num_layers, max(indices) + 1), is_cross(name), without)
 
 
 def is_cross(name: str) -> bool:
@@ -87,8 +90,7 @@ def _is_alike(module: nn.Module, other: nn.Module) -> bool:
     return type(module) is type(other) or calls_interface(module)
 
 
-def _length_of_list(root: nn.Module, path: str, at: int) -> int:
-    """How many modules the list holds whose number is the ``at``-th of a path."""
+def _list_of(root: nn.Module, path: str, at: int) -> list[nn.Module]:
+    """The modules of the list whose number is the ``at``-th of a path."""
     match = list(NUMBER.finditer(path))[at]
-    owner = root.get_submodule(path[: match.start()].rstrip("."))
-    return len(list(owner.children()))
+    return list(root.get_submodule(path[: match.start()].rstrip(".")).children())

@@ -84,6 +84,7 @@ class AttentionStats(HubMixin):
         paths: Path of each measured layer's attention module.
         direction: ``"causal"``, ``"bidirectional"``, or ``"cross"`` for keys of another sequence.
         length: Positions that the bins of maps are laid out for [token]; 0 for those of the keys.
+        without_attention: Layers of the model that have no attention, and so no numbers.
     """
 
     values: dict[str, Tensor]
@@ -104,6 +105,7 @@ class AttentionStats(HubMixin):
     paths: tuple[str, ...] = ()
     direction: Direction = "causal"
     length: int = 0
+    without_attention: tuple[int, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -269,6 +271,7 @@ class AttentionStats(HubMixin):
             "stack": self.stack,
             "paths": json.dumps(self.paths),
             "direction": self.direction,
+            "without_attention": json.dumps(self.without_attention),
             "config": json.dumps(self.config.to_json()),
         }
         return xarray.Dataset(variables, coords, about)
@@ -326,7 +329,7 @@ class AttentionStats(HubMixin):
             name: Label(tuple(label["dims"]), label["unit"], label["meaning"], label["source"])
             for name, label in header["labels"].items()
         }
-        for name in ("layers", "heads", "segments", "paths"):
+        for name in ("layers", "heads", "segments", "paths", "without_attention"):
             header[name] = None if header.get(name, ()) is None else tuple(header.get(name, ()))
         positions = (header["first_query"], header.get("first_key", 0))
         if not all(isinstance(index, int) for index in (*header["layers"], *header["heads"], *positions)):

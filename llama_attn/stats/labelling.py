@@ -27,6 +27,7 @@ class Origin:
         stack: Path of the attention modules, with # for the number of the layer.
         paths: Path of each layer's attention module, by layer.
         shard: The heads that this process held; None if it held all.
+        without_attention: Layers of the model that have no attention.
     """
 
     num_layers: int
@@ -35,6 +36,7 @@ class Origin:
     stack: str = ""
     paths: tuple[tuple[int, str], ...] = ()
     shard: HeadShard | None = None
+    without_attention: tuple[int, ...] = ()
 
 
 def label(
@@ -85,6 +87,7 @@ def label(
         stack=origin.stack,
         paths=tuple(path for layer in layers for at, path in origin.paths if at == layer),
         direction=widest.direction,
+        without_attention=origin.without_attention,
         length=sheet.length,
     )
 

@@ -15,8 +15,8 @@ from llama_attn.stats.merge import Group, Measured
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.records import Records
 from llama_attn.stats.scoring import Scoring
-from llama_attn.stats.segments import add_generated
 from llama_attn.stats.selection import HIDDEN, WHERE, wanted_statistics
+from llama_attn.stats.step import Step, token_before
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
 
@@ -29,25 +29,6 @@ LAST = -1
 
 class UnreadableError(ValueError):
     """A model does not show what a statistic is of."""
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """The place of one forward in a run of several.
-
-    Args:
-        first: Queries and keys before this position have been measured [token].
-        rows: Rows of the batch that are still being generated; None for all.
-        prompt: Length of the prompt, whose segments are known [token]; None if the whole row is the prompt.
-        tokens: Token ids of the row, (batch, key), or those of this forward; None if they are not known.
-        earlier_tokens: Token ids of what came before, if this forward goes on with it.
-    """
-
-    first: int = 0
-    rows: Tensor | None = None
-    prompt: int | None = None
-    tokens: Tensor | None = None
-    earlier_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +96,13 @@ class Recorder:
         Raises:
             ValueError: Segments of the wrong shape, or a statistic that this forward cannot give.
         """
-        if (known := self._sights.get(id(visibility))) is not None:
-            return known[1]
+        if (made := self._sights.get(id(visibility))) is not None:
+            return made[1]
         step, config = self.step, self.config
-        segments = self._segments(visibility)
-        tokens = self._tokens(visibility)
+        segments, self.segment_names = step.segments(config, visibility)
+        known = step.known_tokens(visibility)
+        self.known_tokens = self.known_tokens if known is None else known
+        tokens = None if known is None else known[:, visibility.offset :].to(visibility.device)
         statistics = wanted_statistics(config, has_tokens=tokens is not None, alone=step.prompt is None)
         if self.shard is not None:
             self.shard.check(statistics)
@@ -128,51 +111,13 @@ class Recorder:
             raise ValueError(f"query_stride: no query of this call is at a multiple of {config.query_stride}")
         on_blocks = [statistic for statistic in statistics if not statistic.is_norm]
         wanted = Wanted(
-            on_blocks, config, segments, len(self.segment_names or ()), tokens, self._token_before(visibility)
+            on_blocks, config, segments, len(self.segment_names or ()), tokens, token_before(known, visibility)
         )
         whole = measured.num_queries == visibility.num_queries
         norms = frozenset(s.observes for s in statistics) - {"block", *HIDDEN}
-        made = _Sight(measured, statistics, wanted, norms, whole)
-        self._sights[id(visibility)] = visibility, made
-        return made
-
-    def _tokens(self, visibility: Visibility) -> Tensor | None:
-        """Token ids of all keys; those of keys that come from a cache may not be known."""
-        now, before = self.step.tokens, self.step.earlier_tokens
-        if now is None or not visibility.aligned:
-            return None
-        if (
-            before is not None
-            and now.shape[1] + before.shape[1] == visibility.length
-            and visibility.length > now.shape[1]
-        ):
-            now = torch.cat([before.to(now.device), now], dim=1)
-        now = now[:, : visibility.length]
-        if tuple(now.shape) != (visibility.batch, visibility.length):
-            return None
-        self.known_tokens = now
-        return now[:, visibility.offset :].to(visibility.device)
-
-    def _token_before(self, visibility: Visibility) -> Tensor | None:
-        """Token id in front of the first slot, (batch,); None if there is none, −1 for padding."""
-        if not visibility.offset or self.known_tokens is None:
-            return None
-        before = self.known_tokens[:, visibility.offset - 1].to(visibility.device)
-        return before if visibility.dropped is None else torch.where(visibility.dropped > 0, before, -1)
-
-    def _segments(self, visibility: Visibility) -> Tensor | None:
-        prompt, length = self.step.prompt, visibility.offset + visibility.num_keys
-        if prompt is None:
-            # A forward that goes on from a cache may have more tokens than segments were given for.
-            goes_on = visibility.first_query + visibility.offset > 0
-            prompt = min(length, self.config.labelled or length) if goes_on else length
-        segments, names = self.config.segments_of((visibility.batch, prompt), visibility.device)
-        if segments is None or names is None:
-            return None
-        if self.step.prompt is not None or prompt < length:
-            segments, names = add_generated(segments, names, length)
-        self.segment_names = names
-        return segments[:, visibility.offset :]
+        sight = _Sight(measured, statistics, wanted, norms, whole)
+        self._sights[id(visibility)] = visibility, sight
+        return sight
 
     def fused(self, visibility: Visibility, scoring: Scoring, engine: str) -> tuple[Wanted, Visibility] | None:
         """What a backend on ``engine`` may measure from its own blocks; ``None`` if it should measure nothing.

@@ -112,17 +112,17 @@ def token_spans(tokenizer: Any, text: str, ids: Sequence[int]) -> list[Span] | N
     Returns:
         One span per token, empty where a token holds nothing of the text; None if the ids do not make the text.
     """
-    for spelling in _spellings(tokenizer, ids):
-        spans = _laid_along(text, spelling)
+    added = set(getattr(tokenizer, "added_tokens_decoder", ())) | set(getattr(tokenizer, "all_special_ids", ()))
+    special = [token in added for token in ids]
+    for spelling in _spellings(token_strings(tokenizer, ids), special):
+        spans = _laid_along(text, spelling, special)
         if spans is not None:
             return spans
     return _offsets(tokenizer, text, ids) if getattr(tokenizer, "is_fast", False) else None
 
 
-def _spellings(tokenizer: Any, ids: Sequence[int]) -> Iterator[list[bytes]]:
-    """The bytes that every token stands for, by the two alphabets in use; added tokens are text in both."""
-    tokens = token_strings(tokenizer, ids)
-    added = set(getattr(tokenizer, "added_tokens_decoder", ())) | set(getattr(tokenizer, "all_special_ids", ()))
+def _spellings(tokens: list[str], special: list[bool]) -> Iterator[list[bytes]]:
+    """The bytes that every token stands for, by the two alphabets in use; special tokens are text in both."""
     alphabet = byte_alphabet()
 
     def byte_level(token: str) -> bytes:
@@ -134,40 +134,40 @@ def _spellings(tokenizer: Any, ids: Sequence[int]) -> Iterator[list[bytes]]:
         return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
 
     for read in (byte_level, sentence_piece):
-        yield [token.encode() if i in added else read(token) for i, token in zip(ids, tokens, strict=True)]
+        yield [token.encode() if raw else read(token) for token, raw in zip(tokens, special, strict=True)]
 
 
-def _laid_along(text: str, spelling: list[bytes]) -> list[Span] | None:
+def _laid_along(text: str, spelling: list[bytes], special: list[bool]) -> list[Span] | None:
     """Spans of characters, or None if the tokens do not spell the text.
 
-    Two liberties: a token may begin with a space that the text does not have (the one that SentencePiece puts before
-    a text), and spaces of the text that no token has go to the token before (special tokens may swallow them).
+    Two liberties: the first token, or one behind a special token, may begin with a space that the text does not have
+    (SentencePiece puts it there); and spaces beside a special token that no token has (it may swallow them) go to the
+    token before.
     """
     whole = text.encode(errors="surrogatepass")
     character = [i for i, letter in enumerate(text) for _ in letter.encode(errors="surrogatepass")] + [len(text)]
     spans: list[Span] = []
     at = 0
-    for piece in spelling:
+    # Behind the last token stands nothing.
+    for piece, before, here in zip([*spelling, b""], [True, *special], [*special, False], strict=True):
+        end = len(spans) == len(spelling)
+        if not end and before and not whole.startswith(piece, at) and whole.startswith(piece.removeprefix(b" "), at):
+            piece = piece.removeprefix(b" ")
+        if spans and (before or here):
+            skipped = at
+            while whole[skipped : skipped + 1].isspace() and (end or not whole.startswith(piece, skipped)):
+                skipped += 1
+            spans[-1] = (spans[-1][0], character[skipped]) if skipped > at else spans[-1]
+            at = skipped
+        if end:
+            break
         if not whole.startswith(piece, at):
-            if piece.startswith(b" ") and whole.startswith(piece[1:], at):
-                piece = piece[1:]
-            else:
-                skipped = at
-                while whole[skipped : skipped + 1].isspace() and not whole.startswith(piece, skipped):
-                    skipped += 1
-                if not spans or not whole.startswith(piece, skipped):
-                    return None
-                spans[-1] = (spans[-1][0], character[skipped])
-                at = skipped
+            return None
         last = at + len(piece)
         # A token may hold a part of a character only; then it and its neighbour share that character.
         spans.append((character[at], character[last - 1] + 1 if piece else character[at]))
         at = last
-    if whole[at:].strip():
-        return None
-    if spans and at < len(whole):
-        spans[-1] = (spans[-1][0], len(text))
-    return spans if spans or not text else None
+    return spans if at == len(whole) else None
 
 
 def _offsets(tokenizer: Any, text: str, ids: Sequence[int]) -> list[Span] | None:

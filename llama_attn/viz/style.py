@@ -95,7 +95,7 @@ def named_layers(layers: Sequence[int]) -> str:
 def of_layers(dataset: xarray.Dataset) -> str:
     """A line below a figure of all layers that names those without attention; nothing if there are none."""
     absent = without_attention(dataset)
-    return f"\n{named_layers(absent)} without attention" if absent else ""
+    return f"\n{named_layers(absent)} without attention weights" if absent else ""
 
 
 def drawable(token: str) -> str:

@@ -197,7 +197,7 @@ def _layers(row: xarray.Dataset) -> tuple[str, str, Words]:
             f"lowest {at[0]} ({shown(low)}), highest {at[1]} ({shown(high)}). "
         )
     if absent := without_attention(row):
-        words.append(f"The model has no attention in {named_layers(absent)}.")
+        words.append(f"There are no attention weights in {named_layers(absent)}.")
     entropy = evolution.entropy.sel(summary="mean").dropna("layer")
     ends = f"{_number(entropy[0])} → {_number(entropy[-1])}"
     return ends, "nat: mean entropy of the first and of the last measured layer", words

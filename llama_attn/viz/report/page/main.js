@@ -10,7 +10,7 @@ function buildHead() {
   document.title = `Attention report${report.model ? ` · ${report.model}` : ""}`;
   const facts = [
     report.layers.length && `${report.layers.length === report.numLayers ? "" : `${report.layers.length} of `}${report.numLayers} layers`,
-    report.withoutAttention && `${report.withoutAttention} without attention`,
+    report.withoutAttention && `${report.withoutAttention} without attention weights`,
     report.heads.length && `${report.heads.length} heads`, `${report.length.toLocaleString("en")} tokens`,
     report.rows > 1 && `row ${report.row} of ${report.rows}`,
     report.backend && `backend ${report.backend}`, report.engine && `measured by ${report.engine}`,
