@@ -51,7 +51,7 @@ def check_call(query: Tensor, key: Tensor, value: Tensor | None, visibility: Vis
     Raises:
         ValueError: The message names the tensor that does not fit, what was expected and what came.
     """
-    shapes = query.shape, key.shape, None if value is None else value.shape, query.dtype, key.dtype
+    shapes = [(t.shape, t.dtype, t.device) for t in (query, key, value) if t is not None]
     if scoring.plain and visibility.__dict__.get("_fitting") == shapes:
         # The layers of a model make the same call over and over.
         return
