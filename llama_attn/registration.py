@@ -39,8 +39,8 @@ _Entry.__name__ = _Entry.__qualname__ = LlamaForCausalLM.__name__
 _Entry.__module__ = upstream.__name__
 
 
-# Where every model of transformers asks whether an attention implementation suits it.
-_CHECK = "_check_and_adjust_attn_implementation"
+# Where what upstream had is kept beside what stands in its place.
+_ORIGINAL = "_llama_attn_original"
 
 
 def register() -> None:
@@ -50,9 +50,12 @@ def register() -> None:
     Importing the package does it. Doing it twice is the same as doing it once.
     """
     fill_tables()
-    check = getattr(PreTrainedModel, _CHECK)
-    if not hasattr(check, "__wrapped__"):
-        setattr(PreTrainedModel, _CHECK, _refusing(check))
+    for owner, name, refusing in _REFUSALS:
+        function = getattr(owner, name)
+        if not hasattr(function, _ORIGINAL):
+            replaced = refusing(function)
+            setattr(replaced, _ORIGINAL, function)
+            setattr(owner, name, replaced)
     AutoModelForCausalLM.register(LlamaConfig, _Entry, exist_ok=True)
 
 
@@ -62,14 +65,14 @@ def unregister() -> None:
     Models that exist already keep their class; those on a backend of ours need `register` to run again.
     """
     clear_tables()
-    check = getattr(PreTrainedModel, _CHECK)
-    setattr(PreTrainedModel, _CHECK, getattr(check, "__wrapped__", check))
+    for owner, name, _ in _REFUSALS:
+        setattr(owner, name, getattr(getattr(owner, name), _ORIGINAL, getattr(owner, name)))
     if MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.get(LlamaConfig) is _Entry:
         del MODEL_FOR_CAUSAL_LM_MAPPING._extra_content[LlamaConfig]
 
 
-def _refusing(check: Callable[..., str]) -> Callable[..., str]:
-    """Upstream's check, which knows nothing of models that the streaming backends cannot serve."""
+def _refusing_models(check: Callable[..., str]) -> Callable[..., str]:
+    """Upstream's check of an attention implementation, which knows nothing of models that streaming cannot serve."""
 
     @functools.wraps(check)
     def refusing(model: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
@@ -78,3 +81,24 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
         return check(model, attn_implementation, *args, **kwargs)
 
     return refusing
+
+
+def _refusing_statistics(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Upstream's forward, which takes any argument and would drop a request for statistics without a word."""
+
+    @functools.wraps(forward)
+    def refusing(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("output_attention_stats"):
+            raise ValueError(
+                f"output_attention_stats: {type(model).__module__}.{type(model).__qualname__} has no place for them; use "
+                "llama_attn.LlamaForCausalLM, or `with llama_attn.record(model) as recording:` around any model"
+            )
+        return forward(model, *args, **kwargs)
+
+    return refusing
+
+
+_REFUSALS: tuple[tuple[type, str, Callable[[Callable[..., Any]], Callable[..., Any]]], ...] = (
+    (PreTrainedModel, "_check_and_adjust_attn_implementation", _refusing_models),
+    (upstream.LlamaModel, "forward", _refusing_statistics),
+)

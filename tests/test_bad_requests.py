@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import CACHE, tiny_model
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import StaticCache
 from transformers.models.llama import modeling_llama as upstream
 
+import llama_attn
 from llama_attn import AttentionStatsConfig, LlamaForCausalLM
 
 
@@ -259,3 +261,46 @@ def test_a_mask_by_head_where_one_head_sees_nothing(backend, ids):
             rows = torch.arange(0, 37, 2)
             thinned = whole[name].index_select(dims.index("query"), rows)
             torch.testing.assert_close(strided[name][:1], thinned[:1], equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "AutoModel",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoModelForQuestionAnswering",
+    ],
+)
+def test_statistics_that_a_class_of_transformers_would_drop(kind, ids):
+    config = tiny_model().config
+    config.pad_token_id = 0
+    model = getattr(transformers, kind).from_config(config)
+    with pytest.raises(ValueError, match=r"output_attention_stats.*llama_attn\.record"):
+        model(ids, output_attention_stats=True)
+    model(ids, output_attention_stats=False)
+    llama_attn.unregister()
+    try:
+        model(ids, output_attention_stats=True)
+    finally:
+        llama_attn.register()
+
+
+def test_statistics_of_our_class_inside_another(ids):
+    """It would drop them too."""
+    wrapper = transformers.AutoModelForSequenceClassification.from_config(tiny_model().config)
+    wrapper.model, wrapper.config.pad_token_id = tiny_model().model, 0
+    with pytest.raises(ValueError, match=r"LlamaForSequenceClassification.*llama_attn\.record"):
+        wrapper(ids, output_attention_stats=True)
+    with torch.no_grad(), llama_attn.record(wrapper) as recording:
+        wrapper(ids)
+    assert recording.stats["entropy"].shape == (3, 2, 6, 37)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "doge", "beit"])
+def test_streaming_of_a_model_that_it_cannot_serve(model_type):
+    """At load, with what to use instead."""
+    config = transformers.AutoConfig.for_model(model_type)
+    kind = transformers.AutoModel
+    with torch.device("meta"), pytest.raises(ValueError, match=rf"do not serve '{model_type}'.*record"):
+        kind.from_config(config, attn_implementation="streaming")

@@ -217,7 +217,6 @@ def test_tensors_that_do_not_fit(engine, change, message):
             {"block_indices": torch.zeros(2, 9, 3)},
             r"who sees whom in \['block_indices'\], .*; use \"sdpa\" or \"eager\"",
         ),
-        ({"cache": object()}, r"who sees whom in \['cache'\], .*; use \"sdpa\" or \"eager\""),
     ],
 )
 def test_arguments_that_do_not_fit(attend, changes, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,11 +166,25 @@ def test_sizes_that_overflow():
     refused("forward", call, "too large to count")
 
 
+def test_vectors_that_lie_elsewhere():
+    """Refused, and not taken for ones that are not there."""
+    inputs = make_inputs()
+    call = (inputs.query, inputs.key, inputs.value)
+    real = torch.ones(2, 7, dtype=torch.bool, device="meta")
+    visibility = replace(inputs.visibility, real=real, sees=torch.ones(2, 7, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"real_keys: the native engine takes .* on meta"):
+        native.walk(*call, visibility, inputs.scoring)
+    with pytest.raises(ValueError, match=r"sinks: the native engine takes .* on meta"):
+        native.walk(*call, inputs.visibility, replace(inputs.scoring, sinks=torch.zeros(4, device="meta")))
+
+
 def test_what_the_library_does_not_know():
     for tensor in (
         torch.zeros(2, dtype=torch.complex64),
         torch.zeros(2, dtype=torch.int16),
         torch.zeros(1, 1, 1, 1, 1),
+        torch.zeros(2, device="meta"),
+        torch._efficientzerotensor(2),
     ):
         with pytest.raises(ValueError, match="key: the native engine takes up to four axes of"):
             library.Call().put("key", tensor)

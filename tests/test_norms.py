@@ -11,9 +11,9 @@ from conftest import tiny_model
 from hypothesis import given, settings, strategies as st
 from oracle import capture, stock_of
 
-from llama_attn import AttentionStats, AttentionStatsConfig, Statistic, register_statistic
+from llama_attn import AttentionStats, AttentionStatsConfig, Statistic, record, register_statistic
 from llama_attn.analysis import compare, layer_evolution
-from llama_attn.stats.merge import Run, merges
+from llama_attn.stats.merge import merges
 from llama_attn.stats.table import statistics_table
 from llama_attn.viz import plot_layer_profile
 
@@ -129,12 +129,27 @@ def test_a_run_of_several_forwards_has_no_median_of_the_layer(ids):
     assert replayed["hidden_layer_median"].isfinite().all(), "one forward over what was returned"
 
 
-def test_merging_numbers_without_an_axis_to_follow_is_refused():
-    table = statistics_table()
-    assert [name for name, statistic in table.items() if not merges(statistic)] == ["hidden_layer_median"]
-    run = Run(AttentionStatsConfig())
-    with pytest.raises(ValueError, match="hidden_layer_median: forwards cannot be merged"):
-        run.add((table["hidden_layer_median"],), {"hidden_layer_median": torch.ones(4, 2)}, 5)
+def test_forwards_over_one_cache_have_a_median_each(ids):
+    assert [name for name, statistic in statistics_table().items() if not merges(statistic)] == ["hidden_layer_median"]
+    model = tiny_model()
+    config = AttentionStatsConfig(statistics=(), norms=True)
+    with torch.no_grad(), record(model, config) as recording:
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        model(ids[:, 20:], past_key_values=cache)
+    assert "hidden_layer_median" not in recording.stats
+    assert recording.stats["hidden_top"].shape == (4, 2, 37, 8)
+    whole = torch.cat([stats["hidden_top"] for stats in recording.forwards], 2)
+    torch.testing.assert_close(recording.stats["hidden_top"], whole, rtol=0, atol=0)
+    first, second = (stats["hidden_layer_median"] for stats in recording.forwards)
+    assert (first != second).all()
+    with torch.no_grad(), record(model, AttentionStatsConfig(statistics=("entropy", NEW[2]))) as recording:
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        model(ids[:, 20:], past_key_values=cache)
+    with pytest.raises(
+        ValueError, match=r"\['hidden_layer_median'\] are numbers of one forward, .* recording.forwards"
+    ):
+        _ = recording.stats
+    assert [stats.names for stats in recording.forwards] == [("entropy", NEW[2])] * 2
 
 
 @pytest.mark.usefixtures("restored_registry")

@@ -73,18 +73,19 @@ class Call(ctypes.Structure):
         """Describe ``tensor``, which must live until the call has returned.
 
         Raises:
-            ValueError: A dtype that the library does not know, or more than four axes.
+            ValueError: A dtype that the library does not know, more than four axes, or no memory of the CPU.
         """
-        if (kind := TYPES.get(tensor.dtype)) is None or tensor.ndim > 4:
+        kind, size = TYPES.get(tensor.dtype), tensor.shape
+        # A missing address means that there is no such tensor.
+        if kind is None or len(size) > 4 or not tensor.is_cpu or not ((data := tensor.data_ptr()) or 0 in size):
             raise ValueError(
-                f"{name}: the native engine takes up to four axes of {sorted(map(str, TYPES))}, got "
-                f"{tuple(tensor.shape)} of {tensor.dtype}"
+                f"{name}: the native engine takes up to four axes of {sorted(map(str, TYPES))} on the CPU, got "
+                f"{tuple(size)} of {tensor.dtype} on {tensor.device}"
             )
-        size: tuple[int, ...] = tensor.shape
-        stride = tensor.stride()
+        extents = (*size, *tensor.stride())
         if (missing := 4 - len(size)) > 0:
-            size, stride = (*size, *(1,) * missing), (*stride, *(0,) * missing)
-        _PACKED.pack_into(self, _OFFSETS[name], tensor.data_ptr(), kind, *size, *stride)
+            extents = (*size, *(1,) * missing, *tensor.stride(), *(0,) * missing)
+        _PACKED.pack_into(self, _OFFSETS[name], data, kind, *extents)
 
 
 _OFFSETS = {name: getattr(Call, name).offset for name, *_ in Call._fields_}

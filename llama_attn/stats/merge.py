@@ -111,7 +111,17 @@ class Run:
             self._sums[at] = self._added(self._sums[at], group)
 
     def result(self) -> Measured:
-        """The whole run."""
+        """The whole run.
+
+        Raises:
+            ValueError: A statistic was named that several forwards cannot give.
+        """
+        single = [name for name in self._hidden if not merges(self._statistics[name])]
+        if named := [name for name in single if name in self._config.statistics]:
+            raise ValueError(
+                f"statistics: {named} are numbers of one forward, which several cannot be merged into; "
+                "recording.forwards has them"
+            )
         groups = []
         for total, rows in zip(self._sums, self._rows, strict=True):
             raw = dict(total.raw)
@@ -124,7 +134,7 @@ class Run:
         hidden = {
             name: torch.cat(parts, dim=self._statistics[name].dims.index("query"))
             for name, parts in self._hidden.items()
-            if merges(self._statistics[name])
+            if name not in single
         }
         return Measured(tuple(self._statistics.values()), tuple(groups), hidden, tuple(self._engines))
 
