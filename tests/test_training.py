@@ -18,7 +18,7 @@ import torch
 from conftest import tiny_config, tiny_model
 from torch import nn
 from trainers import NAMES, Recorded, attention_logs, dataset, expected, hooks_of, trained, trainer_for
-from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainerCallback
+from transformers import BloomConfig, BloomForCausalLM, Trainer, TrainerCallback
 from transformers.models.llama import LlamaForCausalLM as StockLlama
 
 from llama_attn import AttentionStatsConfig
@@ -301,10 +301,10 @@ def test_every_head_on_request(tmp_path):
 
 
 def test_a_model_without_observable_attention_is_an_error(tmp_path):
-    model = GPTJForCausalLM(
-        GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, bos_token_id=1, eos_token_id=2)
+    model = BloomForCausalLM(
+        BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2)
     )
-    with pytest.raises(ValueError, match="GPTJForCausalLM has no attention that goes through transformers"):
+    with pytest.raises(ValueError, match="BloomForCausalLM has no attention that goes through transformers"):
         trained(model, tmp_path)
     with pytest.raises(ValueError, match=r"layers: unknown \[3\]"):
         trained(tiny_model(), tmp_path, layers=(0, 3))

@@ -5,11 +5,12 @@ Each process measures its own heads, and one collective per statistic brings the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.fsdp import FSDPModule
 
 from llama_attn.stats.table import Statistic
 
@@ -45,8 +46,11 @@ class HeadShard:
     @classmethod
     def is_unknown(cls, attention: Any) -> bool:
         """Whether the weights of a layer that is running are parts, but not by heads as `of_attention` knows them."""
-        placements = [p for w in attention.parameters(recurse=True) for p in getattr(w, "placements", ())]
-        return any(placement.is_shard() for placement in placements) and cls.of_attention(attention) is None
+        if cls.of_attention(attention) is not None or not _shards(attention.parameters()):
+            return False
+        # Parts of the layer that FSDP wraps by themselves are put together when they run, and these have not yet.
+        own = {id(w) for part in attention.modules() if isinstance(part, FSDPModule) for w in part.parameters()}
+        return _shards(w for w in attention.parameters() if id(w) not in own)
 
     def check(self, statistics: Sequence[Statistic]) -> None:
         """Refuse what cannot be put together from statistics of single heads.
@@ -90,3 +94,8 @@ class HeadShard:
     def _by_rank(self, heads: Sequence[int], num_heads: int) -> list[list[int]]:
         held = num_heads // self.size
         return [[head % held for head in heads if head // held == rank] for rank in range(self.size)]
+
+
+def _shards(weights: Iterable[Any]) -> bool:
+    """Whether one of them is held in parts."""
+    return any(placement.is_shard() for weight in weights for placement in getattr(weight, "placements", ()))
