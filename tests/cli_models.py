@@ -8,12 +8,18 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
@@ -25,6 +31,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.models.llama import LlamaConfig, modeling_llama as upstream
 
@@ -97,6 +105,16 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "t5": _t5,
     "t5_encoder": lambda: _t5(T5EncoderModel),
     "llava": _llava,
+    # One layer that is called three times; layers without attention between those with it.
+    "albert": lambda: AlbertModel(AlbertConfig(**SIZES, embedding_size=16)),
+    "lfm2": lambda: Lfm2ForCausalLM(
+        Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "full_attention"], block_multiple_of=16)
+    ),
+    # Attention that nobody can observe, and a model that does not read.
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=len(VOCABULARY), hidden_size=48, n_layer=2, n_head=4)),
+    "vit": lambda: ViTModel(
+        ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=12)
+    ),
 }
 
 
@@ -109,7 +127,7 @@ def save(kind: str, folder: Path) -> Path:
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
-    if kind.startswith("bert"):
+    if "bert" in kind:
         made = tokenizer(
             None, encloses=True, **{name: SPECIAL[name] for name in ("pad_token", "cls_token", "sep_token")}
         )

@@ -52,7 +52,8 @@ def zoo(_zoo, tmp_path):
 
 def run(folder, *arguments, out, fails=False):
     """The statistics that a run leaves, and what it printed; of one that fails, its message."""
-    result = invoke("run", folder, *arguments, "--device", "cpu", "--layers", "0,2", "--out", out)
+    layers = () if "--layers" in arguments else ("--layers", "0,2")
+    result = invoke("run", folder, *arguments, "--device", "cpu", *layers, "--out", out)
     said = " ".join(result.output.split())
     if not fails:
         assert result.exit_code == 0, result.output
@@ -133,6 +134,25 @@ def test_a_model_that_sees_reads_text(zoo, tmp_path):
     # Its template takes parts; what it would leave out of a string is there.
     stats, _ = run(zoo("llava"), "--system", "Be brief", "--user", "Ahoy", out=tmp_path / "chat")
     assert "".join(stats.tokens[0]) == "system:ĠBeĠbriefuser:ĠAhoy"
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("kind", "wanted", "layers"), [("albert", "0,2", (0, 2)), ("lfm2", "0-9", (1, 2)), ("lfm2", "2", (2,))]
+)
+def test_layers_that_show_only_when_they_run(kind, wanted, layers, zoo, tmp_path):
+    """A layer that is called several times; layers without attention are passed over."""
+    folder = zoo(kind)
+    stats, _ = run(folder, "--prompt", TEXT, "--layers", wanted, out=tmp_path / "out")
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")["input_ids"]
+    model = plan_class(folder).from_pretrained(folder).eval()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(ids, output_attentions=True).attentions
+    # Where layers have no attention, transformers lists those that have it.
+    expected = entropies([weights[layer - 3 + len(weights)] for layer in layers])
+    assert stats.layers == layers
+    torch.testing.assert_close(stats["entropy"].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -493,6 +513,13 @@ def test_folders_that_cannot_be_loaded(kind, damage, message, zoo, tmp_path):
             "several --file with --documents",
         ),
         ("bert", [], "the tokenizer has no chat template"),
+        (
+            "bloom",
+            ["--prompt", "x"],
+            "cannot measure BloomForCausalLM: record: BloomForCausalLM has no attention that goes",
+        ),
+        ("vit", ["--prompt", "x"], "transformers has no class that reads text for the model_type 'vit'"),
+        ("lfm2", ["--prompt", "x", "--layers", "0"], "--layers: 0 names no layer with attention; there are 1, 2"),
         ("gpt2", ["--prompt", "x" * 200], "the text has 200 tokens, and the model positions for 128"),
         (
             "gpt2",

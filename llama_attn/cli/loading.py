@@ -7,6 +7,7 @@ that is an error. The class is the one that the checkpoint names, as the AutoMod
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import pickle
 import warnings
 from collections.abc import Collection, Sequence
@@ -41,9 +42,11 @@ DAMAGED = (
     OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError, EOFError, RuntimeError,
     SafetensorError, StrictDataclassError, pickle.UnpicklingError,
 )  # fmt: skip
-# AutoModel classes that take text alone. The first that has the class that a checkpoint names is taken.
+# Models that see, and read as well without a picture.
+SEEING = "AutoModelForImageTextToText"
+# AutoModel classes that take text. The first that has the class that a checkpoint names is taken.
 FAMILIES = (
-    "AutoModelForImageTextToText",
+    SEEING,
     "AutoModelForSeq2SeqLM",
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
@@ -248,21 +251,30 @@ def _choose(config: PreTrainedConfig) -> tuple[str, type[PreTrainedModel]] | tup
         for model_class in classes:
             if model_class.__name__ == _architecture(config):
                 return family, model_class
-    is_encoder = "AutoModelForMaskedLM" in known and not config.is_encoder_decoder and not config.is_decoder
-    order = ["AutoModelForImageTextToText"] + ["AutoModelForSeq2SeqLM"] * config.is_encoder_decoder
-    order += ["AutoModel"] if is_encoder else ["AutoModelForCausalLM", "AutoModelForTextEncoding"]
+    order = [SEEING]
+    if config.is_encoder_decoder:
+        order += ["AutoModelForSeq2SeqLM"]
+    elif "AutoModelForMaskedLM" in known and not config.is_decoder:
+        order += ["AutoModel"]
+    else:
+        order += ["AutoModelForCausalLM", "AutoModelForTextEncoding"]
     for family in order:
         if family in known:
             return family, known[family][0]
     return None, None
 
 
-def _classes_of(family: str, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+def _classes_of(family: str, config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
+    """The classes of a family that read text of such a model."""
     mapping = getattr(modeling_auto, family)._model_mapping
     if type(config) not in mapping:
-        return ()
+        return []
     found = mapping[type(config)]
-    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+    classes = found if isinstance(found, (list, tuple)) else [found]
+    reads = [one for one in classes if one.main_input_name == "input_ids"]
+    # The base of a model that sees takes nothing without a picture.
+    is_base = family in ("AutoModel", "AutoModelForPreTraining")
+    return [one for one in reads if not (is_base and "pixel_values" in inspect.signature(one.forward).parameters)]
 
 
 def _architecture(config: PreTrainedConfig) -> str:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from llama_attn.stats.container import AttentionStats
 
 # What a model that cannot do what is asked of it answers with.
-REFUSALS = (ValueError, RuntimeError, IndexError, ImportError, NotImplementedError, TypeError)
+REFUSALS = (
+    ValueError, RuntimeError, IndexError, KeyError, AttributeError, ImportError, NotImplementedError, TypeError,
+)  # fmt: skip
 # A table of positions may have a few more lines than the context has tokens.
 SPARE_POSITIONS = 8
 
@@ -80,13 +82,21 @@ class Subject:
         return adapter is not None and bool(adapter.is_prompt_learning)
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Layers with attention, in the stacks that text goes through."""
+    def layers(self) -> tuple[int, ...] | None:
+        """Layers with attention, in the stacks that text goes through; None if that shows only when they run.
+
+        So it is in models some of whose layers have no attention, or that use a layer several times. Ends the command
+        if there is no attention to observe.
+        """
+        with _refusals(self.model):
+            record(self.part).check()
+        own = _without_adapter(self.model)
         part = self.part
-        if part is self.model and isinstance(own := _without_adapter(self.model), PreTrainedModel):
+        if part is self.model and isinstance(own, PreTrainedModel):
             part = own.get_decoder()
         found = {name: module for name, module in candidates(part).items() if not is_cross(name)}
-        return tuple(sorted({index for module in found.values() for index in stack_of(part, module).indices}))
+        layers = tuple(sorted({index for module in found.values() for index in stack_of(part, module).indices}))
+        return layers if len(layers) >= getattr(own.config.get_text_config(), "num_hidden_layers", 0) else None
 
     def measure(
         self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: AttentionStatsConfig, new_tokens: int
@@ -102,7 +112,8 @@ class Subject:
         own = _without_adapter(self.model)
         decodes = self.generates and not own.config.is_encoder_decoder
         device = next(self.model.parameters()).device
-        vocabulary = own.get_input_embeddings().num_embeddings
+        with _refusals(own):
+            vocabulary = getattr(own.get_input_embeddings(), "num_embeddings", None)
         inputs = batch(prompt, tokenizer, "left" if decodes else "right", vocabulary)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         _check_length(own, prompt.length + (new_tokens if decodes else 0))

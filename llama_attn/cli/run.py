@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -127,13 +128,12 @@ def run(
     with folder(out):
         loaded = load_model(chosen, attn=attn, dtype=dtype, device=device, adapter=adapter)
         subject = Subject.of(loaded, generates=generate is not None)
-        drawn = [layer for layer in subject.layers if wanted is None or layer in wanted]
-        if not drawn:
-            fail(
-                f"--layers: {layers} names no layer with attention; there are {', '.join(map(str, subject.layers)) or 'none'}"
-            )
-        config = _stats_config(statistics, kind, drawn, tokens.segments, has_ids=not subject.adds_tokens)
+        there = subject.layers
+        chosen_layers = None if there is None else _choose_layers(wanted, there, layers)
+        config = _stats_config(statistics, kind, chosen_layers, tokens.segments, has_ids=not subject.adds_tokens)
         stats, ids = subject.measure(tokens, tokenizer, config, generate or 0)
+        drawn = chosen_layers or _choose_layers(wanted, stats.layers, layers)
+        stats = stats.select(layers=drawn)
         weights = next(loaded.parameters())
         about = f"{subject.name}: {stats.backend} attention, measured by {stats.engine}, {weights.dtype} on {weights.device}"
         if adapter is not None:
@@ -163,6 +163,14 @@ def _parse_layers(layers: str) -> list[int] | None:
             fail(f"--layers: expected something like 0-9, 3,5,7 or all, got {layers!r}")
         chosen.extend(range(int(first), int(last) + 1))
     return list(dict.fromkeys(chosen))
+
+
+def _choose_layers(wanted: list[int] | None, there: Sequence[int], asked: str) -> list[int]:
+    """Those of the layers with attention that are wanted. Ends the command if there is none."""
+    chosen = [layer for layer in there if wanted is None or layer in wanted]
+    if not chosen:
+        fail(f"--layers: {asked} names no layer with attention; there are {', '.join(map(str, there))}")
+    return chosen
 
 
 def _stats_config(

@@ -108,17 +108,17 @@ def tokenize(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     return Prompt(rows, texts.names if len(rows) > 1 else ())
 
 
-def batch(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, side: str, vocabulary: int) -> dict[str, Tensor]:
+def batch(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, side: str, vocabulary: int | None) -> dict[str, Tensor]:
     """The rows side by side, padded on one side, with a mask that hides the padding.
 
     Args:
         prompt: Their tokens.
         tokenizer: Knows which token is padding, if one is.
         side: left or right.
-        vocabulary: How many tokens the model knows; some tokenizers pad with one that it does not.
+        vocabulary: How many tokens the model knows, if that is known; some tokenizers pad with one that it does not.
     """
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    padding = next(token for token in candidates if token is not None and token < vocabulary)
+    padding = next(token for token in candidates if token is not None and (vocabulary is None or token < vocabulary))
     inputs = torch.full((len(prompt.rows), prompt.length), padding)
     mask = torch.zeros_like(inputs)
     for line, row in enumerate(prompt.rows):
