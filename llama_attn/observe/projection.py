@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
@@ -81,6 +82,10 @@ def _asked(layer: nn.Module, channels: int, device: torch.device, dtype: torch.d
     if any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in layer.modules()):
         raise UnreadableError(f"the weight of {type(layer).__name__} is not readable while its dropout is on")
     units = torch.eye(channels, device=device, dtype=dtype)
+    sharded: Any = layer if isinstance(layer, FSDPModule) else None
+    if sharded is not None:
+        # Its weight is in parts until it runs.
+        sharded.unshard()
     try:
         return (layer.forward(units) - layer.forward(torch.zeros_like(units[:1]))).T
     except (RuntimeError, TypeError, NotImplementedError, ValueError, AttributeError) as error:
@@ -88,3 +93,6 @@ def _asked(layer: nn.Module, channels: int, device: torch.device, dtype: torch.d
         raise UnreadableError(
             f"the weight of {type(layer).__name__} is not readable, and asked it says: {message}"
         ) from error
+    finally:
+        if sharded is not None:
+            sharded.reshard()

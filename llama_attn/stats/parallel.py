@@ -49,8 +49,9 @@ class HeadShard:
         if cls.of_attention(attention) is not None or not _shards(attention.parameters()):
             return False
         # Parts of the layer that FSDP wraps by themselves are put together when they run, and these have not yet.
-        own = {id(w) for part in attention.modules() if isinstance(part, FSDPModule) for w in part.parameters()}
-        return _shards(w for w in attention.parameters() if id(w) not in own)
+        units: list[Any] = [part for part in attention.modules() if isinstance(part, FSDPModule)]
+        own = {id(weight) for unit in units for weight in unit.parameters()}
+        return _shards(weight for weight in attention.parameters() if id(weight) not in own)
 
     def check(self, statistics: Sequence[Statistic]) -> None:
         """Refuse what cannot be put together from statistics of single heads.
