@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +186,8 @@ def test_segments_and_selections(name):
 def test_what_is_refused(name):
     entry = NOT_SERVED[name]
     model = entry.build(entry.stock[0])
+    if "get_interface" in Path(inspect.getfile(type(model))).read_text():
+        pytest.skip("this transformers has brought it to the interface")
     with pytest.raises(ValueError, match="record: "), record(model):
         prepare(entry, model, "plain").play()
 
