@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 # The transformers of $(VENV), and others on which the tests must pass as well, beginning with the oldest.
 TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-VERSIONS ?= $(OLDEST) 5.23.0
+VERSIONS ?= $(OLDEST) 5.24.0
 # What no other transformers changes: figures, reports, and engines called by themselves.
 SAME := analysis compare container docs figures gradients native notebook properties report style table threads triton \
 	tutorial viz

@@ -143,7 +143,14 @@ class Course:
         Raises:
             ValueError: One forward calls a layer several times.
         """
-        again = self.hooks.has_entered() if self._brackets else module in self._called
+        again = module in self._called
+        if self.hooks.sees_forwards:
+            again = self.hooks.has_entered()
+        elif again and self._is_shared:
+            raise ValueError(
+                f"record: layers of {self.stack.name!r} share a module, and in a compiled model it cannot be seen where one "
+                "forward ends; record the model as it is"
+            )
         if again and not self._brackets and module is self._last_called:
             raise ValueError(
                 f"record: {type(module).__name__} calls attention several times in one forward (once per image, window "

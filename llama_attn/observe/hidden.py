@@ -44,7 +44,7 @@ class Hooks:
     ) -> None:
         self.root, self.stack, self.course, self.brackets = root, stack, course, brackets
         self.tokens: Tensor | None = None
-        self._has_entered = False
+        self._has_entered = self.sees_forwards = False
         self._handles: list[RemovableHandle] = []
         # Hidden states of layers that have been entered, until the call of their attention says more.
         self.entered: dict[nn.Module, Tensor] = {}
@@ -101,7 +101,7 @@ class Hooks:
 
     def _enter_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not is_replay():
-            self._has_entered = True
+            self._has_entered = self.sees_forwards = True
 
     def _take_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input")
@@ -134,8 +134,9 @@ class Hook:
         self._call = call
 
     def __call__(self, *args: Any) -> None:
-        """See a forward."""
-        self._call(*args)
+        """See a forward; in a compiled graph it would be seen when the graph is over, and told to the next forward."""
+        if not torch.compiler.is_compiling():
+            self._call(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (_nothing,)

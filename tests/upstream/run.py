@@ -1,8 +1,8 @@
 """Run transformers' own model tests on its models and on those that this library observes, and compare the two.
 
-    pip download --no-deps --no-binary :all: transformers==5.24.0
+    pip download --no-deps --no-binary :all: transformers==5.23.0
     pip install parameterized==0.9.0
-    python tests/upstream/run.py transformers-5.24.0.tar.gz [--families llama qwen3] [--classes stock recorded] [-k save]
+    python tests/upstream/run.py transformers-5.23.0.tar.gz [--families llama qwen3] [--classes stock recorded] [-k save]
 
 ``make upstream`` does all of it. The classes are transformers' own (``stock``), the same with every forward and every
 ``generate`` inside ``llama_attn.record`` (``recorded``), and for Llama this library's (``ours``), also with
