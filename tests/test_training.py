@@ -17,7 +17,17 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from torch import nn
-from trainers import NAMES, Recorded, attention_logs, dataset, expected, hooks_of, trained, trainer_for
+from trainers import (
+    CHECKPOINTING,
+    NAMES,
+    Recorded,
+    attention_logs,
+    dataset,
+    expected,
+    hooks_of,
+    trained,
+    trainer_for,
+)
 from transformers import BloomConfig, BloomForCausalLM, Trainer, TrainerCallback
 from transformers.models.llama import LlamaForCausalLM as StockLlama
 
@@ -64,8 +74,8 @@ SETTINGS = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2},
     "bf16": {"bf16": True},
-    "checkpointing": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
-    "reentrant": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+    "checkpointing": {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
+    "reentrant": {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
 }
 SETTINGS["everything"] = SETTINGS["accumulation"] | SETTINGS["bf16"] | SETTINGS["checkpointing"]
 

@@ -8,6 +8,9 @@ from transformers import Trainer, TrainingArguments
 from llama_attn.observe.training import AttentionStatsCallback
 
 NAMES = ("entropy", "max_logit", "sink_mass")
+# What the Trainer calls it since transformers 5.23, and before.
+_FIELDS = TrainingArguments.__dataclass_fields__
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
 
 
 def dataset(rows=16, length=21, padding=True):

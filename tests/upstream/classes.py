@@ -23,15 +23,28 @@ CausalLM = getattr(transformers, FAMILY.causal_lm)
 HEADS = tuple(getattr(transformers, name) for name in FAMILY.heads)
 
 
+class Inside(threading.local):
+    """Whether this thread is in a call that the suite measures."""
+
+    now = False
+
+
+inside = Inside()
+
+
 def observed(forward):
     """``forward`` with statistics in every call. Tests of compilation see upstream's own call."""
 
     @functools.wraps(forward)
     def measured(self, *args, **kwargs):
         # A model that contains this one already measures.
-        if not torch.compiler.is_compiling() and kwargs.get("recorder") is None:
-            kwargs["output_attention_stats"] = True
-        return forward(self, *args, **kwargs)
+        if inside.now or torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        inside.now = True
+        try:
+            return forward(self, *args, **kwargs, output_attention_stats=True)
+        finally:
+            inside.now = False
 
     return measured
 
@@ -40,15 +53,6 @@ def note(line):
     """Add ``line`` to the count of `run.py`; of one system call, since many processes write."""
     with Path(RECORDINGS).open("ab", buffering=0) as file:
         file.write(" ".join(line.split()).encode() + b"\n")
-
-
-class InRecording(threading.local):
-    """Whether this thread is inside a recording of the suite."""
-
-    now = False
-
-
-inside = InRecording()
 
 
 def recorded(method, model_of=lambda self: self):
