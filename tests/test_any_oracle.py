@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from pathlib import Path
 
 import oracle as own
 import pytest
@@ -95,6 +97,8 @@ def check_sums(stack, model, captured, run):
 def test_those_that_are_refused_make_no_call(name):
     entry = NOT_SERVED[name]
     model = entry.build(entry.stock[0])
+    if "get_interface" in Path(inspect.getfile(type(model))).read_text():
+        pytest.skip("this transformers has brought it to the interface")
     with capture(model) as captured:
         prepare(entry, model, "plain").play()
     assert captured.calls == []
