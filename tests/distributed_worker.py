@@ -167,4 +167,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=2)
     CASES[case](directory)
+    # Nobody leaves while another still speaks.
+    distributed.barrier()
     distributed.destroy_process_group()
