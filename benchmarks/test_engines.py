@@ -42,7 +42,7 @@ def test_attention(benchmark, device, model_name):
         for count in (heads, kv_heads, kv_heads)
     )
     scoring, config = Scoring(channels**-0.5), AttentionStatsConfig()
-    visibility = Visibility.of_inputs(batch=1, num_queries=length, offset=0, device=query.device)
+    visibility = Visibility(1, 0, length, query.device)
     wanted = Wanted(wanted_statistics(config, has_tokens=False), config)
 
     def attend():

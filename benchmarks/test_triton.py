@@ -26,7 +26,7 @@ def layer(device, length, head_dim):
         torch.randn(1, heads, length, head_dim, device=device, dtype=torch.bfloat16)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     ]
-    visibility = Visibility.of_inputs(batch=1, num_queries=length, offset=0, device=tensors[0].device)
+    visibility = Visibility(1, 0, length, tensors[0].device)
     config = AttentionStatsConfig()
     return tensors, visibility, Scoring(head_dim**-0.5), Wanted(wanted_statistics(config, has_tokens=False), config)
 

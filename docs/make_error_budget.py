@@ -59,7 +59,7 @@ def errors(layers: list, ids: torch.Tensor, engine: str, dtype: torch.dtype) -> 
     config = AttentionStatsConfig(statistics="all", segments=torch.arange(length)[None] // 8, map_size=16)
     statistics = wanted_statistics(config, has_tokens=True)
     statistics = [s for s in statistics if not s.is_norm and get_engine(engine).knows(s)]
-    visibility = Visibility.of_inputs(batch=1, num_queries=length, offset=0, device=torch.device("cpu"))
+    visibility = Visibility(1, 0, length, torch.device("cpu"))
     wanted = Wanted(statistics, config, config.segments, math.ceil(length / 8), ids)
     worst = dict.fromkeys((s.name for s in statistics), 0.0)
     for layer in layers:

@@ -74,13 +74,9 @@ class AttentionInputs:
     @property
     def visibility(self) -> Visibility:
         """The same in the form that llama_attn's engines take."""
-        return Visibility.of_inputs(
-            batch=self.query.shape[0],
-            num_queries=self.query.shape[2],
-            offset=self.cached,
-            device=self.query.device,
-            attention_mask=self.attention_mask,
-        )
+        mask = self.attention_mask
+        real = None if mask is None or bool(mask.all()) else mask.bool()
+        return Visibility(self.query.shape[0], self.cached, self.key.shape[2], self.query.device, real=real)
 
     def reference(self, config: AttentionStatsConfig | None = None) -> Reference:
         """Attention over these inputs written out in float64 on the CPU."""

@@ -126,9 +126,7 @@ def test_a_mask_of_the_users_own(kind, heads):
         mask = bias.to(torch.bfloat16) if kind == "bfloat16" else bias
     if kind == "transposed":
         mask = mask.mT
-    visibility = Visibility.of_inputs(
-        batch=2, num_queries=70, offset=0, device=torch.device("cpu"), attention_mask=mask
-    )
+    visibility = Visibility.of_mask(mask, batch=2, device=torch.device("cpu"))
     inputs = make_inputs(heads=heads[0], kv_heads=heads[1], queries=70, dtype=torch.float64)
     compare(inputs, visibility)
 

@@ -106,18 +106,18 @@ def cases(draw, dtypes=(torch.float64,), cached=True, causal=None, padded=True):
     kind = draw(st.sampled_from(["plain", "padded", "packed"] if padded else ["plain", "packed"]))
     real = sequences = None
     if kind == "padded":
-        real = torch.ones(batch, keys, dtype=torch.long)
+        real = torch.ones(batch, keys, dtype=torch.bool)
         for row in range(batch):
-            real[row, : draw(st.integers(0, keys))] = 0
-            real[row, keys - draw(st.integers(0, keys)) :] = 0
+            real[row, : draw(st.integers(0, keys))] = False
+            real[row, keys - draw(st.integers(0, keys)) :] = False
+        real = None if bool(real.all()) else real
     if kind == "packed" and offset == 0:
         starts = torch.rand(batch, keys, generator=generator) < 0.15
         sequences = starts.long().cumsum(-1)
     bidirectional = kind != "packed" and offset == 0 and causal is not True and draw(st.booleans())
-    visibility = Visibility.of_inputs(
-        batch=batch, num_queries=queries, offset=offset, device=torch.device("cpu"), attention_mask=real,
-        sequence=sequences, causal=not bidirectional,
-    )  # fmt: skip
+    visibility = Visibility(
+        batch, offset, keys, torch.device("cpu"), causal=not bidirectional, real=real, sequence=sequences
+    )
     config = AttentionStatsConfig(
         statistics="all", sink_tokens=draw(st.integers(1, 5)), window=draw(st.integers(1, 50)),
         top_k=draw(st.integers(1, 12)), map_size=draw(st.integers(1, 70)),

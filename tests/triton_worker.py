@@ -81,10 +81,8 @@ class Case:
         self.sequences = None
         if packed:
             self.sequences = (torch.rand(batch, keys, generator=generator) < 0.05).long().cumsum(-1)
-        whole = Visibility.of_inputs(
-            batch=batch, num_queries=queries, offset=cached, device=torch.device("cpu"),
-            attention_mask=mask if padding else None, causal=causal,
-        )  # fmt: skip
+        real = None if bool(mask.all()) else mask.bool()
+        whole = Visibility(batch, cached, keys, torch.device("cpu"), causal, real=real)
         self.visibility = replace(whole, sequence=self.sequences).measured(stride=stride)
         # Wide enough that some rows attend to one key and others to many.
         self.query = 2 * draw(heads, queries)[:, :, self.visibility.query_positions - cached]
@@ -348,9 +346,7 @@ def test_what_it_refuses(changes, message):
 def test_it_refuses_a_mask_of_the_users_own():
     case = Case(torch.float32, queries=3)
     mask = torch.ones(2, 1, 3, 3, dtype=torch.bool)
-    case.visibility = Visibility.of_inputs(
-        batch=2, num_queries=3, offset=0, device=torch.device("cpu"), attention_mask=mask
-    )
+    case.visibility = Visibility.of_mask(mask, batch=2, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"attention_mask: .*\(2, 1, 3, 3\).*streaming_torch"):
         case.walk()
 

@@ -25,58 +25,6 @@ class Visibility(Spans):
     """
 
     @classmethod
-    def of_inputs(
-        cls,
-        *,
-        batch: int,
-        num_queries: int,
-        offset: int,
-        device: torch.device,
-        attention_mask: Tensor | None = None,
-        sequence: Int[Tensor, "batch key"] | None = None,
-        causal: bool = True,
-        static: bool = False,
-    ) -> Visibility:
-        """Describe one forward.
-
-        Args:
-            batch: Number of rows.
-            num_queries: Tokens fed in this call.
-            offset: Tokens already in the cache.
-            device: Where to keep the vectors.
-            attention_mask: (batch, offset + num_queries), non-zero for real tokens, or the user's 4-D mask.
-            sequence: Packed sequence of every token, if the backend honours packing in this call.
-            causal: False for ``is_causal=False``.
-            static: Whether keys lie in a static cache, whose mask may be longer or shorter than its filled part.
-
-        Raises:
-            ValueError: A mask of the wrong shape.
-        """
-        num_keys = offset + num_queries
-        if attention_mask is None:
-            return cls(batch, offset, num_keys, device, causal, sequence=sequence)
-        if attention_mask.ndim == 4:
-            mask = attention_mask[..., :num_keys] if static else attention_mask
-            if mask.shape[0] not in (1, batch) or mask.shape[-2:] != (num_queries, num_keys):
-                raise ValueError(
-                    f"attention_mask: expected (batch={batch}, heads or 1, queries={num_queries}, keys={num_keys}), "
-                    f"got {tuple(attention_mask.shape)}"
-                )
-            return cls.of_mask(mask, batch=batch, device=device)
-        too_short = attention_mask.shape[-1] < num_keys and not static
-        too_long = attention_mask.shape[-1] > num_keys and not static
-        if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or too_short or too_long:
-            raise ValueError(
-                f"attention_mask: expected (batch={batch}, keys={num_keys}), got {tuple(attention_mask.shape)}"
-            )
-        real = attention_mask[:, :num_keys].to(device=device, dtype=torch.bool)
-        if real.shape[1] < num_keys:
-            real = torch.nn.functional.pad(real, (0, num_keys - real.shape[1]))
-        # A compiled graph does not look at values.
-        all_real = not torch.compiler.is_compiling() and bool(real.all())
-        return cls(batch, offset, num_keys, device, causal, real=None if all_real else real)
-
-    @classmethod
     def of_mask(
         cls,
         mask: Shaped[Tensor, "_ _ query key"],
