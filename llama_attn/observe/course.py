@@ -131,7 +131,7 @@ class Course:
         self._device = torch.device("cpu")
         # A forward ends where a module is called again. Where one forward calls a module several times, it ends where
         # the model that holds it begins another.
-        self._is_shared = any(is_shared(root, module) for module in stack.layers)
+        self._is_shared = is_shared(root, stack)
         self._brackets = self._is_shared or len(stack.layers) == 1
         self.hooks = Hooks(root, stack, config, self, brackets=self._brackets)
 

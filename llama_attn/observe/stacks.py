@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
@@ -64,9 +65,10 @@ def calls_interface(module: nn.Module) -> bool:
     return "get_interface" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
-def is_shared(root: nn.Module, module: nn.Module) -> bool:
+def is_shared(root: nn.Module, stack: Stack) -> bool:
     """Whether a layer stands at several places of the model, so that one forward calls it several times."""
-    return sum(held is module for _, held in root.named_modules(remove_duplicate=False)) > 1
+    places = Counter(module for _, module in root.named_modules(remove_duplicate=False) if module in stack.layers)
+    return max(places.values(), default=0) > 1
 
 
 def layer_modules(root: nn.Module, stack: Stack) -> Iterator[tuple[int, nn.Module]]:
