@@ -79,6 +79,17 @@ def test_one_forward(model):
     assert (stats.layers, stats.num_layers, stats.direction, stats.backend) == ((0, 1, 2), 3, "causal", "sdpa")
 
 
+def test_each_statistic_by_itself(model):
+    """What a layer is looked at for does not depend on what else was asked for."""
+    whole = measured(model, AttentionStatsConfig(statistics="all", norms=True))
+    names = [name for name in whole.names if name not in ("visible_keys", "visible_queries")]
+    assert {"entropy", "hidden_top", "hidden_norm", "key_norm", "value_output_norm", "induction"} <= set(names)
+    for name in names:
+        alone = measured(model, AttentionStatsConfig(statistics=(name,), norms=False))
+        assert name in alone.names
+        assert relative_error(alone[name], whole[name]) <= 1e-5, name
+
+
 def test_several_forwards_that_are_no_run(model):
     with record(model) as recording:
         run(model)

@@ -22,7 +22,7 @@ from llama_attn.stats.merge import Measured
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.recorder import LAST, Recorder, Share
 from llama_attn.stats.scoring import Scoring
-from llama_attn.stats.selection import named, sees_states
+from llama_attn.stats.selection import sees_outputs, sees_states
 from llama_attn.stats.spans import VECTORS
 from llama_attn.stats.step import Step
 from llama_attn.stats.table import Statistic
@@ -101,7 +101,7 @@ class Forward:
         # Whether it is part of a graph that is being compiled, and sees its calls there.
         self.is_traced = torch.compiler.is_compiling()
         self.sees_states = sees_states(config)
-        self._sees_outputs = any(statistic.observes == "value_output" for statistic in named(config))
+        self._sees_outputs = sees_outputs(config)
         self._calls = 0
         # Queries that have attended to the same keys of another sequence before.
         self.queries_before = 0
@@ -121,6 +121,10 @@ class Forward:
     def wants(self, module: nn.Module) -> bool:
         """Whether a call of ``module`` is measured: never when the forward is over, or runs again for the backward."""
         return not self.is_closed and self.layer_of(module) in self.layers and not is_replay()
+
+    def for_call(self, module: nn.Module) -> Forward | None:
+        """Itself, if the call that ``module`` makes now is to be measured."""
+        return self if self.wants(module) else None
 
     def count_call(self, module: nn.Module, *, from_zero: bool) -> None:
         """Take one more call of a module that a forward calls several times: each is a layer, in the order of calls.

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from llama_attn.observe.forward import Forward, Stack, is_replay
 from llama_attn.observe.stacks import layer_modules
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.selection import named
+from llama_attn.stats.selection import named, sees_outputs, sees_states
 from llama_attn.stats.visibility import Visibility
 
 
@@ -42,7 +42,7 @@ class Hooks:
     def __init__(
         self, root: nn.Module, stack: Stack, config: AttentionStatsConfig, course: Course, *, brackets: bool
     ) -> None:
-        self.root, self.stack, self.course, self.brackets = root, stack, course, brackets
+        self.root, self.course = root, course
         self.tokens: Tensor | None = None
         self._has_entered = self.sees_forwards = False
         self._handles: list[RemovableHandle] = []
@@ -50,10 +50,9 @@ class Hooks:
         self.entered: dict[nn.Module, Tensor] = {}
         self._pending: _Output | None = None
         # The layer that holds each attention module; one that reports its hidden states itself is not asked twice.
+        holders = zip(stack.layers, layer_modules(root, stack), strict=False) if sees_states(config) else ()
         self._holder_of = {
-            module: holder
-            for module, (_, holder) in zip(stack.layers, layer_modules(root, stack), strict=False)
-            if _wants(config, "hidden") and not getattr(holder, "is_observed", False)
+            module: holder for module, (_, holder) in holders if not getattr(holder, "is_observed", False)
         }
         if brackets:
             self._on_forward(_owner(root, stack), self._enter_forward)
@@ -63,7 +62,7 @@ class Hooks:
             self._on_forward(holder, self._enter_layer)
         if self._holder_of:
             self._handles.append(self._last_layer().register_forward_hook(Hook(self._leave_layer), with_kwargs=True))
-        if _wants(config, "value_output"):
+        if sees_outputs(config):
             for leaf in _leaves(root, stack):
                 self._on_forward(leaf, self._enter_leaf)
 
@@ -158,10 +157,6 @@ class _Output:
         if states.shape[-1] != self._output.shape[-1] or states.numel() != self._output.numel():
             return False
         return torch.equal(states.detach().reshape(self._output.shape), self._output)
-
-
-def _wants(config: AttentionStatsConfig, observes: str) -> bool:
-    return any(statistic.observes == observes for statistic in named(config))
 
 
 def _wants_tokens(config: AttentionStatsConfig) -> bool:

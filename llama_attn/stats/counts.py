@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from llama_attn.stats.visibility import Visibility
 
 Direction = Literal["causal", "bidirectional", "cross"]
+VECTORS = ("real_queries", "real_keys", "visible_keys", "visible_queries_per_head")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,17 +103,15 @@ class Counts:
 
     def to(self, device: torch.device) -> Counts:
         """The same on ``device``."""
-        names = ("real_queries", "real_keys", "visible_keys", "visible_queries_per_head")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return replace(self, **{name: getattr(self, name).to(device) for name in VECTORS})
 
     def equals(self, other: Counts) -> bool:
         """Whether both say the same, so that one of them is enough."""
         if self is other:
             return True
         places = (self.first_query, self.stride, self.offset, self.direction)
-        names = ("real_queries", "real_keys", "visible_keys", "visible_queries_per_head")
         return places == (other.first_query, other.stride, other.offset, other.direction) and all(
-            torch.equal(getattr(self, name), getattr(other, name).to(getattr(self, name).device)) for name in names
+            torch.equal(getattr(self, name), getattr(other, name).to(getattr(self, name).device)) for name in VECTORS
         )
 
     def followed_by(self, other: Counts) -> Counts:

@@ -160,10 +160,9 @@ class Recorder:
         self, layer: int, visibility: Visibility, heads: tuple[int, int], raw: Mapping[str, Tensor], engine: str
     ) -> None:
         """Keep what ``engine`` has measured in ``layer``."""
-        self.heads_held[layer] = heads[0] * (1 if self.shard is None else self.shard.size)
+        self._belongs(layer, visibility, heads)
         self.records.put(layer, raw)
         self.engines[engine] = None
-        self._belongs(layer, visibility, heads)
 
     def measure(
         self,
@@ -189,9 +188,7 @@ class Recorder:
                 None if it is not known (yet).
             prefer: Engine to measure with if the configuration names none.
         """
-        sight, shard = self.sight(visibility), self.shard
-        held, kv_held = query.shape[1], key.shape[1]
-        self.heads_held[layer] = held * (1 if shard is None else shard.size)
+        sight, held, kv_held = self.sight(visibility), query.shape[1], key.shape[1]
         self._belongs(layer, visibility, (held, kv_held))
         shares = self._shares(sight, visibility, scoring, prefer)
         missing = {e: share for e, share in shares.items() if not self.records.has(share.statistics[0].name, layer)}
@@ -353,6 +350,8 @@ class Recorder:
         return heads if self.shard is None else self.shard.local(heads, self.heads_held[layer])
 
     def _belongs(self, layer: int, visibility: Visibility, heads: tuple[int, int]) -> None:
+        """Remember how many heads a layer has, and which others see the same."""
+        self.heads_held[layer] = heads[0] * (1 if self.shard is None else self.shard.size)
         layers = self._groups.setdefault((id(visibility), *heads), [])
         if layer not in layers:
             layers.append(layer)

@@ -10,8 +10,7 @@ from llama_attn.stats.table import Statistic, statistics_table
 HIDDEN = ("hidden", "hidden_real")
 # What a model may not show, in words.
 WHERE = {
-    "hidden": "the residual stream that enters each layer, (batch, token, channel)",
-    "hidden_real": "the residual stream that enters each layer, (batch, token, channel)",
+    **dict.fromkeys(HIDDEN, "the residual stream that enters each layer, (batch, token, channel)"),
     "value_output": "an output projection that takes the attention's output as it is",
 }
 
@@ -25,6 +24,11 @@ def named(config: AttentionStatsConfig) -> list[Statistic]:
 def sees_states(config: AttentionStatsConfig) -> bool:
     """Whether hidden states are measured."""
     return any(statistic.observes in HIDDEN for statistic in named(config))
+
+
+def sees_outputs(config: AttentionStatsConfig) -> bool:
+    """Whether what stands behind the output projection is measured."""
+    return any(statistic.observes == "value_output" for statistic in named(config))
 
 
 def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: bool = True) -> tuple[Statistic, ...]:
@@ -48,13 +52,13 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: 
     for name, statistic in statistics_table().items():
         possible = have[statistic.needs]
         if statistic.is_norm:
-            named = config.statistics != "all" and name in config.statistics
-            if named and not alone and not merges(statistic):
+            is_named = config.statistics != "all" and name in config.statistics
+            if is_named and not alone and not merges(statistic):
                 raise ValueError(
                     f"statistics: {name!r} is a number of one forward, which the steps of generate cannot be merged "
                     "into; leave it out, or measure one forward over the finished sequence"
                 )
-            wanted = named or (config.norms and (alone or merges(statistic)))
+            wanted = is_named or (config.norms and (alone or merges(statistic)))
         elif statistic.needs == "segments" and config.segments is not None:
             wanted = True
         else:
