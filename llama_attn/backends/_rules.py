@@ -232,13 +232,16 @@ def scoring(call: AttentionCall, num_keys: int, ignores: Collection[str] = ()) -
         ignores: Arguments that the backend knows nothing of.
     """
     options = {name: value for name, value in call.options.items() if name not in ignores} if ignores else call.options
-    scale, bias, sinks = options.get("scaling"), options.get("position_bias"), options.get("s_aux")
+    scale, bias, softcap = (options.get(name) for name in ("scaling", "position_bias", "softcap"))
+    sinks = options.get("s_aux")
     sinks = options.get("sinks") if sinks is None else sinks
-    if bias is None and sinks is None and options.get("softcap") is None and not torch.compiler.is_compiling():
-        return _plain(call.query.shape[-1] ** -0.5 if scale is None else float(scale))
+    if scale is None:
+        scale = call.query.shape[-1] ** -0.5
+    if bias is None and sinks is None and softcap is None and not torch.compiler.is_compiling():
+        return _plain(float(scale))
     return Scoring(
-        scale=call.query.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=call.options.get("softcap"),
+        scale=scale,
+        softcap=softcap,
         position_bias=None if bias is None else bias[..., :num_keys],
         sinks=sinks,
     )
@@ -249,6 +252,11 @@ def is_paged(options: Mapping[str, Any]) -> bool:
     # Other caches may come by the same name, of which the keys already are.
     paged = type(options.get("cache")).__name__ == "PagedAttentionCache"
     return paged or any(options.get(name) is not None for name in ("read_index", "block_table"))
+
+
+def unknown_ways(options: Mapping[str, Any]) -> list[str]:
+    """Arguments in which a layer says who sees whom to backends that it does not know, or holds back keys."""
+    return [name for name in ("indices", "block_indices") if options.get(name) is not None]
 
 
 @cache

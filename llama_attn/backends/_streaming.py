@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from transformers.masking_utils import sdpa_mask
 
 from llama_attn.backends._masks import MaskRequest
-from llama_attn.backends._rules import AttentionCall, by_mask, by_request, is_paged, scoring, without_mask
+from llama_attn.backends._rules import (
+    AttentionCall,
+    by_mask,
+    by_request,
+    is_paged,
+    scoring,
+    unknown_ways,
+    without_mask,
+)
 from llama_attn.engines import ENGINES
 from llama_attn.engines._fused import fused
 from llama_attn.stats.spans import UNSEEN_BIAS
@@ -18,8 +26,6 @@ from llama_attn.stats.visibility import Visibility
 
 # Backends that read one another's masks.
 STREAMING_BACKENDS = ("streaming", *(f"streaming_{engine}" for engine in ENGINES))
-# Ways in which models say who sees whom to implementations that they do not know.
-UNKNOWN_WAYS = ("indices", "block_indices")
 _BY_NAME = "it makes the masks of its layers for eager and sdpa only, and hides nothing under other names"
 _READS_MASK = "it computes with the mask itself, which is no matrix here"
 # Models that are refused when they are loaded, by type, and why.
@@ -92,8 +98,6 @@ def attend_with(engine: str | None) -> Callable[..., tuple[Tensor, None]]:
         output, _ = fused(query, key, value, visibility, scoring(call, visibility.num_keys), engine=engine, wanted=None)
         return output, None
 
-    # What an observer calls in its place, to take statistics from the same blocks.
-    attend.engine = engine  # type: ignore[attr-defined]
     return attend
 
 
@@ -124,9 +128,9 @@ def streaming_call(
             "attn_implementation: continuous batching keeps keys in a paged cache, which the streaming backends do not "
             'know; use "sdpa" or "eager"'
         )
-    if given := [name for name in UNKNOWN_WAYS if options.get(name) is not None]:
+    if unknown := unknown_ways(options):
         raise ValueError(
-            f"attn_implementation: {type(module).__name__} says who sees whom in {given}, which the streaming backends "
+            f"attn_implementation: {type(module).__name__} says who sees whom in {unknown}, which the streaming backends "
             'do not know; use "sdpa" or "eager"'
         )
     if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point() and attention_mask.requires_grad:

@@ -12,8 +12,8 @@ __all__ = ["ACCEPTS_MASKS_OF", "IGNORES", "attend", "mask", "sees", "unavailable
 mask = None
 # It adds the float masks of eager; with eager the causal mask is never left out.
 ACCEPTS_MASKS_OF = ("sdpa", "eager")
-# It is given learned sinks, and before transformers 5.21 soft-caps, and knows nothing of them.
-IGNORES = ("s_aux", "sinks", "softcap")
+# It is given learned sinks, and knows nothing of them; soft-caps it refuses itself.
+IGNORES = ("s_aux", "sinks")
 
 
 def sees(call: AttentionCall) -> Visibility:

@@ -17,8 +17,6 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
-from llama_attn.backends._rules import AttentionCall
-from llama_attn.backends.registry import Backend
 from llama_attn.observe.forward import Forward
 from llama_attn.observe.interface import TRANSFORMERS_OWN, unwatch, watch
 from llama_attn.observe.outputs import GenerateBeamOutputWithAttentionStats, GenerateOutputWithAttentionStats
@@ -27,12 +25,9 @@ from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.labelling import label
 from llama_attn.stats.merge import Run
-from llama_attn.stats.recorder import Share
-from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.segments import add_generated
 from llama_attn.stats.selection import sees_states
 from llama_attn.stats.step import Step
-from llama_attn.stats.visibility import Visibility
 
 SERVED = (
     GenerationMode.GREEDY_SEARCH,
@@ -130,11 +125,11 @@ class GenerationSession:
 
     # What the interface asks of an observer.
 
-    def wants(self, module: nn.Module) -> bool:
-        """Whether a call of ``module`` is to be measured."""
+    def for_call(self, module: nn.Module) -> Forward | None:
+        """The forward that measures the call that ``module`` makes now, if it is to be measured."""
         forward = self._current(module)
         self._called.add(module)
-        return forward.wants(module)
+        return forward.for_call(module)
 
     def enter_layer(self, module: nn.Module, states: Tensor) -> None:
         """Take the hidden states that come to the layer of ``module``."""
@@ -144,42 +139,11 @@ class GenerationSession:
         """The forward that runs; a module that was called in it begins the next."""
         return self._next() if self._forward is None or module in self._called else self._forward
 
-    def visibility(self, call: AttentionCall, backend: Backend) -> Visibility:
-        """Who sees whom."""
-        return self._running.visibility(call, backend)
-
-    def fused(
-        self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
-    ) -> Share | None:
-        """What to measure in the blocks of a streaming backend."""
-        return self._running.fused(call, name, visibility, scores, engine)
-
-    def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:
-        """Keep what was measured there."""
-        self._running.put(call, visibility, raw, engine)
-
-    def measure(
-        self,
-        call: AttentionCall,
-        name: str,
-        visibility: Visibility,
-        scores: Scoring,
-        output: Tensor,
-        prefer: str | None,
-    ) -> None:
-        """Measure the call, beside its backend what the backend has not."""
-        self._running.measure(call, name, visibility, scores, output, prefer)
-
     def leave_layer(self, module: nn.Module, states: Tensor) -> None:
         """Take the output of the layer of ``module``."""
-        self._running.leave_layer(module, states)
-
-    @property
-    def _running(self) -> Forward:
-        """The forward that runs."""
         if self._forward is None:
-            raise RuntimeError("generate: a layer was called outside of a forward")
-        return self._forward
+            raise RuntimeError("generate: a layer was left outside of a forward")
+        self._forward.leave_layer(module, states)
 
 
 _session: ContextVar[GenerationSession | None] = ContextVar("session", default=None)

@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_attn.backends._masks import MaskRequest
-from llama_attn.backends._rules import AttentionCall, is_paged, scoring
+from llama_attn.backends._rules import AttentionCall, is_paged, scoring, unknown_ways
 from llama_attn.backends._streaming import streaming_call
 from llama_attn.backends.registry import Backend, rule_of
 from llama_attn.engines import choose_engine
@@ -33,20 +33,10 @@ TRANSFORMERS_OWN = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
 TENSORS = ("query", "key", "value", "attention_mask")
 # Where a mask carries the request that it was made for.
 REQUEST = "_llama_attn_request"
-# Keyword arguments in which some layers say who sees whom to backends that they do not know, or hold back keys.
-UNKNOWN = ("indices", "block_indices")
 
 
-class Observer(Protocol):
-    """What watches attention layers."""
-
-    # Whether it is part of the graph that is being compiled.
-    is_traced: bool
-    # Whether it is to be shown hidden states.
-    sees_states: bool
-
-    def wants(self, module: nn.Module) -> bool:
-        """Whether a call of ``module`` is to be measured; asked once per call."""
+class CallObserver(Protocol):
+    """What measures attention calls."""
 
     def visibility(self, call: AttentionCall, backend: Backend) -> Visibility | None:
         """Who sees whom in the call, the same object for calls that see the same; None to leave it."""
@@ -70,6 +60,18 @@ class Observer(Protocol):
     ) -> None:
         """Measure the call, beside its backend what the backend has not."""
 
+
+class Observer(Protocol):
+    """What watches attention layers."""
+
+    # Whether it is part of the graph that is being compiled.
+    is_traced: bool
+    # Whether it is to be shown hidden states.
+    sees_states: bool
+
+    def for_call(self, module: nn.Module) -> CallObserver | None:
+        """What measures the call that ``module`` makes now, if it is to be measured; asked once per call."""
+
     def enter_layer(self, module: nn.Module, states: Tensor) -> None:
         """Take the hidden states that come to the layer of ``module``, where that layer shows them itself."""
 
@@ -83,7 +85,6 @@ _cross: dict[int, None] = {}
 # Those who are shown hidden states.
 _seeing: dict[int, Observer] = {}
 _shadowed: dict[int, tuple[Any, int]] = {}
-_lock = threading.RLock()
 
 
 class _Notes(threading.local):
@@ -192,14 +193,13 @@ def _shadow(interface: Any) -> None:
 
         def observed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             everyone = _watched.get(id(module), ())
-            if not torch.compiler.is_compiling():
-                observers = [observer for observer in everyone if observer.wants(module)]
-                if not observers:
-                    return attend(module, *args, **kwargs)
-                return _observe(observers, attend, name or "eager", module, args, kwargs, False)
-            # Outside a graph that is being compiled nobody can be asked.
-            outside = not all(observer.is_traced for observer in everyone)
-            observers = [observer for observer in everyone if observer.is_traced and observer.wants(module)]
+            outside = False
+            if torch.compiler.is_compiling():
+                # Outside a graph that is being compiled nobody can be asked.
+                outside = not all(observer.is_traced for observer in everyone)
+                everyone = tuple(observer for observer in everyone if observer.is_traced)
+            asked = [observer.for_call(module) for observer in everyone]
+            observers = [observer for observer in asked if observer is not None]
             if not observers and not outside:
                 return attend(module, *args, **kwargs)
             return _observe(observers, attend, name or "eager", module, args, kwargs, outside)
@@ -266,7 +266,7 @@ def _request_of(mask: Any, module: nn.Module, num_queries: int, num_slots: int) 
 
 
 def _observe(
-    observers: list[Observer],
+    observers: list[CallObserver],
     attend: Callable[..., Any],
     name: str,
     module: nn.Module,
@@ -282,7 +282,6 @@ def _observe(
         given = dict(zip(TENSORS, args, strict=False))
         query, key, value, mask = (given[n] if n in given else options.pop(n, None) for n in TENSORS)
     backend = rule_of(name)
-    request = _request_of(mask, module, query.shape[2], key.shape[2])
     cross = is_cross(module)
     first = observers[0] if observers else None
     if backend.is_streaming:
@@ -300,6 +299,7 @@ def _observe(
         result: Any = output, None
     else:
         _refuse(module, name, options)
+        request = _request_of(mask, module, query.shape[2], key.shape[2])
         call = AttentionCall(module, query, key, value, mask, options, request, cross)
         # Before anything has run, so that what cannot be measured is refused at once.
         known = first.visibility(call, backend) if first else backend.sees(call)
@@ -319,10 +319,9 @@ def _tell(call: AttentionCall, name: str, scores: Scoring, output: Tensor, prefe
     """Tell those outside of a compiled graph of a call in it."""
     backend = rule_of(name)
     for observer in watching(call.module):
-        if not observer.is_traced and observer.wants(call.module):
-            visibility = observer.visibility(call, backend)
-            if visibility is not None:
-                observer.measure(call, name, visibility, scores, output, prefer)
+        measuring = None if observer.is_traced else observer.for_call(call.module)
+        if measuring is not None and (visibility := measuring.visibility(call, backend)) is not None:
+            measuring.measure(call, name, visibility, scores, output, prefer)
 
 
 def _tell_states(module: nn.Module, states: Tensor, entering: bool) -> None:
@@ -346,8 +345,7 @@ def _refuse(module: nn.Module, name: str, options: dict[str, Any]) -> None:
             "record: continuous batching (generate_batch) hands new keys alone to the attention of "
             f"{type(module).__name__}, and keeps the others in a paged cache; use generate"
         )
-    unknown = [option for option in UNKNOWN if options.get(option) is not None]
-    if unknown and name not in ("eager", "sdpa"):
+    if (unknown := unknown_ways(options)) and name not in ("eager", "sdpa"):
         raise ValueError(
             f"record: {type(module).__name__} says who sees whom in {unknown} under {name!r}, which is not known; "
             'use attn_implementation="eager" or "sdpa"'

@@ -166,22 +166,22 @@ class Recording:
 
     # What the interface asks of an observer.
 
-    def wants(self, module: nn.Module) -> bool:
-        """Whether a call of ``module`` is to be measured."""
+    def for_call(self, module: nn.Module) -> Self | None:
+        """Itself, if the call that ``module`` makes now is to be measured."""
         name = self._names[module]
         if self._state != "open" or is_replay() or self._chosen not in (None, name):
-            return False
+            return None
         if name not in self._courses:
             # Its code did not show that it would ask the interface.
             self._courses[name] = Course(self._module, stack_of(self._module, module), self._config, self._model)
         course, self._seen[name] = self._courses[name], None
         if course.refusal is not None:
-            return False
+            return None
         try:
-            return course.enter(module)
+            return self if course.enter(module) else None
         except ValueError as error:
             self._refuse(course, error)
-            return False
+            return None
 
     def visibility(self, call: AttentionCall, backend: Backend) -> Visibility | None:
         """Who sees whom; None if that cannot be told in a stack that may not be the one that is wanted."""
