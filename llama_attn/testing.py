@@ -75,7 +75,7 @@ class AttentionInputs:
     def visibility(self) -> Visibility:
         """The same in the form that llama_attn's engines take."""
         mask = self.attention_mask
-        real = None if mask is None or bool(mask.all()) else mask.bool()
+        real = None if mask is None else mask.bool()
         return Visibility(self.query.shape[0], self.cached, self.key.shape[2], self.query.device, real=real)
 
     def reference(self, config: AttentionStatsConfig | None = None) -> Reference:
