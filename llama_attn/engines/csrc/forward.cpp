@@ -29,9 +29,13 @@ void put(const Call& call, int64_t which, int64_t index, T value) {
 
 template <class T>
 Forward<T>::Forward(const Call& call)
-    : call_(call), sight_(call), stripes_(call, kStripes), exponentiate_(choose<T>(call)) {
+    : call_(call),
+      sight_(call),
+      stripes_(call, kStripes),
+      depth_(round_up(call.channels, kLanes<T>)),
+      exponentiate_(choose<T>(call)) {
   keys_.channels = call.channels;
-  if (!packs_late()) keys_.allocate_for(call, call.channels);
+  if (packs()) keys_.allocate_for(call, call.channels);
   if (call.value.data != nullptr) values_.prepare(call, call.value, call.value_channels);
   slot_keys_ = round_up(call.num_keys, kPanel<T>);
   const int64_t slots = call.batch * call.heads * stripes_.count;
@@ -57,12 +61,11 @@ typename Forward<T>::Scratch Forward<T>::make_scratch() const {
   const int64_t rows = rows_per_tile();
   const int64_t blocks = keeps_blocks() ? (call_.num_keys + call_.block_keys - 1) / call_.block_keys : 1;
   Scratch scratch;
-  scratch.queries = allocate<T>(rows * call_.channels);
+  scratch.queries = allocate<T>(rows * depth_);
   scratch.scores = allocate<T>(blocks * rows * call_.block_keys);
   scratch.maxima = allocate<T>(blocks * rows);
   scratch.output = allocate<T>(rows * round_up(call_.value_channels, kLanes<T>));
   scratch.row = allocate<T>(std::max({call_.block_keys, rows, Panels<T>::scratch_size(call_.channels)}));
-  if (packs_late()) scratch.panels = allocate<T>(call_.block_keys * call_.channels);
   scratch.factors = allocate<T>(rows);
   scratch.sums.resize(static_cast<size_t>(rows));
   scratch.blocks.reserve(static_cast<size_t>((call_.num_keys + call_.block_keys - 1) / call_.block_keys));
@@ -97,7 +100,7 @@ void Forward<T>::run() {
 
 template <class T>
 void Forward<T>::prepare(int64_t head, int64_t first, T* rows) {
-  if (!packs_late()) keys_.pack(call_, call_.key, head, first, keys_.at(head, first), rows);
+  if (packs()) keys_.pack(call_, call_.key, head, first, keys_.at(head, first), rows);
   if (call_.value.data != nullptr) values_.fill(call_, call_.value, head, first);
 }
 
@@ -106,7 +109,7 @@ void Forward<T>::walk(const Tile& tile, int64_t stripe, Scratch& scratch) const 
   const T hidden = static_cast<T>(call_.hidden_score);
   const int64_t rows = tile.rows(), width = round_up(call_.value_channels, kLanes<T>);
   gather(call_.query, call_.query.stride[1], call_.query.stride[2], tile, call_.channels,
-         static_cast<T>(call_.scaling), scratch.queries.get(), call_.channels);
+         static_cast<T>(call_.scaling), scratch.queries.get(), depth_);
   std::fill_n(scratch.sums.begin(), rows, RowSums<T>{{}, {}, {}, {}, hidden, 0, 0, 0});
   if (call_.value.data != nullptr) std::fill_n(scratch.output.get(), rows * width, T{0});
   scratch.blocks.clear();
@@ -130,13 +133,12 @@ void Forward<T>::block(const Tile& tile, Span keys, T* scores, Scratch& scratch)
   const int64_t rows = tile.rows(), stride = call_.block_keys, width = round_up(keys.stop - keys.first, kLanes<T>);
   const int64_t kv_head = tile.batch * call_.kv_heads + tile.kv_head;
   const int64_t value_width = round_up(call_.value_channels, kLanes<T>);
-  if (packs_late()) {
-    for (int64_t first = keys.first; first < keys.stop; first += kPanel<T>)
-      keys_.pack(call_, call_.key, kv_head, first, scratch.panels.get() + (first - keys.first) * call_.channels,
-                 scratch.row.get());
-  }
-  const T* panels = packs_late() ? scratch.panels.get() : keys_.at(kv_head, keys.first);
-  multiply_panels(panels, call_.channels, width, rows, scratch.queries.get(), call_.channels, scores, stride);
+  if (packs())
+    multiply_panels(keys_.at(kv_head, keys.first), call_.channels, width, rows, scratch.queries.get(), depth_, scores,
+                    stride);
+  else
+    multiply_keys(call_, kv_head, keys.first, width, rows, scratch.queries.get(), depth_, scores, stride,
+                  scratch.row.get());
   const Span sinks = sinks_in(keys, tile.batch);
   for (int64_t row = 0; row < rows; ++row) {
     T* mine = scores + row * stride;

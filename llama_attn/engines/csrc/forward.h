@@ -74,7 +74,7 @@ class Forward {
 
  private:
   struct Scratch {
-    Buffer<T> queries, panels, scores, maxima, output, row, factors;
+    Buffer<T> queries, scores, maxima, output, row, factors;
     std::vector<RowSums<T>> sums;
     std::vector<int64_t> blocks;  // the first key of each
   };
@@ -89,8 +89,8 @@ class Forward {
   void bin_distances(T factor, const T* weights, Span keys, int64_t position, T* bins) const;
   void reduce(const Tensor& to, const Buffer<T>& slots, int64_t slot_size, int64_t size, int64_t head) const;
 
-  // Keys that one tile alone needs are packed block by block, in memory that stays in the cache.
-  bool packs_late() const { return stripes_.tiles == 1; }
+  // Keys that one tile alone needs, as that of a decoded token, are read where they lie: packing would take longer.
+  bool packs() const { return stripes_.tiles > 1; }
   int64_t rows_per_tile() const { return stripes_.queries_per_tile * (call_.heads / call_.kv_heads); }
   bool keeps_blocks() const { return call_.received.data != nullptr || call_.distance_histogram.data != nullptr; }
   Span sinks_in(Span keys, int64_t batch) const;
@@ -102,7 +102,7 @@ class Forward {
   Rows<T> values_;
   Buffer<T> sinks_;           // 1 for sink tokens, (batch, key); none if they are the first keys of the row
   std::vector<Span> within_;  // where the sinks of each (batch, panel) lie
-  int64_t slot_keys_ = 0;
+  int64_t slot_keys_ = 0, depth_;  // channels, in whole vectors
   Buffer<T> received_, histogram_;  // (batch, head, stripe, …)
   void (*exponentiate_)(T*, int64_t, T, RowSums<T>&);
 };

@@ -216,6 +216,39 @@ void multiply_panels(const T* panels, int64_t channels, int64_t width, int64_t r
                 panels + column * channels, kPanel<T>, result + column, result_stride, false);
 }
 
+// Left (rows × depth) · the keys [first, first + width) of a (batch, kv_head), read where they lie. Depth is the channels
+// in whole vectors, of which the last ends in zeros; keys that are not there are zeros.
+template <class T>
+void multiply_keys(const Call& call, int64_t head, int64_t first, int64_t width, int64_t rows, const T* left,
+                   int64_t depth, T* result, int64_t result_stride, T* copies) {
+  const Tensor& key = call.key;
+  const int64_t begin = head / call.kv_heads * key.stride[0] + head % call.kv_heads * key.stride[1];
+  const bool same = key.type == (sizeof(T) == 8 ? Type::kFloat64 : Type::kFloat32);
+  const bool readable = same && key.stride[3] == 1 && call.channels == depth;
+  for (int64_t column = 0; column < width; column += kLanes<T>, first += kLanes<T>) {
+    const T* keys = copies;
+    int64_t stride = depth;
+    if (readable && first + kLanes<T> <= call.num_keys) {
+      stride = key.stride[2];
+      keys = static_cast<const T*>(key.data) + begin + first * stride;
+    } else {
+      const int64_t there = std::clamp<int64_t>(call.num_keys - first, 0, kLanes<T>);
+      std::fill_n(copies, kLanes<T> * depth, T{0});
+      for (int64_t i = 0; i < there; ++i)
+        read(key, begin + (first + i) * key.stride[2], key.stride[3], call.channels, copies + i * depth);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      Vector<T> products[kLanes<T>] = {};
+      for (int64_t channel = 0; channel < depth; channel += kLanes<T>) {
+        const Vector<T> query = load(left + row * depth + channel);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes<T>; ++i) products[i] += load(keys + i * stride + channel) * query;
+      }
+      store(result + row * result_stride + column, sum_each<T>(products));
+    }
+  }
+}
+
 // Contiguous tiles of one (batch, kv_head): the unit of work, and the owner of one slot of partial sums. There are as
 // many for one thread as for many, so that no result depends on how the work was shared.
 struct Stripes {

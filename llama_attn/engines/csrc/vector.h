@@ -99,6 +99,18 @@ inline void transpose(Vector<T>* rows) {
   if constexpr (Step > 1) transpose<T, Step / 2>(rows);
 }
 
+// The sum of each of as many vectors as a vector has lanes, in that vector's lane.
+template <class T, int Step = kLanes<T> / 2>
+inline Vector<T> sum_each(Vector<T>* rows) {
+#pragma GCC unroll 8
+  for (int row = 0; row < Step; ++row) {
+    exchange<T, Step>(rows[row], rows[row + Step], std::make_integer_sequence<int, kLanes<T>>{});
+    rows[row] += rows[row + Step];
+  }
+  if constexpr (Step > 1) return sum_each<T, Step / 2>(rows);
+  return rows[0];
+}
+
 // Σ of the numbers from[0 … count).
 template <class T>
 inline T sum_of(const T* from, int64_t count) {
