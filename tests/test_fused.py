@@ -237,9 +237,8 @@ def test_who_does_what_the_default_engine_refuses(monkeypatch):
     )
     capped = replace(scoring, softcap=2.0)
     assert choose_engine(None, visibility, capped, CPU) == "torch"
-    output, raw = fused(*tensors(), visibility, capped, None)
+    output, _ = attention_function("streaming")(module_with(), *tensors(), scaling=0.3, softcap=2.0)
     assert asked == ["torch"]
-    assert raw == {}
     assert relative_error(output, fused(*tensors(), visibility, capped, "torch")[0]) == 0
     with pytest.raises(ValueError, match="engine: 'native' refuses this call: softcap: not today"):
         choose_engine("native", visibility, capped, CPU)

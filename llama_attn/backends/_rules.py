@@ -250,8 +250,9 @@ def scoring(call: AttentionCall, num_keys: int, ignores: Collection[str] = ()) -
 def is_paged(options: Mapping[str, Any]) -> bool:
     """Whether a call hands over new keys alone, and the others are in the cache of continuous batching."""
     # Other caches may come by the same name, of which the keys already are.
-    paged = type(options.get("cache")).__name__ == "PagedAttentionCache"
-    return paged or any(options.get(name) is not None for name in ("read_index", "block_table"))
+    if type(options.get("cache")).__name__ == "PagedAttentionCache":
+        return True
+    return options.get("read_index") is not None or options.get("block_table") is not None
 
 
 def unknown_ways(options: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from llama_attn.backends._rules import (
     unknown_ways,
     without_mask,
 )
-from llama_attn.engines import ENGINES
+from llama_attn.engines import ENGINES, choose_engine
 from llama_attn.engines._fused import fused
 from llama_attn.stats.spans import UNSEEN_BIAS
 from llama_attn.stats.visibility import Visibility
@@ -95,7 +95,10 @@ def attend_with(engine: str | None) -> Callable[..., tuple[Tensor, None]]:
         """
         call = streaming_call(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
         visibility = sees(call)
-        output, _ = fused(query, key, value, visibility, scoring(call, visibility.num_keys), engine=engine, wanted=None)
+        scores = scoring(call, visibility.num_keys)
+        output, _ = fused(
+            query, key, value, visibility, scores, choose_engine(engine, visibility, scores, query.device)
+        )
         return output, None
 
     return attend

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from llama_attn.engines import choose_engine, get_engine
+from llama_attn.engines import get_engine
 from llama_attn.engines._operator import ONCE, walk
 from llama_attn.engines._walk import Gradients, Walk, full_precision
 from llama_attn.stats.block import Wanted
@@ -90,7 +90,7 @@ def fused(
     value: Tensor,
     visibility: Visibility,
     scoring: Scoring,
-    engine: str | None,
+    engine: str,
     wanted: Wanted | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Attention in blocks, and statistics from the same blocks.
@@ -101,16 +101,16 @@ def fused(
         value: (batch, kv_head, key, value channel).
         visibility: Who may see whom, on the device of the tensors.
         scoring: How scores are made.
-        engine: Name of the engine; None for the default one.
+        engine: Name of the engine, see `llama_attn.engines.choose_engine`.
         wanted: What to measure; None for the output alone.
 
     Returns:
         The output, (batch, query, head, value channel), differentiable once by all tensors, and the raw statistics.
 
     Raises:
-        ValueError: The tensors do not fit one another, or the named engine refuses such a call.
+        ValueError: The tensors do not fit one another.
     """
-    name, num_keys = choose_engine(engine, visibility, scoring, query.device), visibility.num_keys
+    num_keys = visibility.num_keys
     compiling = torch.compiler.is_compiling()
     # In a graph the length of a static cache is a number that is not known.
     if compiling or key.shape[2] != num_keys:
@@ -118,15 +118,15 @@ def fused(
         if scoring.position_bias is not None:
             scoring = replace(scoring, position_bias=scoring.position_bias[..., :num_keys])
     if compiling:
-        output, _, raw = walk(name, query, key, value, visibility, scoring, wanted)
+        output, _, raw = walk(engine, query, key, value, visibility, scoring, wanted)
         return cast(Tensor, output), raw
     leaves = (query, key, value, scoring.position_bias, scoring.sinks)
     if _differentiated(leaves):
         raw = {}
-        output = FusedAttention.apply(*leaves, get_engine(name), visibility, scoring, wanted, raw)
+        output = FusedAttention.apply(*leaves, get_engine(engine), visibility, scoring, wanted, raw)
     else:
         # An autograd function costs as much as a decoding step's attention.
-        output, _, raw = _walk(query, key, value, get_engine(name), visibility, scoring, wanted)
+        output, _, raw = _walk(query, key, value, get_engine(engine), visibility, scoring, wanted)
     return cast(Tensor, output), raw
 
 

@@ -15,6 +15,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -162,9 +163,15 @@ def run(function: str, call: Call) -> None:
         ValueError: A tensor has not the extents that the call says, or a number is out of range.
         MemoryError: There is not enough memory.
     """
-    outcome = getattr(load(path()), f"llama_attn_{function}")(call)
+    outcome = _entry(function)(call)
     if outcome:
         raise (MemoryError if outcome == NO_MEMORY else ValueError)(call.message.decode())
+
+
+@cache
+def _entry(function: str) -> Callable[[Call], int]:
+    entry: Callable[[Call], int] = getattr(load(path()), f"llama_attn_{function}")
+    return entry
 
 
 def _flags() -> list[str]:

@@ -292,7 +292,7 @@ def _observe(
         prefer = engine = choose_engine(backend.engine, visibility, scores, query.device)
         share = first and first.fused(call, name, visibility, scores, engine)
         wanted, seen, is_all = share or (None, visibility, False)
-        output, raw = fused(query, key, value, seen, scores, engine=engine, wanted=wanted)
+        output, raw = fused(query, key, value, seen, scores, engine, wanted)
         if first and share:
             first.put(call, visibility, raw, engine)
             observers = observers[1:] if is_all else observers

@@ -50,7 +50,6 @@ class Counts:
     @classmethod
     def of(cls, visibility: Visibility) -> Counts:
         """What is left of who sees whom."""
-        spans = visibility.first_key is None and visibility.stop_key is None
         return cls(
             first_query=visibility.first_query,
             stride=visibility.stride,
@@ -61,7 +60,7 @@ class Counts:
             visible_queries_per_head=visibility.visible_queries_per_head,
             length=visibility.length,
             direction="cross" if not visibility.aligned else "causal" if visibility.causal else "bidirectional",
-            whole=visibility.plain and spans and visibility.rows is None and visibility.stride == 1,
+            whole=visibility.whole,
         )
 
     @property

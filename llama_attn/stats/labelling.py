@@ -70,7 +70,7 @@ def label(
         else:
             values[statistic.name] = sheet.of_layers(statistic)
     seen, seen_labels = sheet.visibility()
-    widest = sheet.widest
+    widest, paths = sheet.widest, dict(origin.paths)
     return AttentionStats(
         values=values | seen,
         labels={s.name: Label.of(s) for s in measured.statistics if s.name in values} | seen_labels,
@@ -85,7 +85,7 @@ def label(
         engine="+".join(measured.engines),
         model=origin.model,
         stack=origin.stack,
-        paths=tuple(path for layer in layers for at, path in origin.paths if at == layer),
+        paths=tuple(paths[layer] for layer in layers if layer in paths),
         direction=widest.direction,
         without_attention=origin.without_attention,
         length=sheet.length,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 # Numbers in a tensor that is not worth a place in a block.
-SMALL = 4096
+SMALL = 2**14
 
 
 class Records:
@@ -28,13 +29,14 @@ class Records:
         self._places: dict[str, dict[int, int]] = {}
         self._blocks: dict[str, Tensor] = {}
         # By statistic and layer.
-        self._alone: dict[str, dict[int, Tensor]] = {}
+        self._alone: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
 
     def put(self, layer: int, raw: Mapping[str, Tensor]) -> None:
         """Keep what was measured in ``layer``."""
         for name, tensor in raw.items():
+            tensor = tensor.detach() if tensor.requires_grad else tensor
             if self._offload is None and tensor.numel() < SMALL:
-                self._alone.setdefault(name, {})[layer] = tensor.detach()
+                self._alone[name][layer] = tensor
                 continue
             block = self._blocks.get(name)
             if block is None:
@@ -43,11 +45,11 @@ class Records:
                 self._blocks[name], self._places[name] = block, {}
             places = self._places[name]
             if block.shape[1:] != tensor.shape or block.dtype != tensor.dtype:
-                self._alone.setdefault(name, {})[layer] = tensor.detach().to(block.device)
+                self._alone[name][layer] = tensor.to(block.device)
                 continue
             if len(places) == len(block):
                 block = self._blocks[name] = torch.cat([block, torch.empty_like(block)])
-            block[places.setdefault(layer, len(places))].copy_(tensor.detach())
+            block[places.setdefault(layer, len(places))].copy_(tensor)
 
     def has(self, name: str, layer: int) -> bool:
         """Whether ``layer`` has reported a statistic."""

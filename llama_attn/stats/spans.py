@@ -121,7 +121,8 @@ class Spans:
     @Kept
     def query_positions(self) -> Int[Tensor, " query"]:
         """Slots of the measured queries [token]."""
-        return self.first_query + self.stride * torch.arange(self.num_queries, device=self.device)
+        places = torch.arange(self.num_queries, device=self.device)
+        return self.first_query + (places if self.stride == 1 else self.stride * places)
 
     def span_of(self, rows: range) -> tuple[int, int]:
         """The smallest run of keys that holds all that the query rows ``rows`` could see: its first, and behind it.

@@ -125,7 +125,7 @@ class Visibility(Spans):
         """Whether each measured query is a real token."""
         if self.sees is not None:
             real = self.sees
-        elif self.aligned:
+        elif self.aligned and self.real is not None:
             real = self.real_keys[:, self.query_positions]
         else:
             real = torch.ones(self.batch, self.num_queries, dtype=torch.bool, device=self.device)
@@ -161,9 +161,19 @@ class Visibility(Spans):
         stop = torch.searchsorted(first_key, keys, right=True, out_int32=True)
         return torch.where(self.real_keys, first, 0), torch.where(self.real_keys, stop, 0)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every query is measured, every token is real, and nothing but causality hides a key."""
+        return self.plain and self.rows is None and self.stride == 1
+
     @Kept
     def visible_keys(self) -> Int[Tensor, "batch query"]:
         """How many real keys each measured query sees; 0 for padding."""
+        if self.whole and self.causal:
+            # Every step of decoding counts anew, and each operation of torch takes longer there than what it does.
+            first, stop = self.first_query + 1, self.num_keys + 1
+            seen = torch.arange(first, stop, dtype=torch.int32, device=self.device)
+            return seen.expand(self.batch, -1).contiguous()
         return torch.where(self.real_queries, self._seen, 0).int()
 
     @Kept
@@ -171,6 +181,12 @@ class Visibility(Spans):
         """How many measured real queries may see each key; one head unless the user's mask differs by head."""
         if self.mask is not None:
             return self._mask_counts[1].int()
+        if self.whole and self.causal:
+            shape, count = (self.batch, 1, self.num_keys), self.num_queries
+            seen = torch.full(shape, count, dtype=torch.int32, device=self.device)
+            if count > 1:
+                seen[..., self.first_query :] = torch.arange(count, 0, -1, dtype=torch.int32, device=self.device)
+            return seen
         return _marked_between(self.real_queries, *self.query_spans).int()[:, None]
 
     @Kept
