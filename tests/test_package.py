@@ -87,7 +87,8 @@ def violations(relative: str, names: set[str]) -> list[str]:
 ALLOWED_TO_ANALYSIS = {"llama_attn.stats.container", "llama_attn.stats.container.AttentionStats"}
 ALLOWED_TO_VIZ = {
     "llama_attn.stats.files", "llama_attn.stats.files.complete_file",
-    "llama_attn.stats.token_text", "llama_attn.stats.token_text.readable",
+    "llama_attn.stats.token_text", "llama_attn.stats.token_text.readable", "llama_attn.stats.token_text.in_figure",
+    "llama_attn.stats.token_text.printable",
 }  # fmt: skip
 
 

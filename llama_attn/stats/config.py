@@ -70,7 +70,7 @@ class AttentionStatsConfig:
                 integer = as_integer(number)
             except TypeError:
                 integer = 0
-            if integer < 1:
+            if not 0 < integer < 2**63:
                 raise ValueError(f"{name}: expected a positive integer, got {number!r}")
             object.__setattr__(self, name, integer)
         if not isinstance(self.norms, bool):

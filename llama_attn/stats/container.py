@@ -18,44 +18,17 @@ from llama_attn.stats.config import AttentionStatsConfig, as_integer
 from llama_attn.stats.counts import Direction
 from llama_attn.stats.display import as_html, as_text
 from llama_attn.stats.files import complete_file
+from llama_attn.stats.header import FORMAT_VERSION, check_against_tensors, read_header
 from llama_attn.stats.hub import HubMixin
-from llama_attn.stats.table import DIMENSIONS, Statistic
+from llama_attn.stats.labels import VISIBILITY_LABELS, Label
 from llama_attn.stats.token_ids import read_ids, token_strings
+from llama_attn.stats.token_text import printable
 
 if TYPE_CHECKING:
     import xarray
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = "llama_attn.AttentionStats"
-FORMAT_VERSION = 2
-
-
-@dataclass(frozen=True)
-class Label:
-    """What a tensor of numbers is.
-
-    Args:
-        dims: Names of its axes.
-        unit: Unit of its numbers.
-        meaning: One line in words.
-        source: Where the definition comes from.
-    """
-
-    dims: tuple[str, ...]
-    unit: str
-    meaning: str
-    source: str
-
-    @classmethod
-    def of(cls, statistic: Statistic) -> Label:
-        """The label of an entry of the table."""
-        return cls(statistic.dims, statistic.unit, statistic.meaning, statistic.source)
-
-
-VISIBILITY_LABELS = {
-    "visible_keys": Label(("batch", "query"), "keys", "real keys that each query sees", "llama_attn"),
-    "visible_queries": Label(("batch", "key"), "queries", "measured queries that see each key", "llama_attn"),
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -314,42 +287,21 @@ class AttentionStats(HubMixin):
                     raise ValueError(f"path: {str(path)!r} was not written by AttentionStats.save")
                 values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            raise ValueError(f"path: {str(path)!r} is not a complete safetensors file ({error})") from error
+            raise ValueError(
+                f"path: {str(path)!r} is not a complete safetensors file ({printable(str(error))})"
+            ) from error
         try:
-            return cls._from_header(json.loads(metadata[FORMAT]), values)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"path: the header of {str(path)!r} is damaged ({error})") from error
+            stats = cls(values, **read_header(metadata[FORMAT], values))
+            check_against_tensors(stats)
+        except ValueError as error:
+            raise ValueError(f"path: the header of {str(path)!r} is damaged ({_said(error)})") from None
+        # In the order of the run; the file has its tensors in another.
+        return replace(stats, values={name: values[name] for name in stats.labels})
 
-    @classmethod
-    def _from_header(cls, header: dict[str, Any], values: dict[str, Tensor]) -> AttentionStats:
-        if (version := header.pop("version")) != FORMAT_VERSION:
-            raise ValueError(f"expected format version {FORMAT_VERSION}, got {version}; another llama_attn wrote it")
-        header["config"] = AttentionStatsConfig.from_json(header["config"])
-        labels = header["labels"] = {
-            name: Label(tuple(label["dims"]), label["unit"], label["meaning"], label["source"])
-            for name, label in header["labels"].items()
-        }
-        for name in ("layers", "heads", "segments", "paths", "without_attention"):
-            header[name] = None if header.get(name, ()) is None else tuple(header.get(name, ()))
-        positions = (header["first_query"], header.get("first_key", 0))
-        if not all(isinstance(index, int) for index in (*header["layers"], *header["heads"], *positions)):
-            raise ValueError("layers, heads, first_query and first_key: expected integers")
-        if not VISIBILITY_LABELS.keys() <= labels.keys():
-            raise ValueError(f"expected {list(VISIBILITY_LABELS)} among the tensors")
-        stats = cls(values={name: values[name] for name in labels}, **header)
-        lengths = {dim: len(coordinate) for dim, coordinate in stats.coordinates().items()}
-        for name, tensor in stats.values.items():
-            dims = labels[name].dims
-            unknown = [dim for dim in dims if dim not in DIMENSIONS]
-            expected = tuple(lengths.get(dim, size) for dim, size in zip(dims, tensor.shape, strict=True))
-            if unknown or tuple(tensor.shape) != expected:
-                raise ValueError(f"{name}: expected {dims} of {expected}, got {tuple(tensor.shape)}")
-        if stats.tokens is not None:
-            if [len(row) for row in stats.tokens] != [stats.num_keys] * stats.batch:
-                raise ValueError("tokens: as many as keys expected in every row")
-            if not all(isinstance(token, str) for row in stats.tokens for token in row):
-                raise ValueError("tokens: expected strings")
-        return stats
+
+def _said(error: Exception) -> str:
+    """What went wrong with a file, of which parts of it may be quoted: on one line, and no more than that."""
+    return printable(str(error)[:500])
 
 
 def _positions(

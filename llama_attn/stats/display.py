@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
-from llama_attn.stats.token_text import readable
+from llama_attn.stats.token_text import printable, readable
 
 if TYPE_CHECKING:
     from llama_attn.stats.container import AttentionStats
@@ -44,14 +45,14 @@ def as_html(stats: AttentionStats) -> str:
 
 
 def _about(stats: AttentionStats) -> list[str]:
-    """Size and origin."""
+    """Size and origin, of which a file may say anything."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in stats.values.values())
     return [
         f"{len(stats.layers)} layers × {len(stats.heads)} heads, batch {stats.batch}, "
         f"{len(stats.queries)} queries, {stats.num_keys} keys, {size / 2**20:.1f} MiB",
         f"layers {_indices(stats.layers)} of {stats.num_layers}, heads {_indices(stats.heads)}",
         f"measured by {stats.engine!r} on backend {stats.backend!r}"
-        + (f" of {stats.model}" if stats.model else "")
+        + (f" of {printable(stats.model)}" if stats.model else "")
         + ("" if stats.tokens is None else ", with tokens")
         + (", replayed" if stats.replayed else ""),
     ]
@@ -59,7 +60,7 @@ def _about(stats: AttentionStats) -> list[str]:
 
 def _indices(indices: Sequence[int]) -> str:
     """``0–29``, or the single ones."""
-    if len(indices) > 2 and list(indices) == list(range(indices[0], indices[-1] + 1)):
+    if len(indices) > 2 and all(after == before + 1 for before, after in pairwise(indices)):
         return f"{indices[0]}–{indices[-1]}"
     return ", ".join(map(str, indices))
 
@@ -70,7 +71,7 @@ def _statistics(stats: AttentionStats) -> list[tuple[str, str, str, str]]:
     for name, tensor in stats.values.items():
         label = stats.labels[name]
         axes = ", ".join(f"{dim}: {size}" for dim, size in zip(label.dims, tensor.shape, strict=True))
-        rows.append((name, axes, label.unit, label.meaning))
+        rows.append((printable(name), axes, printable(label.unit), printable(label.meaning)))
     return rows
 
 
@@ -80,7 +81,7 @@ def _layer_table(stats: AttentionStats) -> str:
     columns: list[list[str]] = [[str(layer) for layer in stats.layers]]
     for name in (name for name in MEANS if name in stats):
         means = torch.nanmean(stats[name], dim=(1, 2, 3)).tolist()
-        headings.append(f"{name.replace('_', ' ')} [{stats.labels[name].unit}]")
+        headings.append(f"{name.replace('_', ' ')} [{printable(stats.labels[name].unit)}]")
         columns.append([f"{mean:.3g}" for mean in means])
     if "received" in stats:
         headings.append("strongest key, receives")

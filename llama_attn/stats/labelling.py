@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.container import VISIBILITY_LABELS, AttentionStats, Label
+from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.counts import Counts
+from llama_attn.stats.labels import VISIBILITY_LABELS, Label
 from llama_attn.stats.merge import Group, Measured, grow
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.table import Statistic

@@ -64,11 +64,7 @@ class Statistic:
     of_distance: bool = False
 
     def __post_init__(self) -> None:
-        unknown = [dim for dim in self.dims if dim not in DIMENSIONS]
-        if unknown or self.dims[:2] not in (("layer", "batch"), ("hidden_layer", "batch")):
-            raise ValueError(
-                f"dims: expected ('layer', 'batch', …) from {list(DIMENSIONS)}, got {self.dims!r} for {self.name!r}"
-            )
+        check_dims(self.name, self.dims)
 
     @property
     def is_norm(self) -> bool:
@@ -79,6 +75,20 @@ class Statistic:
     def per_query(self) -> bool:
         """Whether a block of query rows holds its final rows, so that nothing is summed over blocks."""
         return "query" in self.dims
+
+
+def check_dims(name: str, dims: tuple[str, ...]) -> None:
+    """Check the axes of a statistic.
+
+    Raises:
+        ValueError: One of them is unknown, or they are not in order.
+    """
+    in_order = tuple(dim for dim in DIMENSIONS if dim in dims)
+    if in_order != dims or dims[:2] not in (("layer", "batch"), ("hidden_layer", "batch")):
+        raise ValueError(
+            f"dims: expected ('layer' or 'hidden_layer', 'batch', …), each once and in the order of "
+            f"{list(DIMENSIONS)}, got {dims!r} for {name!r}"
+        )
 
 
 # Filled once by the package, from the modules that define the entries; plain dicts, which torch.compile can read.
