@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama_attn.stats.config import AttentionStatsConfig, as_integer
+from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.counts import Direction
 from llama_attn.stats.display import as_html, as_text
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.header import FORMAT_VERSION, check_against_tensors, read_header
 from llama_attn.stats.hub import HubMixin
 from llama_attn.stats.labels import VISIBILITY_LABELS, Label
+from llama_attn.stats.part import part_of
 from llama_attn.stats.token_ids import read_ids, token_strings
 from llama_attn.stats.token_text import printable
 
@@ -58,6 +59,7 @@ class AttentionStats(HubMixin):
         direction: ``"causal"``, ``"bidirectional"``, or ``"cross"`` for keys of another sequence.
         length: Positions that the bins of maps are laid out for [token]; 0 for those of the keys.
         without_attention: Layers of the model that have no attention, and so no numbers.
+        selected_queries: Positions of the queries that `select` has left [token]; None for all that were measured.
     """
 
     values: dict[str, Tensor]
@@ -79,6 +81,7 @@ class AttentionStats(HubMixin):
     direction: Direction = "causal"
     length: int = 0
     without_attention: tuple[int, ...] = ()
+    selected_queries: tuple[int, ...] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,8 +94,10 @@ class AttentionStats(HubMixin):
         return (*self.layers, self.num_layers)
 
     @property
-    def queries(self) -> range:
+    def queries(self) -> Sequence[int]:
         """Absolute positions of the measured queries [token]."""
+        if self.selected_queries is not None:
+            return self.selected_queries
         stride = self.config.query_stride
         return range(self.first_query, self.first_query + stride * self.visible_keys.shape[-1], stride)
 
@@ -125,7 +130,8 @@ class AttentionStats(HubMixin):
         try:
             return self.values[name]
         except KeyError:
-            raise KeyError(f"no statistic {name!r}; there are {list(self.values)}") from None
+            left = "" if self.selected_queries is None else "; select(queries=…) left out what sums up all queries"
+            raise KeyError(f"no statistic {name!r}; there are {list(self.values)}{left}") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self.values
@@ -166,27 +172,27 @@ class AttentionStats(HubMixin):
         layers: Sequence[int] | int | None = None,
         heads: Sequence[int] | int | None = None,
         batch: Sequence[int] | int | None = None,
+        queries: Sequence[int] | int | slice | None = None,
     ) -> AttentionStats:
-        """Some layers, heads and rows, by the indices that ``layers`` and ``heads`` name.
+        """Some layers, heads, rows and queries, by the indices that ``layers``, ``heads`` and ``queries`` name.
 
         Every axis stays, with length 1 for a single index. KV heads are not filtered.
 
+        Of some of the queries, only what is of single queries is left, ``visible_queries`` counts them alone, and
+        norms of keys stay. What sums up all queries (``received``, maps, histograms, medians of a layer) is not there.
+
+        Args:
+            layers: Indices of measured layers.
+            heads: Indices of measured query heads.
+            batch: Rows.
+            queries: Positions of measured queries [token], or a slice of positions; they stay in the order of the row.
+
         Raises:
-            ValueError: An index that was not measured.
+            ValueError: An index or a position that was not measured, or a negative one; queries of a run that has
+                nothing of single queries; some queries behind a mask of the user's own, whose counts do not tell who
+                sees whom.
         """
-        chosen_layers, at_layer = _positions("layers", layers, self.layers)
-        chosen_heads, at_head = _positions("heads", heads, self.heads)
-        chosen_rows, at_row = _positions("batch", batch, tuple(range(self.batch)))
-        index = {"layer": at_layer, "hidden_layer": [*at_layer, len(self.layers)], "head": at_head, "batch": at_row}
-        values = {}
-        for name, tensor in self.values.items():
-            for axis, dim in enumerate(self.labels[name].dims):
-                if dim in index and index[dim] != list(range(tensor.shape[axis])):
-                    tensor = tensor.index_select(axis, torch.tensor(index[dim], device=tensor.device))
-            values[name] = tensor
-        tokens = None if self.tokens is None else [self.tokens[row] for row in chosen_rows]
-        paths = tuple(self.paths[at] for at in at_layer) if self.paths else ()
-        return replace(self, values=values, layers=chosen_layers, heads=chosen_heads, tokens=tokens, paths=paths)
+        return part_of(self, layers, heads, batch, queries)
 
     def coordinates(self) -> dict[str, Sequence[int] | Sequence[str]]:
         """The values of every axis: indices, positions in tokens, left edges of bins, names of segments."""
@@ -302,24 +308,6 @@ class AttentionStats(HubMixin):
 def _said(error: Exception) -> str:
     """What went wrong with a file, of which parts of it may be quoted: on one line, and no more than that."""
     return printable(str(error)[:500])
-
-
-def _positions(
-    axis: str, chosen: Sequence[int] | int | None, available: tuple[int, ...]
-) -> tuple[tuple[int, ...], list[int]]:
-    """The chosen indices and where they stand on their axis."""
-    if chosen is None:
-        return available, list(range(len(available)))
-    try:
-        # A tensor or array without axes can be iterated by its type, but not in fact.
-        indices = tuple(
-            map(as_integer, chosen if getattr(chosen, "ndim", 1) and isinstance(chosen, Iterable) else (chosen,))
-        )
-    except TypeError:
-        indices = ()
-    if not indices or any(index not in available for index in indices):
-        raise ValueError(f"{axis}: expected some of {list(available)}, got {chosen!r}")
-    return indices, [available.index(index) for index in indices]
 
 
 def _flatten(stats: AttentionStats) -> tuple[list[Tensor], tuple[tuple[str, ...], AttentionStats]]:

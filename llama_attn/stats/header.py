@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from reprlib import repr as _shown
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,8 @@ def check_against_tensors(stats: AttentionStats) -> None:
                 raise ValueError(f"{name}: {dim} is {size} long, and {min(sizes[dim], most)} elsewhere in the file")
         _check_type(name, tensor)
     keys, queries = stats.keys, stats.queries
+    if any(after <= before for before, after in pairwise(queries)):
+        raise ValueError(f"selected_queries: expected positions in order, got {_shown(queries)}")
     if keys.stop > MAX_POSITION or 0 < stats.length < keys.stop:
         raise ValueError(f"length: expected 0, or no less than the keys {keys} need, got {stats.length}")
     for dim, coordinate in stats.coordinates().items():
@@ -149,6 +152,10 @@ def _indices(name: str, value: Any) -> tuple[int, ...]:
     return tuple(_index(name, number) for number in _list(name, value))
 
 
+def _positions(name: str, value: Any) -> tuple[int, ...] | None:
+    return None if value is None else tuple(_integer(name, number) for number in _list(name, value))
+
+
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(_text(name, text) for text in _list(name, value))
 
@@ -208,5 +215,6 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "first_query": _integer, "tokens": _tokens, "segments": _segments, "backend": _text, "engine": _text,
     "model": _text, "replayed": _flag, "first_key": _integer, "stack": _text, "paths": _texts,
     "direction": _direction, "length": _integer, "without_attention": _indices,
+    "selected_queries": _positions,
 }  # fmt: skip
 _OPTIONAL = set(_READERS) - _REQUIRED
