@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 # Means of the table of layers, of those that were measured.
 MEANS = ("entropy", "max_weight", "sink_mass", "local_mass", "mean_distance")
-# Keys that fewer queries see receive much by chance, so they are not called the strongest.
-ENOUGH_QUERIES = 4
 FIRST_TOKENS = 16
 
 
@@ -76,7 +74,7 @@ def _statistics(stats: AttentionStats) -> list[tuple[str, str, str, str]]:
 
 
 def _layer_table(stats: AttentionStats) -> str:
-    """Means over rows, heads and tokens, and the key of the first row that receives most; nothing without them."""
+    """Means over rows, heads and tokens, and the key of the first row that all queries give most to; nothing without them."""
     headings = ["layer"]
     columns: list[list[str]] = [[str(layer) for layer in stats.layers]]
     for name in (name for name in MEANS if name in stats):
@@ -84,18 +82,16 @@ def _layer_table(stats: AttentionStats) -> str:
         headings.append(f"{name.replace('_', ' ')} [{printable(stats.labels[name].unit)}]")
         columns.append([f"{mean:.3g}" for mean in means])
     if "received" in stats:
-        headings.append("strongest key, receives")
+        headings.append("strongest key, share of all attention")
         columns.append(_strongest(stats))
     return _table(headings, list(zip(*columns, strict=True))) if len(columns) > 1 else ""
 
 
 def _strongest(stats: AttentionStats) -> list[str]:
-    # Of the first row; one line per layer where the layers see different keys.
-    seen = stats.visible_queries[..., 0, :]
-    received = stats["received"][:, 0].mean(1)
-    # Of a very short text, the keys that most queries see.
-    received = received.masked_fill(seen < seen.amax(-1, keepdim=True).clamp(1, ENOUGH_QUERIES), torch.nan)
-    share, place = received.nan_to_num(-1).max(-1)
+    # Of the first row; one line per layer where the layers see different keys. What all queries give to a key, over
+    # their number: a mean over those few that see a late key would make it the strongest by chance.
+    given = stats["received"][:, 0].mean(1) * stats.visible_queries[..., 0, :]
+    share, place = (given / (stats.visible_keys[..., 0, :] > 0).sum(-1, keepdim=True)).nan_to_num(-1).max(-1)
     positions = stats.coordinates()["key"]
     cells = []
     for mass, at in zip(share.tolist(), place.tolist(), strict=True):
