@@ -102,6 +102,11 @@ class AttentionStatsConfig:
         """How many tokens of a row segments were given for; None without any."""
         return None if self._segments is None else self._segments[0].shape[1]
 
+    @property
+    def numbered_segments(self) -> NumberedSegments | None:
+        """The segments as integers, (batch, prompt), and their names; None without any."""
+        return self._segments
+
     def segments_of(
         self, shape: tuple[int, int], device: torch.device
     ) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:

@@ -20,7 +20,7 @@ from llama_attn.stats.display import as_html, as_text
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.header import FORMAT_VERSION, check_against_tensors, read_header
 from llama_attn.stats.hub import HubMixin
-from llama_attn.stats.labels import VISIBILITY_LABELS, Label
+from llama_attn.stats.labels import SEGMENT_LABELS, VISIBILITY_LABELS, Label
 from llama_attn.stats.part import part_of
 from llama_attn.stats.token_ids import read_ids, token_strings
 from llama_attn.stats.token_text import printable
@@ -40,7 +40,8 @@ class AttentionStats(HubMixin):
     Positions that are padding are NaN, or −1 in integer statistics.
 
     Args:
-        values: The tensors by name, ``visible_keys`` and ``visible_queries`` among them.
+        values: The tensors by name, ``visible_keys`` and ``visible_queries`` among them, and ``key_segment`` (batch,
+            key) where segments were given: which one each token belongs to, −1 for none.
         labels: Dims, unit, meaning and source of each.
         config: What was asked for.
         layers: Indices of the measured layers, in the order of the layer axis.
@@ -86,7 +87,7 @@ class AttentionStats(HubMixin):
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the statistics, in the order of the table."""
-        return tuple(name for name in self.values if name not in VISIBILITY_LABELS)
+        return tuple(name for name in self.values if name not in VISIBILITY_LABELS | SEGMENT_LABELS)
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
@@ -226,6 +227,8 @@ class AttentionStats(HubMixin):
             raise ImportError("to_xarray needs xarray: pip install 'llama_attn[analysis]'") from error
         variables = {}
         for name, tensor in self.values.items():
+            if name in SEGMENT_LABELS:
+                continue
             label = self.labels[name]
             attrs = {"units": label.unit, "long_name": label.meaning or name, "source": label.source}
             variables[name] = (label.dims, tensor.detach().cpu().numpy(), attrs)
@@ -241,6 +244,12 @@ class AttentionStats(HubMixin):
             if self.direction != "cross":
                 rows = [[row[i - self.first_key] for i in self.queries] for row in self.tokens]
                 coords["query_token"] = (("batch", "query"), rows)
+        if "key_segment" in self:
+            words = [*(self.segments or ()), ""]
+            coords["key_segment"] = (
+                ("batch", "key"),
+                [[words[at] for at in row] for row in self["key_segment"].tolist()],
+            )
         about = {
             "backend": self.backend,
             "engine": self.engine,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.labels import VISIBILITY_LABELS, Label
+from llama_attn.stats.labels import SEGMENT_LABELS, VISIBILITY_LABELS, Label
 from llama_attn.stats.table import BUILT_IN, check_dims
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def check_against_tensors(stats: AttentionStats) -> None:
         raise ValueError(f"first_query: expected queries among the keys {keys}, got {_shown(queries)}")
     _check_range("visible_keys", stats.visible_keys, 0, len(keys))
     _check_range("visible_queries", stats.visible_queries, 0, MAX_POSITION)
+    if "key_segment" in stats:
+        _check_range("key_segment", stats["key_segment"], -1, len(stats.segments or ()) - 1)
     if "topk_position" in stats:
         places = stats["topk_position"]
         _check_range("topk_position", places[places != -1], keys.start, keys.stop - 1)
@@ -112,7 +114,7 @@ def _keys(name: str, found: Any, required: set[str], optional: set[str] | None) 
 
 def _check_type(name: str, tensor: Tensor) -> None:
     known = BUILT_IN.get(name)
-    counts = name in VISIBILITY_LABELS or (known is not None and known.dtype is not None)
+    counts = name in VISIBILITY_LABELS | SEGMENT_LABELS or (known is not None and known.dtype is not None)
     expected = INTEGERS if counts else FLOATS if known is not None else FLOATS + INTEGERS
     if tensor.dtype not in expected:
         raise ValueError(f"{name}: expected one of {expected}, got {tensor.dtype}")
@@ -200,9 +202,9 @@ def _labels(name: str, value: Any) -> dict[str, Label]:
             flat = VISIBILITY_LABELS[statistic].dims
             if dims not in (flat, ("layer", *flat)):
                 raise ValueError(f"{name}: expected {statistic} of {flat}, alone or by layer, got {_shown(dims)}")
-        elif statistic in BUILT_IN:
-            if dims != BUILT_IN[statistic].dims:
-                raise ValueError(f"{name}: expected {statistic} of {BUILT_IN[statistic].dims}, got {_shown(dims)}")
+        elif (known := SEGMENT_LABELS.get(statistic) or BUILT_IN.get(statistic)) is not None:
+            if dims != known.dims:
+                raise ValueError(f"{name}: expected {statistic} of {known.dims}, got {_shown(dims)}")
         else:
             check_dims(statistic, dims)
         labels[statistic] = Label(dims, **{part: _text(f"{name}: {part}", text) for part, text in label.items()})

@@ -33,3 +33,7 @@ VISIBILITY_LABELS = {
     "visible_keys": Label(("batch", "query"), "keys", "real keys that each query sees", "llama_attn"),
     "visible_queries": Label(("batch", "key"), "queries", "measured queries that see each key", "llama_attn"),
 }
+# Of the tokens themselves, where segments were given.
+SEGMENT_LABELS = {
+    "key_segment": Label(("batch", "key"), "segment", "segment of each key, −1 for none", "llama_attn"),
+}

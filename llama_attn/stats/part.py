@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_attn.stats.config import as_integer
+from llama_attn.stats.labels import SEGMENT_LABELS
 from llama_attn.stats.runs import runs_of, sum_of_runs
 from llama_attn.stats.table import statistics_table
 
@@ -53,6 +54,7 @@ def _of_queries(stats: AttentionStats, chosen: tuple[int, ...], at: list[int]) -
         raise ValueError(f"queries: {list(stats.names)} are of all queries together, and of no single one")
     values = {name: _indexed(stats[name], stats.labels[name].dims, {"query": at}) for name in (*kept, "visible_keys")}
     values["visible_queries"] = _visible_queries(stats, at)
+    values |= {name: stats[name] for name in SEGMENT_LABELS if name in stats}
     return replace(
         stats, values=values, labels={name: stats.labels[name] for name in values}, selected_queries=chosen
     )  # fmt: skip

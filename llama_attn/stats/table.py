@@ -105,7 +105,7 @@ def check_dims(name: str, dims: Sequence[str]) -> None:
 
 
 # Names that say something else wherever statistics are kept.
-TAKEN = (*DIMENSIONS, "visible_keys", "visible_queries", "key_token", "query_token")
+TAKEN = (*DIMENSIONS, "visible_keys", "visible_queries", "key_token", "query_token", "key_segment")
 
 # Filled once by the package, from the modules that define the entries; plain dicts, which torch.compile can read.
 BUILT_IN: dict[str, Statistic] = {}
