@@ -1,26 +1,33 @@
-"""Checks for attention backends, also for those written elsewhere.
+"""Checks for attention backends and statistics, also for those written elsewhere.
 
->>> from llama_attn import register_backend
->>> from llama_attn.testing import assert_matches_reference
+>>> from llama_attn import register_backend, register_statistic
+>>> from llama_attn.testing import assert_matches_reference, assert_statistic_matches
 >>> register_backend("mine", my_attention)
 >>> assert_matches_reference("mine")
+>>> assert_statistic_matches(register_statistic(my_statistic))
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
 from llama_attn.backends.registry import attention_function, get_backend
+from llama_attn.engines import torch as engine
+from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.counts import Counts
+from llama_attn.stats.labelling import mark_padding
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
 
 Padding = Literal["none", "left", "right"]
@@ -36,6 +43,15 @@ SITUATIONS: tuple[dict[str, Any], ...] = (
     {"queries": 1, "cached": 20},
     {"queries": 5, "cached": 12, "padding": "left"},
     {"queries": 17, "head_dim": 24},
+)
+
+# Besides these, what a statistic meets and a backend of one's own does not: windows, both directions, every third query.
+MEASURED: tuple[dict[str, Any], ...] = (
+    *SITUATIONS,
+    {"queries": 33, "padding": "left", "window": 7},
+    {"queries": 6, "cached": 15, "window": 7},
+    {"queries": 23, "padding": "right", "bidirectional": True},
+    {"queries": 31, "padding": "left", "stride": 3},
 )
 
 
@@ -202,9 +218,120 @@ def assert_matches_reference(
         if allowed is None:
             eager = relative_error(_run("eager", inputs)[real], expected[real])
             allowed = 2 * eager + 4 * torch.finfo(dtype).eps
-        error = relative_error(output[real], expected[real])
+        try:
+            error = relative_error(output[real], expected[real])
+        except AssertionError as difference:
+            raise AssertionError(f"{backend!r} in {situation}: {difference}") from None
         if not error <= allowed:
-            raise AssertionError(f"{backend!r} in {situation}: error {error:.2e} is above {allowed:.2e}")
+            raise AssertionError(
+                f"{backend!r} in {situation}: error {error:.2e} is above {allowed:.2e}"
+                f"{_kind_of_error(inputs, output, allowed)}"
+            )
+
+
+def assert_statistic_matches(statistic: Statistic, *, bound: float = torch.finfo(torch.float64).eps ** 0.5) -> None:
+    """Check the streaming form of a statistic against its textbook form, in all of `MEASURED`, in float64.
+
+    The streaming form works in blocks of a few queries, as at long context; the textbook form sees whole matrices.
+    Random tokens and segments are there for those that need them.
+
+    Args:
+        statistic: It need not be registered.
+        bound: Largest allowed |a − b| / (1 + |b|); by default half of the digits of float64, which another definition
+            does not meet by chance. Integer statistics must be equal.
+
+    Raises:
+        AssertionError: The forms differ; the message says in which situation, and by how much.
+    """
+    for situation in MEASURED:
+        streamed, expected = _both_forms(statistic, **situation)
+        named = f"{statistic.name!r} in {situation}"
+        if expected.ndim != len(statistic.dims):
+            raise AssertionError(
+                f"{named}: expected the textbook form to have the axes {statistic.dims[1:]}, got {tuple(expected.shape[1:])}"
+            )
+        try:
+            error = relative_error(streamed, expected)
+        except AssertionError as difference:
+            raise AssertionError(f"{named}: {difference}") from None
+        if error > (bound if statistic.dtype is None else 0):
+            raise AssertionError(f"{named}: the streaming form is off by {error:.2e}, above {bound:.2e}")
+
+
+def _both_forms(
+    statistic: Statistic, *, window: int | None = None, bidirectional: bool = False, stride: int = 1, **situation: Any
+) -> tuple[Tensor, Tensor]:
+    """A statistic of one layer by its streaming and by its textbook form, (1, …), padding marked."""
+    inputs = make_inputs(**situation, dtype=torch.float64)
+    batch, heads, num_queries, channels = inputs.query.shape
+    num_keys = inputs.key.shape[2]
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(5, (batch, num_keys), generator=generator)
+    segments = torch.randint(-1, 3, (batch, num_keys), generator=generator)
+    segments[0, 0] = 2
+    config = AttentionStatsConfig(
+        sink_tokens=2, window=4, top_k=3, map_size=8, query_stride=stride, segments=segments
+    )  # fmt: skip
+    hidden = torch.randn(batch, num_queries, 2 * channels, generator=generator, dtype=torch.float64)
+    weight = torch.randn(2 * channels, heads * channels, generator=generator, dtype=torch.float64)
+    reference, visibility = inputs.reference(config), replace(inputs.visibility, causal=not bidirectional)
+    positions = reference.query_positions
+    if window is not None:
+        first = (positions - window + 1).clamp(min=0)
+        visibility = replace(visibility, first_key=first[None])
+        reference = replace(reference, visible=reference.visible & (torch.arange(num_keys) >= first[:, None]))
+    if bidirectional:
+        reference = replace(reference, visible=inputs.real_keys[:, None, None].expand(-1, 1, num_queries, -1))
+    visibility = visibility.measured(stride=stride)
+    rows = positions % stride == 0
+    reference = replace(
+        reference, query=reference.query[:, :, rows], visible=reference.visible[:, :, rows],
+        real_queries=reference.real_queries[:, rows], query_positions=positions[rows], bidirectional=bidirectional,
+        segments=segments, tokens=tokens, hidden=hidden[:, rows], output_weight=weight,
+    )  # fmt: skip
+    wanted = Wanted([statistic], config, segments, 3, tokens)
+    if statistic.observes == "block":
+        arguments = (inputs.query[:, :, rows], inputs.key, None, visibility, inputs.scoring, wanted)
+        streamed = engine.walk(*arguments, block_rows=5).raw[statistic.name]
+    else:
+        by_head = rearrange(weight, "hidden (head channel) -> head hidden channel", head=heads)
+        observed: dict[str, tuple[Any, ...]] = {
+            "key": (inputs.key,),
+            "value": (inputs.value,),
+            "value_output": (inputs.value, by_head),
+            "hidden": (hidden[:, rows],),
+            "hidden_real": (hidden[:, rows], visibility.real_queries, config),
+        }
+        streamed = statistic.stream(*observed[statistic.observes])
+    counts = Counts.of(visibility)
+    if statistic.finish is not None:
+        streamed = statistic.finish(streamed[None], counts, config)[0]
+    forms = (streamed[None].clone(), statistic.textbook(reference)[None].clone())
+    if any(form.ndim != len(statistic.dims) for form in forms):
+        return forms
+    return mark_padding(statistic, forms[0], counts), mark_padding(statistic, forms[1], counts)
+
+
+def _kind_of_error(inputs: AttentionInputs, output: Tensor, allowed: float) -> str:
+    """What a wrong output is the right one of: attention that does not hide what it should."""
+    reference, real = inputs.reference(), inputs.real_keys
+    num_queries, num_keys = reference.visible.shape[-2:]
+    nothing = torch.ones(len(real), 1, num_queries, num_keys, dtype=torch.bool)
+    causal = nothing.tril(num_keys - num_queries)
+    padding = nothing & real[:, None, None]
+    kinds = {
+        "causality (later keys are not hidden)": padding,
+        "causality (queries are counted from the first key, not from behind the cache)": padding & nothing.tril(),
+        "padding (it is not hidden)": causal,
+        "causality and padding (nothing is hidden)": nothing,
+    }
+    rows = real[:, inputs.cached :]
+    for kind, visible in kinds.items():
+        other = replace(reference, visible=visible).output.transpose(1, 2)
+        difference = (output.double() - other).abs() / (1 + other.abs())
+        if bool((difference[rows] <= 2 * allowed).all()):
+            return f"; the error is of {kind}"
+    return ""
 
 
 @torch.no_grad()

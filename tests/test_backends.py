@@ -43,6 +43,24 @@ def ignores_padding(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
 
+def ignores_everything(module, query, key, value, attention_mask, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, torch.ones(1, 1, 1, 1, dtype=torch.bool), **kwargs)
+
+
+def ignores_causality(module, query, key, value, attention_mask, **kwargs):
+    # Of the mask, only what no query sees.
+    real = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask.any(-2, keepdim=True)
+    return sdpa_attention_forward(module, query, key, value, real, **kwargs)
+
+
+def forgets_the_cache(module, query, key, value, attention_mask, **kwargs):
+    if attention_mask is not None and query.shape[2] < key.shape[2]:
+        attention_mask = attention_mask.any(-2, keepdim=True) & torch.ones(query.shape[2], key.shape[2]).tril().bool()
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
 def forgets_scaling(module, query, key, value, attention_mask, scaling, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=1.0, **kwargs)
 
@@ -55,8 +73,11 @@ def wrong_layout(module, query, key, value, attention_mask, **kwargs):
 @pytest.mark.parametrize(
     ("attend", "message"),
     [
-        (ignores_padding, "'left'.*error .* is above"),
-        (forgets_scaling, "error .* is above"),
+        (ignores_padding, r"'left'.*error .* is above \S+; the error is of padding \(it is not hidden\)"),
+        (ignores_causality, r"'queries': 7.*the error is of causality \(later keys are not hidden\)"),
+        (ignores_everything, r"'queries': 7.*the error is of causality \(later keys are not hidden\)"),
+        (forgets_the_cache, r"'cached': 12.*the error is of causality \(queries are counted from the first key"),
+        (forgets_scaling, r"error \S+ is above \S+$"),
         (wrong_layout, "expected output"),
     ],
 )

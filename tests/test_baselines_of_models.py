@@ -126,3 +126,13 @@ def test_a_generated_text_and_its_last_step(name, ids, left_padding, tmp_path):
         real = ds.visible_keys > 0
         assert found.mean_distance.notnull().equals(real)
         report(stats, tmp_path / "report.html")
+
+
+def test_some_queries_see_what_they_saw(run):
+    """Windows, both sides, layers that see different keys."""
+    _, stats = run
+    seen, some = masks_of(stats.to_xarray())[:, :, [2, 12, 29, 36]], [2, 12, 29, 36]
+    part = stats.select(queries=some)
+    for counts, axis in ((part.visible_keys, -1), (part.visible_queries, -2)):
+        expected = seen.sum(axis)
+        np.testing.assert_array_equal(counts, expected if counts.ndim == 3 else expected[0])

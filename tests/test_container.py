@@ -347,3 +347,28 @@ def test_save_to_a_folder(stats, tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder"):
         stats.save(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_token_knows_its_segment(stats, tmp_path, ids):
+    """In the file and in the dataset; what was generated is told apart, and padding behind the end has none."""
+    words = ["system"] * 10 + ["user"] * 20 + [""] * 7
+    assert "key_segment" not in stats.names
+    for run in (stats, stats.select(layers=0, queries=30)):
+        run.save(tmp_path / "run.safetensors")
+        dataset = AttentionStats.load(tmp_path / "run.safetensors").to_xarray()
+        assert dataset.key_segment.dims == ("batch", "key")
+        assert dataset.key_segment.values.tolist() == [words] * 2
+    assert stats.select(batch=1)["key_segment"].tolist() == [[0] * 10 + [1] * 20 + [-1] * 7]
+    model = tiny_model()
+    ends = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()
+    outputs = model.generate(
+        ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, pad_token_id=0, eos_token_id=ends,
+        output_attention_stats=AttentionStatsConfig(segments=[["a"] * 37, ["b"] * 37]),
+    )  # fmt: skip
+    run = outputs.attention_stats
+    assert outputs.sequences[0, 37:].tolist() == [ends, 0, 0, 0, 0], "the first row must end before the second"
+    assert run.to_xarray().key_segment.values.tolist() == [
+        ["a"] * 37 + [""] * 4, ["b"] * 37 + ["generated"] * 4,
+    ]  # fmt: skip
+    with torch.no_grad():
+        assert "key_segment" not in model(ids, output_attention_stats=True).attention_stats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from oracle import capture, errors, expected, stock_of
 
 import llama_attn
 from llama_attn import AttentionStatsConfig, Statistic, register_statistic
+from llama_attn.stats.rows import QUERY_DIMS as QUERY
 from llama_attn.stats.table import DIMENSIONS, default_statistics, statistics_table
+from llama_attn.testing import assert_statistic_matches
 
 PACKAGE = Path(llama_attn.__file__).parent
 DEFAULT = {
@@ -101,10 +104,67 @@ def test_bad_registrations():
         register_statistic(entropy)
     with pytest.raises(TypeError, match="expected a Statistic"):
         register_statistic("entropy")
-    with pytest.raises(ValueError, match="dims: expected"):
-        Statistic("x", ("head", "batch"), "", "", stream=entropy.stream, textbook=entropy.textbook)
-    with pytest.raises(ValueError, match="dims: expected"):
-        Statistic("x", ("layer", "batch", "banana"), "", "", stream=entropy.stream, textbook=entropy.textbook)
+    for name in ("key", "visible_keys", "query_token", ""):
+        with pytest.raises(ValueError, match="name: expected a string other than"):
+            register_statistic(dataclasses.replace(entropy, name=name))
+    assert dataclasses.replace(entropy, dims=list(entropy.dims)) == entropy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dims": ("head", "batch")}, r"dims: expected .*in the order of \['layer', .*'query', .* for 'entropy'"),
+        ({"dims": ("layer", "batch", "banana")}, "dims: expected"),
+        ({"dims": ("layer", "batch", "query", "head")}, "dims: expected"),
+        ({"dims": ("layer", "batch", "head", "query", "query")}, "dims: expected"),
+        ({"dims": ("layer", "hidden_layer", "batch")}, "dims: expected"),
+        ({"dims": "layer"}, "dims: expected"),
+        ({"dims": ("layer", "batch", "head", "query", "key")}, "a matrix of T × T; see `weights_map`"),
+        ({"dims": ("hidden_layer", "batch", "query")}, "if and only if 'entropy' observes hidden states"),
+        ({"observes": "hidden"}, "if and only if 'entropy' observes hidden states"),
+    ],
+)
+def test_axes_of_a_statistic(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(statistics_table()["entropy"], **changes)
+    with pytest.raises(TypeError, match="stream: expected a function for 'entropy', got None"):
+        dataclasses.replace(statistics_table()["entropy"], stream=None)
+
+
+@pytest.mark.parametrize("name", [*statistics_table(), "varentropy"])
+def test_streaming_forms_are_textbook_forms(name):
+    own = Statistic("varentropy", QUERY, "nat²", "entropix", stream=varentropy, textbook=varentropy_textbook)
+    assert_statistic_matches(statistics_table().get(name, own))
+
+
+def of_all_rows(block):
+    return block.exponentials.sum(-1).div(block.row_sum).sum(-1)
+
+
+def unsigned(block):
+    return block.mean((block.key_positions - block.first_key).to(block.exponentials.dtype))
+
+
+def first_of_block(block):
+    return block.weights[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("stream", "textbook", "dims", "message"),
+    [
+        # Forgets that padding is no query; a mean of the mean; the first key of the block, which a window moves.
+        (of_all_rows, lambda r: torch.where(r.real_queries[:, None, :, None], r.weights, 0).sum((-1, -2)),
+         ("layer", "batch", "head"), r"'own' in \{'queries': 33.*'left'\}: the streaming form is off by"),
+        (varentropy, lambda r: varentropy_textbook(r).sqrt(), QUERY, r"'queries': 7.*the streaming form is off by"),
+        (first_of_block, lambda r: r.weights[..., 0], QUERY, "'window': 7}: the streaming form is off by"),
+        (unsigned, lambda r: (r.weights * torch.arange(r.num_keys)).sum(-1), QUERY, "'window': 7}: the streaming"),
+        (varentropy, lambda r: varentropy_textbook(r).sum(1), QUERY, "expected the textbook form to have the axes"),
+        (lambda b: b.weights.sum(-1) * torch.nan, lambda r: r.weights.sum(-1), QUERY, "NaN on one side only"),
+    ],
+)  # fmt: skip
+def test_the_check_of_a_statistic_can_fail(stream, textbook, dims, message):
+    with pytest.raises(AssertionError, match=message):
+        assert_statistic_matches(Statistic("own", dims, "-", "-", stream=stream, textbook=textbook))
 
 
 def imports_of(module: str) -> set[str]:

@@ -52,7 +52,7 @@ def test_logs_the_first_micro_batch_of_every_nth_step(implementation, tmp_path):
     arguments = {"gradient_accumulation_steps": 2, "learning_rate": 0.0}
     trainer = trained(model, tmp_path, cls=Recorded, arguments=arguments, every=2)
     logs = attention_logs(trainer)
-    assert list(logs) == [2, 4]
+    assert list(logs) == [1, 2, 4]
     for step, log in logs.items():
         batch = trainer.batches[2 * (step - 1)]
         assert (batch["attention_mask"] == 0).any(), "the test needs padding"
@@ -151,8 +151,9 @@ def test_warns_of_thresholds(options, words, tmp_path, caplog):
     quiet = {"entropy_threshold": 1e-9, "logit_threshold": 1e9}
     assert messages(**quiet) == []
     assert messages(entropy_threshold=None, logit_threshold=None) == []
-    [message] = messages(**(quiet | options))
+    baseline, message = messages(**(quiet | options))
     assert re.fullmatch(words, message)
+    assert re.fullmatch(words.replace("step 2", "step 1"), baseline)
 
 
 def test_warns_of_divergence(tmp_path, caplog):
@@ -209,7 +210,7 @@ def test_leaves_the_model_as_it_was(tmp_path):
     trainer.add_callback(seen)
     trainer.train()
     # Per step: its begin, a substep, its end, an evaluation, and sometimes a save.
-    assert seen.counts == [0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0]
+    assert seen.counts == [2, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0]
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert any("attention/sink_mass/mean" in log for log in state["log_history"])
     copy = pickle.loads(pickle.dumps(model))  # noqa: S301
@@ -284,10 +285,85 @@ def test_a_step_that_cannot_be_measured_says_so(tmp_path):
         trained(tiny_model(), tmp_path, cls=WithoutGradients)
 
 
-def test_a_batch_of_padding_does_not_stop_the_training(tmp_path):
+def test_a_batch_of_padding_does_not_stop_the_training(tmp_path, caplog):
     rows = [row | {"attention_mask": torch.zeros_like(row["attention_mask"])} for row in dataset(padding=False)]
     trainer = trained(tiny_model(), tmp_path, rows=rows, arguments={"max_steps": 1})
     assert math.isnan(attention_logs(trainer)[1]["attention/max_logit/max"])
+    assert math.isnan(attention_logs(trainer)[1]["attention/entropy/mean"])
+    assert warnings_in(caplog) == []
+
+
+def warnings_in(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "llama_attn.observe.training"]
+
+
+@pytest.mark.parametrize(("steps", "measured"), [(1, [1]), (3, [1, 3]), (7, [1, 3, 6, 7])])
+def test_the_first_and_the_last_step_are_logged(steps, measured, tmp_path):
+    trainer = trained(tiny_model(), tmp_path, arguments={"max_steps": steps}, every=3)
+    assert list(attention_logs(trainer)) == measured
+
+
+def test_a_run_that_goes_on_has_no_second_baseline(tmp_path):
+    arguments = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    trained(tiny_model(), tmp_path, arguments=arguments, every=5)
+    trainer = trainer_for(tiny_model(), tmp_path, max_steps=6)
+    trainer.add_callback(AttentionStatsCallback(trainer, every=5))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert list(attention_logs(trainer)) == [1, 3, 5, 6], "1 and 3 are of the first run"
+
+
+def test_queries_that_see_one_key_are_no_collapse(tmp_path, caplog):
+    """With a stride beyond the text only query 0 is measured; its entropy is 0 whatever the model does."""
+    arguments = {"max_steps": 1}
+    trainer = trained(tiny_model(), tmp_path, arguments=arguments, rows=dataset(padding=False), query_stride=100)
+    assert attention_logs(trainer)[1]["attention/entropy/mean"] == 0
+    assert warnings_in(caplog) == []
+    # Of texts of two tokens it is the second query that counts, and not the mean of both.
+    rows, caught = dataset(length=2, padding=False), []
+    for threshold in (1e-9, 50):
+        trainer = trained(tiny_model(), tmp_path, cls=Recorded, rows=rows, arguments=arguments | {"learning_rate": 0.0},
+                          entropy_threshold=threshold, layers=(1,))  # fmt: skip
+        caught.append(warnings_in(caplog))
+    stats = tiny_model()(**trainer.batches[0], output_attention_stats=True).attention_stats
+    assert caught[0] == []
+    assert float(re.search(r"\((\S+)\)$", caught[1][0])[1]) == pytest.approx(
+        stats["entropy"][1, ..., 1].mean().item(), rel=1e-3
+    )
+    assert attention_logs(trainer)[1]["attention/entropy/mean"] == pytest.approx(stats["entropy"][1].mean().item())
+
+
+def test_any_statistics(tmp_path):
+    """Means by hand, over what is no padding; of keys and of the residual stream too."""
+    names = ("received", "effective_keys", "induction", "hidden_norm", "hidden_max", "hidden_layer_median", "key_norm",
+             "value_output_norm")  # fmt: skip
+    model = tiny_model()
+    trainer = trained(
+        model, tmp_path, cls=Recorded, arguments={"max_steps": 1, "learning_rate": 0.0}, statistics=names, per="head"
+    )
+    batch, log = trainer.batches[0], attention_logs(trainer)[1]
+    assert (batch["attention_mask"] == 0).any(), "the test needs padding"
+    stats = model(**batch, output_attention_stats=AttentionStatsConfig(statistics=names)).attention_stats
+    wanted = {}
+    for name in names:
+        dims, tensor = stats.labels[name].dims, stats[name].double()
+        summed = (lambda t: t[~t.isnan()].max()) if name == "hidden_max" else torch.nanmean
+        layers = [summed(layer).item() for layer in tensor]
+        wanted |= {f"attention/{name}/{dims[0]}_{at:02d}": value for at, value in enumerate(layers)}
+        wanted[f"attention/{name}/{'max' if name == 'hidden_max' else 'mean'}"] = (
+            max(layers) if name == "hidden_max" else sum(layers) / len(layers)
+        )
+        if "head" in dims or "kv_head" in dims:
+            for at, layer in enumerate(tensor):
+                for head in range(tensor.shape[2]):
+                    wanted[f"attention/{name}/layer_{at:02d}/{dims[2]}_{head:02d}"] = layer[:, head].nanmean().item()
+    found = {key: value for key, value in log.items() if key.startswith("attention")}
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_layers_that_the_model_lacks_are_refused_when_the_callback_is_made(tmp_path):
+    trainer = trainer_for(tiny_model(), tmp_path)
+    with pytest.raises(ValueError, match=r"layers: unknown \[3\]; the model has layers 0 to 2"):
+        AttentionStatsCallback(trainer, layers=(0, 3))
 
 
 def test_any_model_is_measured(tmp_path):
@@ -333,6 +409,10 @@ def test_a_model_without_observable_attention_is_an_error(tmp_path):
         ({"sink_tokens": 0}, "sink_tokens: expected a positive integer, got 0"),
         ({"query_stride": None}, "query_stride: expected a positive integer, got None"),
         ({"layers": (-1,)}, "layers: expected None or distinct indices"),
+        ({"statistics": "entropie"}, "statistics: expected some of ['entropy', "),
+        ({"statistics": ("entropy", "topk_position")}, "which have a mean, got ['topk_position']"),
+        ({"statistics": ("weights_map", "segment_mass", "topk_weight")}, "got ['weights_map', 'segment_mass', 'topk_"),
+        ({"statistics": ()}, "which have a mean, got ()"),
         ({"per": "token"}, 'per: expected "layer" or "head", got '),
     ],
 )
@@ -364,7 +444,8 @@ from trainers import Recorded, attention_logs, trained
 trainer = trained(tiny_model(), sys.argv[1], cls=Recorded, arguments={"max_steps": 1, "learning_rate": 0.0})
 wrapper = type(trainer.model_wrapped).__name__
 stats = tiny_model()(**trainer.batches[0], output_attention_stats=True).attention_stats
-own = {"max_logit": stats["max_logit"].nan_to_num(-1e9).max().item(), "entropy": stats["entropy"].nanmean().item()}
+entropy = stats["entropy"][~stats["entropy"].isnan()]
+own = {"max_logit": stats["max_logit"].nan_to_num(-1e9).max().item(), "entropy": [entropy.sum().item(), entropy.numel()]}
 print("RESULT", json.dumps([wrapper, attention_logs(trainer)[1], own]))
 """
 
@@ -389,7 +470,9 @@ def test_numbers_are_of_all_processes(tmp_path):
     assert logs == same
     assert first != second, "the processes must see different batches"
     assert logs["attention/max_logit/max"] == pytest.approx(max(first["max_logit"], second["max_logit"]))
-    assert logs["attention/entropy/mean"] == pytest.approx((first["entropy"] + second["entropy"]) / 2)
+    assert first["entropy"][1] != second["entropy"][1], "the processes must have different amounts of padding"
+    total, count = map(sum, zip(first["entropy"], second["entropy"], strict=True))
+    assert logs["attention/entropy/mean"] == pytest.approx(total / count)
 
 
 def free_port():

@@ -70,7 +70,7 @@ class AttentionStatsConfig:
                 integer = as_integer(number)
             except TypeError:
                 integer = 0
-            if integer < 1:
+            if not 0 < integer < 2**63:
                 raise ValueError(f"{name}: expected a positive integer, got {number!r}")
             object.__setattr__(self, name, integer)
         if not isinstance(self.norms, bool):
@@ -101,6 +101,11 @@ class AttentionStatsConfig:
     def labelled(self) -> int | None:
         """How many tokens of a row segments were given for; None without any."""
         return None if self._segments is None else self._segments[0].shape[1]
+
+    @property
+    def numbered_segments(self) -> NumberedSegments | None:
+        """The segments as integers, (batch, prompt), and their names; None without any."""
+        return self._segments
 
     def segments_of(
         self, shape: tuple[int, int], device: torch.device

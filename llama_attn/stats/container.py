@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,48 +14,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama_attn.stats.config import AttentionStatsConfig, as_integer
+from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.counts import Direction
 from llama_attn.stats.display import as_html, as_text
 from llama_attn.stats.files import complete_file
+from llama_attn.stats.header import FORMAT_VERSION, check_against_tensors, read_header
 from llama_attn.stats.hub import HubMixin
-from llama_attn.stats.table import DIMENSIONS, Statistic
+from llama_attn.stats.labels import SEGMENT_LABELS, VISIBILITY_LABELS, Label
+from llama_attn.stats.part import part_of
 from llama_attn.stats.token_ids import read_ids, token_strings
+from llama_attn.stats.token_text import printable
 
 if TYPE_CHECKING:
     import xarray
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = "llama_attn.AttentionStats"
-FORMAT_VERSION = 2
-
-
-@dataclass(frozen=True)
-class Label:
-    """What a tensor of numbers is.
-
-    Args:
-        dims: Names of its axes.
-        unit: Unit of its numbers.
-        meaning: One line in words.
-        source: Where the definition comes from.
-    """
-
-    dims: tuple[str, ...]
-    unit: str
-    meaning: str
-    source: str
-
-    @classmethod
-    def of(cls, statistic: Statistic) -> Label:
-        """The label of an entry of the table."""
-        return cls(statistic.dims, statistic.unit, statistic.meaning, statistic.source)
-
-
-VISIBILITY_LABELS = {
-    "visible_keys": Label(("batch", "query"), "keys", "real keys that each query sees", "llama_attn"),
-    "visible_queries": Label(("batch", "key"), "queries", "measured queries that see each key", "llama_attn"),
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,7 +40,8 @@ class AttentionStats(HubMixin):
     Positions that are padding are NaN, or −1 in integer statistics.
 
     Args:
-        values: The tensors by name, ``visible_keys`` and ``visible_queries`` among them.
+        values: The tensors by name, ``visible_keys`` and ``visible_queries`` among them, and ``key_segment`` (batch,
+            key) where segments were given: which one each token belongs to, −1 for none.
         labels: Dims, unit, meaning and source of each.
         config: What was asked for.
         layers: Indices of the measured layers, in the order of the layer axis.
@@ -85,6 +60,7 @@ class AttentionStats(HubMixin):
         direction: ``"causal"``, ``"bidirectional"``, or ``"cross"`` for keys of another sequence.
         length: Positions that the bins of maps are laid out for [token]; 0 for those of the keys.
         without_attention: Layers of the model that have no attention, and so no numbers.
+        selected_queries: Positions of the queries that `select` has left [token]; None for all that were measured.
     """
 
     values: dict[str, Tensor]
@@ -106,11 +82,12 @@ class AttentionStats(HubMixin):
     direction: Direction = "causal"
     length: int = 0
     without_attention: tuple[int, ...] = ()
+    selected_queries: tuple[int, ...] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the statistics, in the order of the table."""
-        return tuple(name for name in self.values if name not in VISIBILITY_LABELS)
+        return tuple(name for name in self.values if name not in VISIBILITY_LABELS | SEGMENT_LABELS)
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
@@ -118,8 +95,10 @@ class AttentionStats(HubMixin):
         return (*self.layers, self.num_layers)
 
     @property
-    def queries(self) -> range:
+    def queries(self) -> Sequence[int]:
         """Absolute positions of the measured queries [token]."""
+        if self.selected_queries is not None:
+            return self.selected_queries
         stride = self.config.query_stride
         return range(self.first_query, self.first_query + stride * self.visible_keys.shape[-1], stride)
 
@@ -152,7 +131,8 @@ class AttentionStats(HubMixin):
         try:
             return self.values[name]
         except KeyError:
-            raise KeyError(f"no statistic {name!r}; there are {list(self.values)}") from None
+            left = "" if self.selected_queries is None else "; select(queries=…) left out what sums up all queries"
+            raise KeyError(f"no statistic {name!r}; there are {list(self.values)}{left}") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self.values
@@ -193,27 +173,27 @@ class AttentionStats(HubMixin):
         layers: Sequence[int] | int | None = None,
         heads: Sequence[int] | int | None = None,
         batch: Sequence[int] | int | None = None,
+        queries: Sequence[int] | int | slice | None = None,
     ) -> AttentionStats:
-        """Some layers, heads and rows, by the indices that ``layers`` and ``heads`` name.
+        """Some layers, heads, rows and queries, by the indices that ``layers``, ``heads`` and ``queries`` name.
 
         Every axis stays, with length 1 for a single index. KV heads are not filtered.
 
+        Of some of the queries, only what is of single queries is left, ``visible_queries`` counts them alone, and
+        norms of keys stay. What sums up all queries (``received``, maps, histograms, medians of a layer) is not there.
+
+        Args:
+            layers: Indices of measured layers.
+            heads: Indices of measured query heads.
+            batch: Rows.
+            queries: Positions of measured queries [token], or a slice of positions; they stay in the order of the row.
+
         Raises:
-            ValueError: An index that was not measured.
+            ValueError: An index or a position that was not measured, or a negative one; queries of a run that has
+                nothing of single queries; some queries behind a mask of the user's own, whose counts do not tell who
+                sees whom.
         """
-        chosen_layers, at_layer = _positions("layers", layers, self.layers)
-        chosen_heads, at_head = _positions("heads", heads, self.heads)
-        chosen_rows, at_row = _positions("batch", batch, tuple(range(self.batch)))
-        index = {"layer": at_layer, "hidden_layer": [*at_layer, len(self.layers)], "head": at_head, "batch": at_row}
-        values = {}
-        for name, tensor in self.values.items():
-            for axis, dim in enumerate(self.labels[name].dims):
-                if dim in index and index[dim] != list(range(tensor.shape[axis])):
-                    tensor = tensor.index_select(axis, torch.tensor(index[dim], device=tensor.device))
-            values[name] = tensor
-        tokens = None if self.tokens is None else [self.tokens[row] for row in chosen_rows]
-        paths = tuple(self.paths[at] for at in at_layer) if self.paths else ()
-        return replace(self, values=values, layers=chosen_layers, heads=chosen_heads, tokens=tokens, paths=paths)
+        return part_of(self, layers, heads, batch, queries)
 
     def coordinates(self) -> dict[str, Sequence[int] | Sequence[str]]:
         """The values of every axis: indices, positions in tokens, left edges of bins, names of segments."""
@@ -247,6 +227,8 @@ class AttentionStats(HubMixin):
             raise ImportError("to_xarray needs xarray: pip install 'llama_attn[analysis]'") from error
         variables = {}
         for name, tensor in self.values.items():
+            if name in SEGMENT_LABELS:
+                continue
             label = self.labels[name]
             attrs = {"units": label.unit, "long_name": label.meaning or name, "source": label.source}
             variables[name] = (label.dims, tensor.detach().cpu().numpy(), attrs)
@@ -262,6 +244,12 @@ class AttentionStats(HubMixin):
             if self.direction != "cross":
                 rows = [[row[i - self.first_key] for i in self.queries] for row in self.tokens]
                 coords["query_token"] = (("batch", "query"), rows)
+        if "key_segment" in self:
+            words = [*(self.segments or ()), ""]
+            coords["key_segment"] = (
+                ("batch", "key"),
+                [[words[at] for at in row] for row in self["key_segment"].tolist()],
+            )
         about = {
             "backend": self.backend,
             "engine": self.engine,
@@ -314,60 +302,21 @@ class AttentionStats(HubMixin):
                     raise ValueError(f"path: {str(path)!r} was not written by AttentionStats.save")
                 values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            raise ValueError(f"path: {str(path)!r} is not a complete safetensors file ({error})") from error
+            raise ValueError(
+                f"path: {str(path)!r} is not a complete safetensors file ({printable(str(error))})"
+            ) from error
         try:
-            return cls._from_header(json.loads(metadata[FORMAT]), values)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"path: the header of {str(path)!r} is damaged ({error})") from error
-
-    @classmethod
-    def _from_header(cls, header: dict[str, Any], values: dict[str, Tensor]) -> AttentionStats:
-        if (version := header.pop("version")) != FORMAT_VERSION:
-            raise ValueError(f"expected format version {FORMAT_VERSION}, got {version}; another llama_attn wrote it")
-        header["config"] = AttentionStatsConfig.from_json(header["config"])
-        labels = header["labels"] = {
-            name: Label(tuple(label["dims"]), label["unit"], label["meaning"], label["source"])
-            for name, label in header["labels"].items()
-        }
-        for name in ("layers", "heads", "segments", "paths", "without_attention"):
-            header[name] = None if header.get(name, ()) is None else tuple(header.get(name, ()))
-        positions = (header["first_query"], header.get("first_key", 0))
-        if not all(isinstance(index, int) for index in (*header["layers"], *header["heads"], *positions)):
-            raise ValueError("layers, heads, first_query and first_key: expected integers")
-        if not VISIBILITY_LABELS.keys() <= labels.keys():
-            raise ValueError(f"expected {list(VISIBILITY_LABELS)} among the tensors")
-        stats = cls(values={name: values[name] for name in labels}, **header)
-        lengths = {dim: len(coordinate) for dim, coordinate in stats.coordinates().items()}
-        for name, tensor in stats.values.items():
-            dims = labels[name].dims
-            unknown = [dim for dim in dims if dim not in DIMENSIONS]
-            expected = tuple(lengths.get(dim, size) for dim, size in zip(dims, tensor.shape, strict=True))
-            if unknown or tuple(tensor.shape) != expected:
-                raise ValueError(f"{name}: expected {dims} of {expected}, got {tuple(tensor.shape)}")
-        if stats.tokens is not None:
-            if [len(row) for row in stats.tokens] != [stats.num_keys] * stats.batch:
-                raise ValueError("tokens: as many as keys expected in every row")
-            if not all(isinstance(token, str) for row in stats.tokens for token in row):
-                raise ValueError("tokens: expected strings")
-        return stats
+            stats = cls(values, **read_header(metadata[FORMAT], values))
+            check_against_tensors(stats)
+        except ValueError as error:
+            raise ValueError(f"path: the header of {str(path)!r} is damaged ({_said(error)})") from None
+        # In the order of the run; the file has its tensors in another.
+        return replace(stats, values={name: values[name] for name in stats.labels})
 
 
-def _positions(
-    axis: str, chosen: Sequence[int] | int | None, available: tuple[int, ...]
-) -> tuple[tuple[int, ...], list[int]]:
-    """The chosen indices and where they stand on their axis."""
-    if chosen is None:
-        return available, list(range(len(available)))
-    try:
-        # A tensor or array without axes can be iterated by its type, but not in fact.
-        indices = tuple(
-            map(as_integer, chosen if getattr(chosen, "ndim", 1) and isinstance(chosen, Iterable) else (chosen,))
-        )
-    except TypeError:
-        indices = ()
-    if not indices or any(index not in available for index in indices):
-        raise ValueError(f"{axis}: expected some of {list(available)}, got {chosen!r}")
-    return indices, [available.index(index) for index in indices]
+def _said(error: Exception) -> str:
+    """What went wrong with a file, of which parts of it may be quoted: on one line, and no more than that."""
+    return printable(str(error)[:500])
 
 
 def _flatten(stats: AttentionStats) -> tuple[list[Tensor], tuple[tuple[str, ...], AttentionStats]]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
-from llama_attn.stats.token_text import readable
+from llama_attn.stats.token_text import printable, readable
 
 if TYPE_CHECKING:
     from llama_attn.stats.container import AttentionStats
 
 # Means of the table of layers, of those that were measured.
 MEANS = ("entropy", "max_weight", "sink_mass", "local_mass", "mean_distance")
-# Keys that fewer queries see receive much by chance, so they are not called the strongest.
-ENOUGH_QUERIES = 4
 FIRST_TOKENS = 16
 
 
@@ -44,14 +43,14 @@ def as_html(stats: AttentionStats) -> str:
 
 
 def _about(stats: AttentionStats) -> list[str]:
-    """Size and origin."""
+    """Size and origin, of which a file may say anything."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in stats.values.values())
     return [
         f"{len(stats.layers)} layers × {len(stats.heads)} heads, batch {stats.batch}, "
         f"{len(stats.queries)} queries, {stats.num_keys} keys, {size / 2**20:.1f} MiB",
         f"layers {_indices(stats.layers)} of {stats.num_layers}, heads {_indices(stats.heads)}",
         f"measured by {stats.engine!r} on backend {stats.backend!r}"
-        + (f" of {stats.model}" if stats.model else "")
+        + (f" of {printable(stats.model)}" if stats.model else "")
         + ("" if stats.tokens is None else ", with tokens")
         + (", replayed" if stats.replayed else ""),
     ]
@@ -59,7 +58,7 @@ def _about(stats: AttentionStats) -> list[str]:
 
 def _indices(indices: Sequence[int]) -> str:
     """``0–29``, or the single ones."""
-    if len(indices) > 2 and list(indices) == list(range(indices[0], indices[-1] + 1)):
+    if len(indices) > 2 and all(after == before + 1 for before, after in pairwise(indices)):
         return f"{indices[0]}–{indices[-1]}"
     return ", ".join(map(str, indices))
 
@@ -70,31 +69,29 @@ def _statistics(stats: AttentionStats) -> list[tuple[str, str, str, str]]:
     for name, tensor in stats.values.items():
         label = stats.labels[name]
         axes = ", ".join(f"{dim}: {size}" for dim, size in zip(label.dims, tensor.shape, strict=True))
-        rows.append((name, axes, label.unit, label.meaning))
+        rows.append((printable(name), axes, printable(label.unit), printable(label.meaning)))
     return rows
 
 
 def _layer_table(stats: AttentionStats) -> str:
-    """Means over rows, heads and tokens, and the key of the first row that receives most; nothing without them."""
+    """Means over rows, heads and tokens, and the key of the first row that all queries give most to; nothing without them."""
     headings = ["layer"]
     columns: list[list[str]] = [[str(layer) for layer in stats.layers]]
     for name in (name for name in MEANS if name in stats):
         means = torch.nanmean(stats[name], dim=(1, 2, 3)).tolist()
-        headings.append(f"{name.replace('_', ' ')} [{stats.labels[name].unit}]")
+        headings.append(f"{name.replace('_', ' ')} [{printable(stats.labels[name].unit)}]")
         columns.append([f"{mean:.3g}" for mean in means])
     if "received" in stats:
-        headings.append("strongest key, receives")
+        headings.append("strongest key, share of all attention")
         columns.append(_strongest(stats))
     return _table(headings, list(zip(*columns, strict=True))) if len(columns) > 1 else ""
 
 
 def _strongest(stats: AttentionStats) -> list[str]:
-    # Of the first row; one line per layer where the layers see different keys.
-    seen = stats.visible_queries[..., 0, :]
-    received = stats["received"][:, 0].mean(1)
-    # Of a very short text, the keys that most queries see.
-    received = received.masked_fill(seen < seen.amax(-1, keepdim=True).clamp(1, ENOUGH_QUERIES), torch.nan)
-    share, place = received.nan_to_num(-1).max(-1)
+    # Of the first row; one line per layer where the layers see different keys. What all queries give to a key, over
+    # their number: a mean over those few that see a late key would make it the strongest by chance.
+    given = stats["received"][:, 0].mean(1) * stats.visible_queries[..., 0, :]
+    share, place = (given / (stats.visible_keys[..., 0, :] > 0).sum(-1, keepdim=True)).nan_to_num(-1).max(-1)
     positions = stats.coordinates()["key"]
     cells = []
     for mass, at in zip(share.tolist(), place.tolist(), strict=True):

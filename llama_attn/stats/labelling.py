@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.container import VISIBILITY_LABELS, AttentionStats, Label
+from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.counts import Counts
+from llama_attn.stats.labels import SEGMENT_LABELS, VISIBILITY_LABELS, Label
 from llama_attn.stats.merge import Group, Measured, grow
 from llama_attn.stats.parallel import HeadShard
+from llama_attn.stats.segments import segments_of_keys
 from llama_attn.stats.table import Statistic
 
 
@@ -70,7 +72,11 @@ def label(
         else:
             values[statistic.name] = sheet.of_layers(statistic)
     seen, seen_labels = sheet.visibility()
-    widest, paths = sheet.widest, dict(origin.paths)
+    widest, paths, given = sheet.widest, dict(origin.paths), config.numbered_segments
+    if segments is not None and given is not None:
+        keys = range(sheet.first_key, sheet.stop_key)
+        seen["key_segment"] = segments_of_keys(given, segments, keys, real_keys).to(device)
+        seen_labels |= SEGMENT_LABELS
     return AttentionStats(
         values=values | seen,
         labels={s.name: Label.of(s) for s in measured.statistics if s.name in values} | seen_labels,

@@ -51,6 +51,27 @@ def add_generated(labels: Tensor, names: tuple[str, ...], num_keys: int) -> tupl
     return labels, (*names, GENERATED)
 
 
+def segments_of_keys(
+    given: NumberedSegments, names: Sequence[str], keys: range, real_keys: Tensor | None = None
+) -> Tensor:
+    """Segment of every key of a run, (batch, key), int32: as given for the prompt, then those that were generated.
+
+    Args:
+        given: Segments of the prompt, and their names.
+        names: Names of the segments of the run; one more if tokens were generated.
+        keys: Positions of the keys [token].
+        real_keys: Which keys are real, (batch, key), where a run knows; padding behind the end has no segment.
+    """
+    labels = given[0]
+    if len(names) > len(given[1]):
+        labels, _ = add_generated(*given, keys.stop)
+    labels = labels[:, keys.start : keys.stop].int()
+    if real_keys is None:
+        return labels
+    generated = torch.arange(keys.start, keys.stop, device=labels.device) >= given[0].shape[1]
+    return labels.masked_fill(generated & ~real_keys.to(labels.device), -1)
+
+
 def _read_numbers(segments: Tensor) -> Tensor:
     if segments.is_floating_point() or segments.is_complex() or segments.dtype == torch.bool:
         raise ValueError(f"segments: expected integers, got {segments.dtype}")

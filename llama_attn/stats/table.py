@@ -5,7 +5,7 @@ One entry is all that a new statistic needs; the engines, the labels, the tests 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -29,7 +29,7 @@ class Statistic:
 
     Args:
         name: The key in ``AttentionStats``.
-        dims: Names of the axes, the layer axis first.
+        dims: Names of the axes in the order of `DIMENSIONS`, the layer axis first.
         unit: Unit of the numbers.
         source: Where the definition comes from.
         stream: The streaming form. For a statistic of attention it takes a ``Block`` of query rows. With a
@@ -64,11 +64,19 @@ class Statistic:
     of_distance: bool = False
 
     def __post_init__(self) -> None:
-        unknown = [dim for dim in self.dims if dim not in DIMENSIONS]
-        if unknown or self.dims[:2] not in (("layer", "batch"), ("hidden_layer", "batch")):
+        object.__setattr__(self, "dims", tuple(self.dims))
+        check_dims(self.name, self.dims)
+        if {"query", "key"} <= set(self.dims):
+            raise ValueError(f"dims: {self.name!r} of query and key would be a matrix of T × T; see `weights_map`")
+        of_states = self.observes.startswith("hidden")
+        if of_states != (self.dims[0] == "hidden_layer"):
             raise ValueError(
-                f"dims: expected ('layer', 'batch', …) from {list(DIMENSIONS)}, got {self.dims!r} for {self.name!r}"
+                f"dims: expected 'hidden_layer' first if and only if {self.name!r} observes hidden states, got "
+                f"{self.dims!r} for observes={self.observes!r}"
             )
+        for form in ("stream", "textbook"):
+            if not callable(getattr(self, form)):
+                raise TypeError(f"{form}: expected a function for {self.name!r}, got {getattr(self, form)!r}")
 
     @property
     def is_norm(self) -> bool:
@@ -81,6 +89,24 @@ class Statistic:
         return "query" in self.dims
 
 
+def check_dims(name: str, dims: Sequence[str]) -> None:
+    """Check the axes of a statistic.
+
+    Raises:
+        ValueError: One of them is unknown, or they are not in order.
+    """
+    dims = tuple(dims)
+    in_order = tuple(dim for dim in DIMENSIONS if dim in dims)
+    if in_order != dims or dims[:2] not in (("layer", "batch"), ("hidden_layer", "batch")):
+        raise ValueError(
+            f"dims: expected ('layer' or 'hidden_layer', 'batch', …), each once and in the order of "
+            f"{list(DIMENSIONS)}, got {dims!r} for {name!r}"
+        )
+
+
+# Names that say something else wherever statistics are kept.
+TAKEN = (*DIMENSIONS, "visible_keys", "visible_queries", "key_token", "query_token", "key_segment")
+
 # Filled once by the package, from the modules that define the entries; plain dicts, which torch.compile can read.
 BUILT_IN: dict[str, Statistic] = {}
 _ADDED: dict[str, Statistic] = {}
@@ -89,14 +115,18 @@ _ADDED: dict[str, Statistic] = {}
 def register_statistic(statistic: Statistic) -> Statistic:
     """Add ``statistic`` to the table, after which its name can be asked for like any other.
 
+    `llama_attn.testing.assert_statistic_matches` checks that its streaming form is its textbook form.
+
     Raises:
         TypeError: ``statistic`` is not a `Statistic`.
-        ValueError: The name belongs to a built-in statistic.
+        ValueError: The name belongs to a built-in statistic, or is that of an axis or a count.
     """
     if not isinstance(statistic, Statistic):
         raise TypeError(f"statistic: expected a Statistic, got {statistic!r}")
     if statistic.name in BUILT_IN:
         raise ValueError(f"statistic: {statistic.name!r} is built in; choose another name than {list(BUILT_IN)}")
+    if not isinstance(statistic.name, str) or not statistic.name or statistic.name in TAKEN:
+        raise ValueError(f"name: expected a string other than {list(TAKEN)}, got {statistic.name!r}")
     _ADDED[statistic.name] = statistic
     return statistic
 

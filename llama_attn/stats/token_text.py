@@ -1,4 +1,8 @@
-"""Tokens as a person reads them, in pictures, tables and notebooks."""
+"""Text that somebody else wrote, as a person reads it: in terminals, pictures, tables and notebooks.
+
+Tokens, and names and units that come from a file, are data wherever they are shown: `printable` for terminals,
+`in_figure` for matplotlib, and behind either of them `html.escape` or rich's ``escape`` for pages and tables.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,19 @@ def readable(token: str, longest: int = LONGEST) -> str:
         token = token.replace(character, sign)
     token = "".join(character if character.isprintable() else "·" for character in token)
     return token if len(token) <= longest else token[: longest - 1] + "…"
+
+
+def printable(text: str) -> str:
+    r"""A text on one line in which nothing tells a terminal what to do: an escape character becomes ``\x1b``.
+
+    Characters that turn the direction of writing, and halves of characters, are written out too.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def in_figure(text: str) -> str:
+    """A text as matplotlib draws it as it stands: dollar signs do not begin a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 @cache
