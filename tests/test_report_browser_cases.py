@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -111,7 +113,10 @@ def test_unusual_runs_open(case, ids, open_page, tmp_path):
     if case == "two layers":
         assert page.locator("#layer option").all_inner_texts() == ["0", "2"]
     said = page.locator("#pooling").inner_text()
-    assert ("pooled" in said and "Nothing was pooled" not in said) == (case == "pooled")
+    assert ("tokens were pooled to their mean" in said) == (case == "pooled")
+    # Maps of 211 tokens are in bins.
+    binned = case in ("no data", "pooled")
+    assert ("Nothing was pooled" not in said) == binned == bool(re.search(r"in bins of [48] × [48] tokens", said))
     if case == "pooled":
         for name, entry in Page(tmp_path / "unusual.html").about["arrays"].items():
             if name.startswith("heads ") and entry["width"] > 1:
@@ -120,8 +125,9 @@ def test_unusual_runs_open(case, ids, open_page, tmp_path):
                     in said.split(f"In bins of {entry['width']} tokens:")[1]
                 )
         assert "In bins of 2 tokens:" in said
-        page.select_option("#shade", label="entropy")
         page.select_option("#head", label="2")
+        entropy = page.locator("#shade option", has_text=re.compile("^entropy, in bins of [24] tokens$"))
+        page.select_option("#shade", entropy.get_attribute("value"))
         page.locator("#shade-note", has_text="mean").wait_for()
         page.locator("#method summary").click()
         assert "bins of" in page.locator("#method table").inner_text()
