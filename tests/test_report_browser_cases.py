@@ -148,7 +148,9 @@ def test_a_long_text_is_drawn_in_parts(open_page, tmp_path):
         {
             name: range(size)
             for name, size in (("layer", 1), ("batch", 1), ("head", 1), ("key", length), ("query", length))
-        },
+        }
+        # Short lines, so that the text is higher than was guessed before it was made.
+        | {"key_token": (("batch", "key"), [["sea" if i % 3 else "Ċ" for i in range(length)]])},
         {"config": '{"window": 64, "sink_tokens": 1}', "num_layers": 1},
     )
     page = open_page(report(stats, tmp_path / "long.html"))
@@ -157,6 +159,9 @@ def test_a_long_text_is_drawn_in_parts(open_page, tmp_path):
     page.keyboard.press("End")
     last = token(page, length - 1)
     assert last.evaluate("each => each === document.activeElement")
+    page.wait_for_timeout(500)  # The text around it is made meanwhile.
+    inside = "each => { const box = each.getBoundingClientRect(), list = each.closest('#tokens').getBoundingClientRect(); return box.top >= list.top && box.bottom <= list.bottom && box.bottom <= window.innerHeight; }"
+    assert last.evaluate(inside)
     page.keyboard.press("Enter")
     page.locator("#token h3", has_text=f"Token {length - 1}").wait_for()
     assert page.evaluate("performance.getEntriesByName('interactive').length") == 1

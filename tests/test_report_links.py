@@ -224,3 +224,13 @@ def test_what_is_asked_for_stays_or_the_page_does_not_fit(run, tmp_path):
     assert page.array("topk_query")[0].tolist() == [*range(400), PROMPT + NEW - 2]
     with pytest.raises(ValueError, match="topk_weight"):
         report(measured(torch.ones(1, 5, dtype=torch.long), statistics=("entropy",)), tmp_path / "x.html", exact=-1)
+
+
+def test_generated_tokens_are_marked(run, small, open_page):
+    page = open_page(small[0])
+    assert page.locator(".token.generated").evaluate_all(
+        "all => all.map(each => Number(each.dataset.position))"
+    ) == list(range(PROMPT, PROMPT + NEW - 1))
+    assert page.locator("#generated").is_visible()
+    token(page, PROMPT + 2).hover()
+    page.locator("#tip", has_text=" · generated · ").wait_for()
