@@ -92,11 +92,11 @@ def test_a_token_is_given_its_own_links_or_those_of_its_bin(run, small, open_pag
         choose(page, query, 1, None)
         mean = weights[1, :, query].mean(0)
         bounds = page.locator(".links.from .link").evaluate_all(
-            "all => all.map(({dataset: {start, weight, most}}) => [start, weight, most].map(Number))"
+            "all => all.map(({dataset: {start, least, most}}) => [start, least, most].map(Number))"
         )
         for at, least, most in bounds:
-            assert least - 1e-4 <= mean[int(at)] <= most + 1e-4
-        assert any(most > least for _, least, most in bounds)
+            assert least <= mean[int(at)] <= most
+        assert any(most > 1.01 * least for _, least, most in bounds)
         others = np.delete(mean, [int(at) for at, _, _ in bounds]).max()
         said = page.locator("#token .source").inner_text().split("No other key gets more than ")[1]
         assert others <= float(said.split("%")[0]) / 100
@@ -207,6 +207,7 @@ def test_who_sees_what_is_known_or_not_said(ids, left_padding):
         (slice(40, None), r"exact: slice\(40, None, None\) is no measured query"),
         ("last", r"exact: expected positions such as 6231, -1 or slice\(-32, None\), got 'last'"),
         ([1.0], r"exact: expected positions"),
+        (True, r"exact: expected positions"),
     ],
     ids=str,
 )
@@ -216,12 +217,24 @@ def test_bad_positions(exact, message, ids, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_asked_for_stays_or_the_page_does_not_fit(run, tmp_path):
+def test_what_is_asked_for_stays_or_the_page_does_not_fit(run, open_page, tmp_path):
     with pytest.raises(ValueError, match="is too small for this run") as error:
         report(run[0], tmp_path / "report.html", max_megabytes=1, exact=[slice(0, 400), -1])
     least = float(str(error.value).split()[-1])
     page = Page(report(run[0], tmp_path / "report.html", max_megabytes=least, exact=[slice(0, 400), -1]))
     assert page.array("topk_query")[0].tolist() == [*range(400), PROMPT + NEW - 2]
+    assert "pooled_weight" not in page
+    shown, width = open_page(tmp_path / "report.html"), page.about["arrays"]["weights_map"]["width"]
+    for query in (450, 300):
+        choose(shown, query, 1, None)
+        first = query // width * width
+        alone = "It attends to", "attention of the chosen token"
+        bins = f"okens {first}–{first + width - 1}"
+        pooled = f"T{bins}, mean, attend to", f"attention of t{bins}, mean, in bins of {width} tokens"
+        label = shown.locator("#shade option[value=from]").text_content()
+        assert (shown.locator(".links.from h4").inner_text(), label) == (pooled if query == 450 else alone)
+        assert shown.locator(".links.to h4").inner_text() == f"T{bins}, attended to by"
+    assert "401 of 523 have lists of their own, with 8 keys" in shown.locator("#pooling").inner_text()
     with pytest.raises(ValueError, match="topk_weight"):
         report(measured(torch.ones(1, 5, dtype=torch.long), statistics=("entropy",)), tmp_path / "x.html", exact=-1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,6 @@ from jaxtyping import Int
 
 from llama_attn.analysis import require
 from llama_attn.analysis.dataset import direction_of, real_tokens
-from llama_attn.stats.config import as_integer
-from llama_attn.stats.segments import GENERATED
 from llama_attn.viz.report.embedding import Embedded, Level, Part, embed, embed_rounded
 from llama_attn.viz.report.pooling import pool_top_keys, widths
 
@@ -23,14 +22,16 @@ if TYPE_CHECKING:
 TOP_KEYS = ("topk_weight", "topk_position")
 # How a statistic of one segment is named in a row; the space sets it apart from names of statistics.
 OF_SEGMENT = "segment_mass "
-# As coarse as lists of keys may become [bins, ranks].
-FEWEST_BINS, FEWEST_RANKS = 64, 4
+# What generation adds to the segments of the prompt.
+GENERATED = "generated"
+# As coarse as lists of keys may become [bins, ranks], and so many stay single where not even these fit.
+FEWEST_BINS, FEWEST_RANKS, FEWEST_LISTS = 64, 4, 16
 # For each query that keeps its own list, so many bins are pooled.
 BINS_PER_LIST = 2
 # The last queries of the prompt, from which an answer begins, keep their own lists before other queries do.
 LAST_OF_PROMPT = 16
 # The page can do without the details of one statistic in one head sooner than without who attends to whom.
-WORTH = 16
+WORTH = 32
 
 
 def asked_queries(row: xarray.Dataset, exact: Positions | None) -> Int[np.ndarray, " asked"]:
@@ -51,7 +52,9 @@ def asked_queries(row: xarray.Dataset, exact: Positions | None) -> Int[np.ndarra
     asked: list[int] = []
     for each in exact if isinstance(exact, Iterable) and not isinstance(exact, str) else [exact]:
         try:
-            positions = range(length)[each] if isinstance(each, slice) else [as_integer(each)]
+            if isinstance(each, bool):
+                raise TypeError
+            positions = range(length)[each] if isinstance(each, slice) else [operator.index(each)]
         except TypeError:
             raise ValueError(f"exact: expected positions such as 6231, -1 or slice(-32, None), got {exact!r}") from None
         of_row = [position + length if position < 0 else position for position in positions]
@@ -61,7 +64,7 @@ def asked_queries(row: xarray.Dataset, exact: Positions | None) -> Int[np.ndarra
                 f"exact: {each!r} is no measured query; there are {len(queries):,}, from {queries[0]} to {queries[-1]}"
             )
         asked += found
-    return np.array(list(dict.fromkeys(asked)))
+    return np.array(list(dict.fromkeys(asked)), dtype=int)
 
 
 def first_generated(row: xarray.Dataset) -> int | None:
@@ -159,16 +162,16 @@ def links_part(row: xarray.Dataset, asked: Int[np.ndarray, " asked"]) -> Part:
     def size(entries: int, bits: int) -> int:
         return layers * heads * entries * (bits // 8 + np.dtype(index).itemsize)
 
-    def all_own(bits: int) -> Level:
-        return Level(size(queries * ranks, bits), lambda: own(queries, bits))
+    def some_own(count: int, bits: int = 16) -> Level:
+        return Level(size(count * ranks, bits), lambda: own(count, bits) if count else {})
 
     def mixed(width: int) -> Level:
         bins = -(-queries // width)
         count = max(len(asked), bins // BINS_PER_LIST)
         return Level(size(count * ranks, 16) + size(bins * few, 8), lambda: own(count, 16) | pooled(width))
 
-    levels = [all_own(16), all_own(8)]
+    levels = [some_own(queries), some_own(queries, 8)]
     # Half the ranks are worth more than half the tokens.
     levels += [mixed(width) for width in widths(queries, FEWEST_BINS) if width > 1 or few < ranks]
-    levels.append(Level(size(len(asked) * ranks, 16), lambda: own(len(asked), 16) if len(asked) else {}))
+    levels += [some_own(max(len(asked), min(queries, FEWEST_LISTS))), some_own(len(asked))]
     return Part("links", levels, WORTH)

@@ -2,13 +2,10 @@
 
 const SHOWN = 8;
 const largest = (list) => list.sort((a, b) => b.weight - a.weight || a.start - b.start).slice(0, SHOWN);
-// Whether all that is known of a mean is that it is no smaller.
-const isLeast = ({ weight, most = weight }) => percent(most) !== percent(weight);
-
-// The strongest links of a token, largest first, as { start, last, weight, most }, whose they are, and where they come from.
+// The strongest links of a token, largest first, as { start, last, weight }, for lists with bounds, whose they are, and where they come from.
 async function links(position, direction) {
-  if (hasKeys() && !mapIsExact()) {
-    if (direction === "to") return { list: largest(await queriesOf(position)), words: wordsTo() };
+  if (direction === "to" && listsTellQueries()) return { list: largest(await queriesOf(position)), words: wordsTo() };
+  if (direction === "from" && hasKeys() && !mapIsExact()) {
     const source = sourceOf(position);
     if (!source) return { list: [], words: `Token ${position} is no measured query.` };
     if (source.kind !== "map") {
@@ -34,8 +31,6 @@ function wordsOf({ kind, of }, ranks, most) {
   return `The mean over ${runWords(of)}, counting the ${poolWidth() > 1 ? report.topK : ranks} most attended keys of each query${ofHeads()}, so that it is at least what is given (≥). ` +
     `Its own keys were left out to keep the file small: report(…, exact=[${chosen.token}]) keeps them.`;
 }
-
-const allKeepLists = () => ownQueries.length === report.queries.count;
 
 function ownWords() {
   const [own, all] = [ownQueries.length, report.queries.count].map((count) => count.toLocaleString("en"));
@@ -106,12 +101,12 @@ async function linkList(position, { list, of }, direction) {
   const top = Math.max(...list.map(({ weight }) => weight), 1e-9);
   const bins = list.some(({ start, last }) => last > start);
   const rows = list.map((each) => element("li", {}, element("button", {
-    type: "button", class: "link", "data-start": each.start, "data-last": each.last, "data-weight": each.weight, "data-most": each.most ?? each.weight,
+    type: "button", class: "link", "data-start": each.start, "data-last": each.last, "data-weight": each.weight, "data-least": each.least, "data-most": each.most,
     onclick: () => { choose({ token: each.start }); focusToken(each.start, true); },
   },
   element("span", { class: "place" }, each.last > each.start ? `${each.start}–${each.last}` : String(each.start)),
   report.tokens ? element("bdi", { class: "chip" }, token(each.start) || "(empty)", each.last > each.start ? " …" : "") : null,
-  element("span", { class: "weight" }, isLeast(each) ? atLeast(each.weight) : percent(each.weight)),
+  element("span", { class: "weight" }, each.open ? atLeast(each.least) : percent(each.weight)),
   element("span", { class: "meter", style: `width:${(100 * each.weight) / top}%` }))));
   const heading = headingOf(of, direction);
   return element("section", { class: `links ${direction}` },

@@ -44,6 +44,10 @@ function sourceOf(position) {
   return { kind: "map", of: ofBin(Math.floor(position / mapWidth())) };
 }
 
+const allKeepLists = () => ownQueries.length === report.queries.count;
+// Who attends to a token is told by lists if all queries have some; else by the map, where there is one.
+const listsTellQueries = () => hasKeys() && !mapIsExact() && (poolWidth() > 0 || allKeepLists() || !hasMap());
+
 // Whether a query sees a key in the chosen layer. Where the page does not know the mask, it may.
 function canSee(query, key) {
   if (!real[key]) return false;
@@ -54,27 +58,41 @@ function canSee(query, key) {
 
 const listsOf = (kind) => Promise.all([table(`${kind}_weight`), table(`${kind}_position`)]);
 
-// The keys of a list as { start, last, weight, most }. Weights are means over the chosen heads. One that not every head
-// lists may have more, up to `most`, and one that none lists up to `rest`; of a bin of queries the page cannot tell.
+// The keys of a list as { start, last, weight, least, most }. Weights are means over the chosen heads. One that not every
+// head lists may have more, up to `most`, and one that none lists up to `rest`; of a bin of queries the page cannot tell.
+// Bounds allow for what rounding may have changed.
 async function keysOf({ kind, at }) {
   const [weights, positions] = await listsOf(kind);
   const heads = chosenHeads(weights.shape[1]);
   const found = new Map();
+  const error = (weight) => weights.error(chosen.layer, weight);
   let rest = 0;
   for (const head of heads) {
     const [weight, keys] = [weights.part(chosen.layer, head, at), positions.part(chosen.layer, head, at)];
-    const least = keys[keys.length - 1] ? weight[keys.length - 1] / heads.length : 0;
-    rest += least;
+    const last = weightOfLast(weight, keys, keys.length);
+    const unlisted = last ? (last + error(last)) / heads.length : 0;
+    rest += unlisted;
     keys.forEach((key, rank) => {
       if (!key || !(weight[rank] > 0)) return;
-      const before = found.get(key - 1) ?? { weight: 0, covered: 0 };
-      found.set(key - 1, { weight: before.weight + weight[rank] / heads.length, covered: before.covered + least });
+      const entry = found.get(key - 1) ?? { weight: 0, error: 0, covered: 0 };
+      entry.weight += weight[rank] / heads.length;
+      entry.error += error(weight[rank]) / heads.length;
+      entry.covered += unlisted;
+      found.set(key - 1, entry);
     });
   }
   const known = weights.width === 1;
-  const list = [...found].map(([key, { weight, covered }]) => (
-    { start: key, last: key, weight, most: known ? weight + rest - covered : Infinity }));
+  const list = [...found].map(([key, { weight, error: off, covered }]) => (
+    { start: key, last: key, weight, ...bounds(weight, off, known ? rest - covered : Infinity) }));
   return { list, rest: known ? rest : Infinity, table: weights, ranks: weights.shape[3] };
+}
+
+// The smallest weight of a list, which no key outside it exceeds; 0 if the list names all keys.
+const weightOfLast = (weight, keys, end) => (keys[end - 1] ? weight[end - 1] : 0);
+
+// Between what a weight lies; `open` if what heads do not list may change how it is written.
+function bounds(weight, error, unlisted) {
+  return { least: Math.max(0, weight - error), most: weight + error + unlisted, open: percent(weight + unlisted) !== percent(weight) };
 }
 
 // The queries that list a key, in the same form: single ones, and bins of which some query has no list of its own.
@@ -85,21 +103,24 @@ async function queriesOf(key) {
     const [weights, positions] = await listsOf(kind);
     const [, all, bins, ranks] = weights.shape;
     const heads = chosenHeads(all);
-    const [sum, unlisted, listed] = [new Float64Array(bins), new Float64Array(bins), new Uint8Array(bins)];
+    const [sum, error, unlisted, listed] = [new Float64Array(bins), new Float64Array(bins), new Float64Array(bins), new Uint8Array(bins)];
     for (const head of heads) {
       const [weight, keys] = [weights.part(chosen.layer, head), positions.part(chosen.layer, head)];
       for (let bin = 0; bin < bins; bin++) {
         const end = (bin + 1) * ranks;
         let i = bin * ranks;
         while (i < end && keys[i] !== key + 1) i++;
-        if (i < end && weight[i] > 0) { sum[bin] += weight[i] / heads.length; listed[bin] = 1; }
-        else if (i === end && keys[end - 1]) unlisted[bin] += weight[end - 1] / heads.length;
+        if (i < end && weight[i] > 0) {
+          sum[bin] += weight[i] / heads.length;
+          error[bin] += weights.error(chosen.layer, weight[i]) / heads.length;
+          listed[bin] = 1;
+        } else if (i === end) unlisted[bin] += weightOfLast(weight, keys, end) / heads.length;
       }
     }
     for (let bin = 0; bin < bins; bin++) {
       const of = kind === "topk" ? ofQueries(ownQueries[bin], 1) : ofQueries(bin * weights.width, weights.width);
       if (!listed[bin] || (kind === "pooled" && allHaveOwn(bin, weights.width))) continue;
-      list.push({ ...of, weight: sum[bin], most: weights.width === 1 ? sum[bin] + unlisted[bin] : Infinity });
+      list.push({ ...of, weight: sum[bin], ...bounds(sum[bin], error[bin], weights.width === 1 ? unlisted[bin] : Infinity) });
     }
   }
   return list;

@@ -20,7 +20,7 @@ function labelOf(shade) {
   const word = shade === FROM || shade === MAP_FROM ? "of" : "to";
   const position = chosen.token;
   const source = position === null || shade === TO || shade === MAP_TO ? null : sourceOf(position);
-  const ofMap = mapWidth() > 1 && (shade === MAP_FROM || shade === MAP_TO || !hasKeys() || source?.kind === "map");
+  const ofMap = mapWidth() > 1 && (shade === MAP_FROM || shade === MAP_TO || !hasKeys() || source?.kind === "map" || (shade === TO && !listsTellQueries()));
   if (ofMap) {
     const words = word === "of" ? meanWords : runWords;
     const whose = position === null ? "the chosen token" : words(ofBin(Math.floor(position / mapWidth())));
@@ -44,7 +44,7 @@ async function shadeOf(shade) {
   if (position === null) return { ...result, note: "Choose a token first." };
   const sees = direction === "from" ? (at) => canSee(position, at) : (at) => canSee(at, position);
   const unseen = direction === "from" ? `not seen by token ${position}` : `does not see token ${position}`;
-  const byMap = shade === MAP_FROM || shade === MAP_TO || mapIsExact() || !hasKeys() || (shade === FROM && sourceOf(position)?.kind === "map");
+  const byMap = shade === MAP_FROM || shade === MAP_TO || mapIsExact() || !hasKeys() || (shade === FROM ? sourceOf(position)?.kind === "map" : !listsTellQueries());
   const found = byMap
     ? await mapShade(position, direction, values) : await listShade(position, direction, values);
   for (let at = 0; at < report.length; at++) if (!sees(at)) values[at] = NaN;
@@ -69,18 +69,18 @@ async function listShade(position, direction, values) {
     for (const { start, weight } of list) values[start] = weight;
     const most = Number.isFinite(rest) ? `: at most ${atMost(rest)}` : "";
     return {
-      source, least: new Set(list.filter(isLeast).map(({ start }) => start)), note: wordsOf(from, ranks, rest),
+      source, least: new Map(list.filter(({ open }) => open).map(({ start, least }) => [start, least])), note: wordsOf(from, ranks, rest),
       rest: { name: "rest", words: `not among the ${ranks} most attended keys${most}` },
     };
   }
   const list = await queriesOf(position);
-  const least = new Set();
+  const least = new Map();
   // Bins first, and not on those who keep their own lists.
   for (const each of list.sort((a, b) => (b.last - b.start) - (a.last - a.start))) {
     for (let at = each.start; at <= each.last; at += each.stride) {
       if (each.last > each.start && ownPlace.has(queryIndex(at))) continue;
       values[at] = each.weight;
-      if (isLeast(each)) least.add(at); else least.delete(at);
+      if (each.open) least.set(at, each.least); else least.delete(at);
     }
   }
   const [source] = await listsOf("topk_weight" in report.arrays ? "topk" : "pooled");

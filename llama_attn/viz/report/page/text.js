@@ -141,7 +141,7 @@ function tokenTip(position) {
 function valueAt(position) {
   const value = shading.values[position];
   if (!Number.isFinite(value)) return shading.blank?.(position)?.words ?? "no data";
-  if (shading.least?.has(position)) return atLeast(value);
+  if (shading.least?.has(position)) return atLeast(shading.least.get(position));
   const error = shading.source.error(shading.layer, value);
   return `${number(value)} ${shading.unit}${error > 0.002 * Math.abs(value) ? ` (± ${number(error)})` : ""}`;
 }
@@ -153,6 +153,7 @@ async function shadeText() {
   const next = await shadeOf(chosen.shade);
   if (mine !== shadeRequest) return; // Something else was chosen meanwhile.
   shading = next;
+  hideTip(); // It speaks of the shading before.
   for (const box of chunks) if (box.near || report.length <= CHUNK) fill(box);
   drawLegend();
   $("shade-note").textContent = shading.note;
