@@ -172,6 +172,19 @@ def test_a_page_with_a_map_in_bins_does_not_say_that_nothing_was_pooled(run, ope
     assert "Attention maps are in bins of 16 × 16 tokens" in said
 
 
+def test_some_queries_are_found_by_their_positions(run, open_page, tmp_path):
+    """As `select` leaves them, or any other choice: at unequal distances."""
+    chosen = [3, 4, 60, 200, 201, 333]
+    dataset = run[0].to_xarray().isel(query=chosen).drop_vars("weights_map")
+    page = open_page(report(dataset, tmp_path / "some.html"))
+    for query in chosen[2:]:
+        choose(page, query, 2, 1)
+        best = np.argsort(-run[1][2, 1, query], kind="stable")[:8]
+        assert sorted(at for at, _ in shown_links(page, "from")) == sorted(best.tolist())
+    choose(page, 202, 2, 1)
+    assert "Token 202 is no measured query." in page.locator("#token .source").inner_text()
+
+
 def test_the_order_of_queries(run):
     row = one_row(run[0].to_xarray(), 0)
     order = by_importance(row, np.array(ASKED)).tolist()

@@ -160,7 +160,6 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
     absent = without_attention(row)
     hidden = row["hidden_layer"].values.tolist() if "hidden_layer" in row.dims else []
     layers = row["layer"].values.tolist() if "layer" in row.dims else hidden[:-1]
-    queries = row["query"].values
     model = str(row.attrs.get("model", ""))
     total = int(row.attrs.get("num_layers", len(layers)))
     return {
@@ -179,11 +178,7 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "withoutAttention": named_layers(absent) if absent else "",
         "length": last + 1,
         "firstKey": first,
-        "queries": {
-            "first": int(queries[0]),
-            "stride": int(queries[1] - queries[0]) if len(queries) > 1 else 1,
-            "count": len(queries),
-        },
+        "queries": _queries(row["query"].values),
         "tokens": None if tokens is None else [_shown(token) for token in tokens],
         "opening": _opening(row),
         "direction": direction_of(row),
@@ -197,6 +192,13 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "missing": [name for name in WANTED if name not in row],
         "notShown": not_shown(row),
     }
+
+
+def _queries(positions: np.ndarray) -> dict[str, Any]:
+    """Which tokens are measured queries: at equal distances, or position by position."""
+    stride = int(positions[1] - positions[0]) if len(positions) > 1 else 1
+    found: dict[str, Any] = {"first": int(positions[0]), "stride": stride, "count": len(positions)}
+    return found if (np.diff(positions) == stride).all() else found | {"positions": positions.tolist()}
 
 
 def _opening(row: xarray.Dataset) -> str:

@@ -176,16 +176,16 @@ async function lineAlong(statistic, name, colour, kvHead = null) {
   const layer = layerOf(statistic);
   const source = await table(kvHead === null ? `mean ${statistic.name}` : `heads ${statistic.name}`);
   const numbers = layer < 0 ? [] : kvHead === null ? source.part(layer) : source.part(layer, kvHead);
-  const { first, stride } = statistic.tokenAxis === "key" ? { first: 0, stride: 1 } : report.queries;
+  const ofKeys = statistic.tokenAxis === "key";
   const every = Math.ceil(numbers.length / MOST_POINTS);
   const [x, y, text] = [[], [], []];
   for (let start = 0; start < numbers.length; start += every) {
     let best = start;
     for (let i = start; i < Math.min(start + every, numbers.length); i++) if (!(numbers[i] <= numbers[best])) best = i;
-    const position = first + best * source.width * stride;
+    const position = ofKeys ? best * source.width : queryPositions[best * source.width];
     x.push(position);
     y.push(Number.isFinite(numbers[best]) ? numbers[best] : null);
-    text.push(`${binLabel(position, source.width)} ${source.width === 1 ? forPlotly(position) : ""}`);
+    text.push(`${ofKeys ? binLabel(position, source.width) : runWords(ofQueries(best * source.width, source.width))} ${source.width === 1 ? forPlotly(position) : ""}`);
   }
   return {
     x, y, text, name, mode: x.length > 1 ? "lines" : "markers", line: { color: colour, width: kvHead === null ? 2 : 1 }, opacity: kvHead === null ? 1 : 0.5,

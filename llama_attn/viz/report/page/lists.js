@@ -27,10 +27,13 @@ const queryIndex = (position) => indexOf({ tokenAxis: "query" }, position);
 
 // Runs of positions: measured queries from a place on their axis, and the tokens of a bin of the map.
 function ofQueries(index, width) {
-  const { first, stride, count } = report.queries;
-  return { start: first + index * stride, last: first + (Math.min(index + width, count) - 1) * stride, stride };
+  const end = Math.min(index + width, report.queries.count);
+  return { start: queryPositions[index], last: queryPositions[end - 1], count: end - index };
 }
-const ofBin = (bin) => ({ start: bin * mapWidth(), last: Math.min((bin + 1) * mapWidth(), report.length) - 1, stride: 1 });
+function ofBin(bin) {
+  const [start, end] = [bin * mapWidth(), Math.min((bin + 1) * mapWidth(), report.length)];
+  return { start, last: end - 1, count: end - start };
+}
 
 // Where the attention of a token is looked up, and of which tokens that is the mean; null if it was not measured.
 function sourceOf(position) {

@@ -151,6 +151,7 @@ function buildTheme() {
 async function main() {
   report = JSON.parse(await textOf("about"));
   real = (await table("real")).codes;
+  openQueries();
   await openLists();
   buildHead();
   buildTheme();

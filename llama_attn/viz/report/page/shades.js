@@ -77,8 +77,8 @@ async function listShade(position, direction, values) {
   const least = new Map();
   // Bins first, and not on those who keep their own lists.
   for (const each of list.sort((a, b) => (b.last - b.start) - (a.last - a.start))) {
-    for (let at = each.start; at <= each.last; at += each.stride) {
-      if (each.last > each.start && ownPlace.has(queryIndex(at))) continue;
+    for (let at = each.start; at <= each.last; at++) {
+      if (each.last > each.start && (queryIndex(at) < 0 || ownPlace.has(queryIndex(at)))) continue;
       values[at] = each.weight;
       if (each.open) least.set(at, each.least); else least.delete(at);
     }

@@ -47,6 +47,7 @@ function buildText() {
   list.addEventListener("focusout", hideTip);
 }
 
+const everyQuery = () => queryPositions.every((position, index) => position === report.length - report.queries.count + index);
 const isGenerated = (position) => report.generated !== null && position >= report.generated && Boolean(real[position]);
 
 function fill(box) {
@@ -132,7 +133,7 @@ function lineStep(direction) {
 
 function tokenTip(position) {
   const name = report.tokens ? `${position}: ${token(position)}` : `token ${position}`;
-  const kind = !real[position] ? (position < report.firstKey ? " · no longer in the cache" : " · padding") : isGenerated(position) ? " · generated" : "";
+  const kind = !real[position] ? (position < report.firstKey ? " · no longer in the cache" : ` · padding${everyQuery() ? "" : ", or seen by no measured query"}`) : isGenerated(position) ? " · generated" : "";
   if (!shading) return name + kind;
   return `\u2068${name}\u2069${kind} · ${shading.label}: ${valueAt(position)}`;
 }

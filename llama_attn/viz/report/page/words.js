@@ -69,8 +69,9 @@ function binLabel(start, width, length = report.length) {
 }
 
 // A run of tokens; of queries, whose numbers are means if it holds several.
-function runWords({ start, last, stride }) {
-  return last === start ? `token ${start}` : `tokens ${start}–${last}${stride > 1 ? `, in steps of ${stride}` : ""}`;
+function runWords({ start, last, count }) {
+  if (last === start) return `token ${start}`;
+  return count === last - start + 1 ? `tokens ${start}–${last}` : `${count} of tokens ${start}–${last}`;
 }
 const meanWords = (run) => `${runWords(run)}${run.last > run.start ? ", mean" : ""}`;
 
