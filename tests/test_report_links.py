@@ -163,6 +163,19 @@ def test_bins_are_named_at_the_control(run, small, open_page):
     control.select_option("map from")
     page.locator("#shade-note", has_text="that of a whole bin").wait_for()
     assert all(not share for share, _ in shading(page)[ASKED[1] + 1 :])
+    # Of queries with lists of their own, the exact share or none; of others, bins.
+    control.select_option("to")
+    page.locator("#shade-note", has_text="have lists of their own").wait_for()
+    assert labels["to"] == f"attention to the chosen token, partly in bins of {width} tokens"
+    own, weights = small[1].array("topk_query")[0], run[1][1, 4]
+    own = own[own >= ASKED[1]]
+    listed = weights[own, ASKED[1]] >= -np.sort(-weights[own], -1)[:, 7]
+    shown = np.array([share for share, _ in shading(page)])[own]
+    assert 0 < listed.sum() < len(own)
+    assert not shown[~listed].any()
+    shares = weights[own, ASKED[1]][listed]
+    high = float(page.locator("#high").inner_text())
+    np.testing.assert_allclose(shown[listed], 100 * np.sqrt(shares / high), atol=0.6)
 
 
 def test_a_page_with_a_map_in_bins_does_not_say_that_nothing_was_pooled(run, open_page, tmp_path):

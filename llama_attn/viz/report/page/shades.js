@@ -27,7 +27,7 @@ function labelOf(shade) {
     return `attention ${word} ${whose}, in bins of ${mapWidth()} tokens`;
   }
   if (source && source.of.last > source.of.start) return `attention of ${meanWords(source.of)}`;
-  return `attention ${word} the chosen token${shade === TO && poolWidth() > 1 && !mapIsExact() ? `, in part of ${poolWidth()} tokens, mean` : ""}`;
+  return `attention ${word} the chosen token${shade === TO && poolWidth() > 1 && !mapIsExact() ? `, partly in bins of ${poolWidth()} tokens` : ""}`;
 }
 
 // The words of the control follow what is chosen.
