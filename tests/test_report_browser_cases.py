@@ -129,6 +129,11 @@ def test_unusual_runs_open(case, ids, open_page, tmp_path):
         entropy = page.locator("#shade option", has_text=re.compile("^entropy, in bins of [24] tokens$"))
         page.select_option("#shade", entropy.get_attribute("value"))
         page.locator("#shade-note", has_text="mean").wait_for()
+        page.locator("#token summary", has_text="head 2").click()
+        held = Page(tmp_path / "unusual.html").about["arrays"]
+        width = held.get("heads entropy", held["mean entropy"])["width"]
+        pooled = ("" if "heads entropy" in held else ", mean over heads") + f", mean over {width} tokens"
+        assert page.locator("#token dd[data-statistic=entropy]").inner_text().endswith(f" nat{pooled}")
         page.locator("#method summary").click()
         assert "bins of" in page.locator("#method table").inner_text()
 

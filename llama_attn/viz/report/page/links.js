@@ -80,12 +80,12 @@ async function showToken() {
 async function numbersOf(position) {
   const list = element("dl", { class: "numbers-of" });
   for (const statistic of report.statistics) {
-    const { values, source, layer } = await along(statistic);
+    const { values, source, layer, poolsHeads } = await along(statistic);
     const value = values[position];
     if (!Number.isFinite(value)) continue;
     list.append(element("dt", {}, plain(statistic.name)), element("dd", {
       "data-statistic": statistic.name, "data-value": value, "data-error": source.error(layer, value),
-    }, withUnit(value, statistic.unit)));
+    }, withUnit(value, statistic.unit), ...[poolsHeads && ", mean over heads", source.width > 1 && `, mean over ${source.width} tokens`].filter(Boolean)));
   }
   const missing = list.children.length ? null : element("p", { class: "muted small" }, "No data: padding, or no measured query.");
   return element("details", {}, element("summary", {}, `Numbers of this token, layer ${layerName()}, ${headName()}`), list, missing);

@@ -11,6 +11,12 @@ function shades() {
   return entries;
 }
 
+// Whether links are read from the map: where that is asked for or knows best, or where there are no lists.
+function isOfMap(shade) {
+  if (shade === MAP_FROM || shade === MAP_TO || mapIsExact() || !hasKeys()) return true;
+  return shade === TO ? !listsTellQueries() : chosen.token !== null && sourceOf(chosen.token)?.kind === "map";
+}
+
 function labelOf(shade) {
   if (typeof shade === "number") {
     const { name, headAxis } = report.statistics[shade];
@@ -19,14 +25,13 @@ function labelOf(shade) {
   }
   const word = shade === FROM || shade === MAP_FROM ? "of" : "to";
   const position = chosen.token;
-  const source = position === null || shade === TO || shade === MAP_TO ? null : sourceOf(position);
-  const ofMap = mapWidth() > 1 && (shade === MAP_FROM || shade === MAP_TO || !hasKeys() || source?.kind === "map" || (shade === TO && !listsTellQueries()));
-  if (ofMap) {
+  if (mapWidth() > 1 && isOfMap(shade)) {
     const words = word === "of" ? meanWords : runWords;
     const whose = position === null ? "the chosen token" : words(ofBin(Math.floor(position / mapWidth())));
     return `attention ${word} ${whose}, in bins of ${mapWidth()} tokens`;
   }
-  if (source && source.of.last > source.of.start) return `attention of ${meanWords(source.of)}`;
+  const of = position === null || shade === TO ? null : sourceOf(position)?.of;
+  if (of && of.last > of.start) return `attention of ${meanWords(of)}`;
   return `attention ${word} the chosen token${shade === TO && poolWidth() > 1 && !mapIsExact() ? `, partly in bins of ${poolWidth()} tokens` : ""}`;
 }
 
@@ -44,9 +49,7 @@ async function shadeOf(shade) {
   if (position === null) return { ...result, note: "Choose a token first." };
   const sees = direction === "from" ? (at) => canSee(position, at) : (at) => canSee(at, position);
   const unseen = direction === "from" ? `not seen by token ${position}` : `does not see token ${position}`;
-  const byMap = shade === MAP_FROM || shade === MAP_TO || mapIsExact() || !hasKeys() || (shade === FROM ? sourceOf(position)?.kind === "map" : !listsTellQueries());
-  const found = byMap
-    ? await mapShade(position, direction, values) : await listShade(position, direction, values);
+  const found = await (isOfMap(shade) ? mapShade : listShade)(position, direction, values);
   for (let at = 0; at < report.length; at++) if (!sees(at)) values[at] = NaN;
   const isQuery = (at) => direction === "from" || queryIndex(at) >= 0;
   const blank = (at) => (!sees(at) ? { name: "unseen", words: unseen } : isQuery(at) ? found.rest : null);
@@ -97,7 +100,7 @@ async function statisticShade(index) {
   if (layer < 0) notes.push("Not measured in this layer.");
   if (poolsHeads) notes.push("Single heads were left out to keep the file small: this is the mean over heads.");
   if (source.width > 1) notes.push(`Each value is the mean over ${source.width} tokens.`);
-  return { values, source, layer, unit: statistic.unit, label: plain(statistic.name), scale: scaleOf(values, statistic.unit), note: sentence(notes.join(" ")) };
+  return { values, source, layer, unit: statistic.unit, label: labelOf(index), scale: scaleOf(values, statistic.unit), note: sentence(notes.join(" ")) };
 }
 
 function where(statistic) {
