@@ -31,6 +31,9 @@ def test_the_header_says_which_run_it_is(ids, open_page, tmp_path):
     assert whole.locator("#opening").inner_text() == ""
     drawn(whole, "grid")
     assert "of 3" not in whole.locator("#grid .chart-title").inner_text()
+    # Layers without attention are not missing.
+    hybrid = measured(ids, layers=(0, 2)).to_xarray().assign_attrs(without_attention="[1]")
+    assert written(hybrid, tmp_path).about["part"] == ""
 
 
 def test_padding_is_no_opening(ids, left_padding, tmp_path):

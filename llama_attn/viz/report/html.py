@@ -171,8 +171,8 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "layers": layers,
         "hiddenLayers": hidden,
         "numLayers": total,
-        # Which layers speak, where not all do.
-        "part": "" if len(layers) == total else f"{named_layers(layers)} of {total}",
+        # Which layers speak, where not all that could do.
+        "part": f"{named_layers(layers)} of {total}" if {*range(total)} - {*layers, *absent} else "",
         "heads": row["head"].values.tolist() if "head" in row.dims else [],
         "kvHeads": row["kv_head"].values.tolist() if "kv_head" in row.dims else [],
         "withoutAttention": named_layers(absent) if absent else "",
