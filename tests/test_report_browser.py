@@ -111,11 +111,11 @@ def test_charts_show_the_statistics(demo_stats, demo_report, open_page):
     page.select_option("#layer", "18")
     page.select_option("#head", label="6")
     (trace,) = drawn(page, "grid")
-    np.testing.assert_allclose(numbers(trace["z"]).T, head_means(dataset, "sink_mass").values, rtol=1e-6)
+    np.testing.assert_allclose(numbers(trace["z"]), head_means(dataset, "sink_mass").values, rtol=1e-6)
     page.select_option("#grid-statistic", label="key norm")
     page.locator("#grid .chart-title", has_text="Key norm").wait_for()
     (trace,) = drawn(page, "grid")
-    np.testing.assert_allclose(numbers(trace["z"]).T, head_means(dataset, "key_norm").values, rtol=1e-6)
+    np.testing.assert_allclose(numbers(trace["z"]), head_means(dataset, "key_norm").values, rtol=1e-6)
     page.select_option("#grid-statistic", "roles")
     page.locator("#grid .chart-title", has_text="Role").wait_for()
     evolution = layer_evolution(dataset)
@@ -139,11 +139,13 @@ def test_charts_show_the_statistics(demo_stats, demo_report, open_page):
     np.testing.assert_allclose(of_heads[1]["y"], demo_stats["key_norm"][18, 0, 1], **held.stated("heads key_norm", 18))
     largest = drawn(page, "massive")[0]
     np.testing.assert_allclose(largest["y"], demo_stats["hidden_max"][:, 0].amax(-1), rtol=1e-6)
-    # A click in the grid chooses a head.
+    # A click in the grid, layers from top to bottom as in the figures, chooses a head.
     page.locator("#grid").scroll_into_view_if_needed()
-    page.locator("#grid .nsewdrag").first.click(position={"x": 8, "y": 8})
-    assert page.locator("#layer").input_value() == "0"
-    assert page.locator("#head").input_value() == "0"
+    area = page.locator("#grid .nsewdrag").first
+    box = area.bounding_box()
+    area.click(position={"x": 2.5 / 9 * box["width"], "y": 29.5 / 30 * box["height"]})
+    assert page.locator("#layer").input_value() == "29"
+    assert page.locator("#head").input_value() == "2"
 
 
 @pytest.mark.smollm2
@@ -152,8 +154,9 @@ def test_the_model_view_chooses_and_shows_maps(demo_stats, demo_report, open_pag
     view = page.locator("#model-view")
     view.scroll_into_view_if_needed()
     box = view.bounding_box()
-    size = (box["width"] - 29) / 30
-    view.click(position={"x": 28 + 17.4 * size, "y": 18 + 3.4 * size})
+    size = (box["height"] - 19) / 30
+    assert box["width"] == pytest.approx(29 + 9 * size)
+    view.click(position={"x": 28 + 3.4 * size, "y": 18 + 17.4 * size})
     assert page.locator("#layer").input_value() == "17"
     assert page.locator("#head").input_value() == "3"
     page.locator("#map .chart-title", has_text="layer 17, head 3").wait_for()
@@ -164,7 +167,7 @@ def test_the_model_view_chooses_and_shows_maps(demo_stats, demo_report, open_pag
     bins = len(weights)
     inner = int(size) - max(1, round(int(size) / 12))
     at = np.floor((np.arange(bins) + 0.5) * inner / bins).astype(int)
-    cells = pixels[np.ix_(18 + 5 * int(size) + at, 28 + 16 * int(size) + at)]
+    cells = pixels[np.ix_(18 + 16 * int(size) + at, 28 + 5 * int(size) + at)]
     below = np.tril_indices(bins)
     assert np.corrcoef(cells[below], np.sqrt(weights[below]))[0, 1] > 0.8
 

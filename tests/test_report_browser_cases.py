@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -111,7 +113,10 @@ def test_unusual_runs_open(case, ids, open_page, tmp_path):
     if case == "two layers":
         assert page.locator("#layer option").all_inner_texts() == ["0", "2"]
     said = page.locator("#pooling").inner_text()
-    assert ("pooled" in said and "Nothing was pooled" not in said) == (case == "pooled")
+    assert ("tokens were pooled to their mean" in said) == (case == "pooled")
+    # Maps of 211 tokens are in bins.
+    binned = case in ("no data", "pooled")
+    assert ("Nothing was pooled" not in said) == binned == bool(re.search(r"in bins of [48] × [48] tokens", said))
     if case == "pooled":
         for name, entry in Page(tmp_path / "unusual.html").about["arrays"].items():
             if name.startswith("heads ") and entry["width"] > 1:
@@ -120,9 +125,15 @@ def test_unusual_runs_open(case, ids, open_page, tmp_path):
                     in said.split(f"In bins of {entry['width']} tokens:")[1]
                 )
         assert "In bins of 2 tokens:" in said
-        page.select_option("#shade", label="entropy")
         page.select_option("#head", label="2")
+        entropy = page.locator("#shade option", has_text=re.compile("^entropy, in bins of [24] tokens$"))
+        page.select_option("#shade", entropy.get_attribute("value"))
         page.locator("#shade-note", has_text="mean").wait_for()
+        page.locator("#token summary", has_text="head 2").click()
+        held = Page(tmp_path / "unusual.html").about["arrays"]
+        width = held.get("heads entropy", held["mean entropy"])["width"]
+        pooled = ("" if "heads entropy" in held else ", mean over heads") + f", mean over {width} tokens"
+        assert page.locator("#token dd[data-statistic=entropy]").inner_text().endswith(f" nat{pooled}")
         page.locator("#method summary").click()
         assert "bins of" in page.locator("#method table").inner_text()
 
@@ -142,7 +153,9 @@ def test_a_long_text_is_drawn_in_parts(open_page, tmp_path):
         {
             name: range(size)
             for name, size in (("layer", 1), ("batch", 1), ("head", 1), ("key", length), ("query", length))
-        },
+        }
+        # Short lines, so that the text is higher than was guessed before it was made.
+        | {"key_token": (("batch", "key"), [["sea" if i % 3 else "Ċ" for i in range(length)]])},
         {"config": '{"window": 64, "sink_tokens": 1}', "num_layers": 1},
     )
     page = open_page(report(stats, tmp_path / "long.html"))
@@ -151,6 +164,9 @@ def test_a_long_text_is_drawn_in_parts(open_page, tmp_path):
     page.keyboard.press("End")
     last = token(page, length - 1)
     assert last.evaluate("each => each === document.activeElement")
+    page.wait_for_timeout(500)  # The text around it is made meanwhile.
+    inside = "each => { const box = each.getBoundingClientRect(), list = each.closest('#tokens').getBoundingClientRect(); return box.top >= list.top && box.bottom <= list.bottom && box.bottom <= window.innerHeight; }"
+    assert last.evaluate(inside)
     page.keyboard.press("Enter")
     page.locator("#token h3", has_text=f"Token {length - 1}").wait_for()
     assert page.evaluate("performance.getEntriesByName('interactive').length") == 1

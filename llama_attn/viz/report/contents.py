@@ -11,20 +11,22 @@ from llama_attn.analysis.dataset import real_tokens
 from llama_attn.viz.figures.attention import bin_width
 from llama_attn.viz.figures.multiples import pooled_maps
 from llama_attn.viz.report.embedding import Embedded, Level, Part, embed, embed_rounded
-from llama_attn.viz.report.pooling import mean_of_known, pool_tokens, pool_top_keys, widths
+from llama_attn.viz.report.links import FEWEST_BINS, OF_SEGMENT, TOP_KEYS, first_seen, links_part
+from llama_attn.viz.report.pooling import mean_of_known, pool_tokens, widths
 
 if TYPE_CHECKING:
     import xarray
+    from jaxtyping import Int
 
 LAYER_AXES, HEAD_AXES, TOKEN_AXES = ("layer", "hidden_layer"), ("head", "kv_head"), ("query", "key")
 # Statistics that have places of their own in the page, or none.
-MAP, TOP_KEYS, HISTOGRAM = "weights_map", ("topk_weight", "topk_position"), "distance_histogram"
+MAP, HISTOGRAM = "weights_map", "distance_histogram"
 # What massive activations are found with.
 OF_MASSIVE = ("hidden_max_channel", "hidden_top", "hidden_top_channel", "hidden_layer_median")
-# As coarse as statistics along the text and maps may become [bins], and lists of keys [ranks].
-FEWEST_BINS, FEWEST_MAP_BINS, FEWEST_RANKS = 64, 16, 4
-# The page can do without the details of one statistic in one head sooner than without who attends to whom.
-WORTH_OF_HEADS, WORTH_OF_MAP, WORTH_OF_KEYS = 2, 6, 16
+# As coarse as maps may become [bins].
+FEWEST_MAP_BINS = 16
+# How many times the size of another part single heads and maps may have before they are coarsened first.
+WORTH_OF_HEADS, WORTH_OF_MAP = 2, 6
 
 
 def one_row(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
@@ -38,8 +40,7 @@ def one_row(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
             row = row.sortby(axis)
     if "segment_mass" in row:
         mass = row["segment_mass"]
-        # The space sets them apart from names of statistics.
-        single = {f"segment_mass {name}": mass.isel(segment=i, drop=True) for i, name in enumerate(mass.segment.values)}
+        single = {f"{OF_SEGMENT}{name}": mass.isel(segment=i, drop=True) for i, name in enumerate(mass.segment.values)}
         for array in single.values():
             array.attrs = mass.attrs
         row = row.drop_vars("segment_mass").assign(single)
@@ -88,19 +89,26 @@ def described(row: xarray.Dataset, name: str) -> dict[str, Any]:
     }
 
 
-def parts_of(row: xarray.Dataset) -> list[Part]:
-    """Everything that the page draws, ready to lose detail."""
+def parts_of(row: xarray.Dataset, asked: Int[np.ndarray, " asked"]) -> list[Part]:
+    """Everything that the page draws, ready to lose detail.
+
+    Args:
+        row: One row of the batch, with all its tokens.
+        asked: Queries whose own lists of keys stay, as indices.
+    """
     parts = [part for name in along_text(row) for part in _token_parts(row, name)]
     if MAP in row:
         parts.append(_map_part(row.isel(batch=0)))
     if all(name in row for name in TOP_KEYS):
-        parts.append(_top_keys_part(row.isel(batch=0)))
+        parts.append(links_part(row, asked))
     if HISTOGRAM in row:
         histogram = row[HISTOGRAM].isel(batch=0).transpose("layer", "head", ...).values
         parts.append(_fixed(HISTOGRAM, histogram))
     parts.extend(_summaries(row))
     real = real_tokens(row, "key").isel(batch=0).values.astype(np.uint8)
     parts.append(Part("real", [Level(real.size, lambda: {"real": embed(real)})]))
+    if (seen := first_seen(row)) is not None:
+        parts.append(Part("first seen", [Level(4 * seen.size, lambda: {"first_seen": embed(seen.astype(np.uint32))})]))
     return parts
 
 
@@ -166,33 +174,3 @@ def _map_part(row: xarray.Dataset) -> Part:
     factors = widths(bins, FEWEST_MAP_BINS)
     levels = [level(16, 1), *(level(8, factor) for factor in factors), level(8, factors[-1], mean=True)]
     return Part(MAP, levels, WORTH_OF_MAP)
-
-
-def _top_keys_part(row: xarray.Dataset) -> Part:
-    weight, position = (row[name].transpose("layer", "head", "query", "rank").values for name in TOP_KEYS)
-    real = real_tokens(row, "query").values
-    if row.sizes["key"] <= 2**15:
-        # Integers of 16 bits are sorted several times as fast.
-        position = position.astype(np.int16)
-    layers, heads, queries, ranks = weight.shape
-    index = np.uint16 if row.sizes["key"] < 2**16 else np.uint32
-    few = min(ranks, FEWEST_RANKS)
-
-    def level(bits: int, width: int, kept: int) -> Level:
-        def make() -> dict[str, Embedded]:
-            # Layer by layer: sorting all lists at once would take many times their memory.
-            pooled = [pool_top_keys(*lists, real, width, kept) for lists in zip(weight, position, strict=True)]
-            weights, keys = (np.stack(lists) for lists in zip(*pooled, strict=True))
-            return {
-                TOP_KEYS[0]: embed_rounded(weights, bits, width=width),
-                # Position + 1, so that 0 is "none" and all are unsigned.
-                TOP_KEYS[1]: embed((keys.astype(np.int64) + 1).astype(index), width=width),
-            }
-
-        entries = layers * heads * -(-queries // width) * kept
-        return Level(entries * (bits // 8 + np.dtype(index).itemsize), make)
-
-    levels = [level(16, 1, ranks), level(8, 1, ranks)]
-    # Half the ranks are worth more than half the tokens.
-    levels += [level(8, width, few) for width in widths(queries, FEWEST_BINS)]
-    return Part("topk", [*levels, Level(0, dict)], WORTH_OF_KEYS)

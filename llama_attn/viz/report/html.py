@@ -14,13 +14,12 @@ import numpy as np
 
 from llama_attn.analysis import as_dataset, classify_heads, massive_activations, require
 from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed
-from llama_attn.analysis.dataset import direction_of, without_attention
+from llama_attn.analysis.dataset import direction_of, real_tokens, without_attention
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.token_text import readable
 from llama_attn.viz.report.contents import (
     HISTOGRAM,
     MAP,
-    TOP_KEYS,
     along_text,
     described,
     from_the_first_token,
@@ -30,18 +29,22 @@ from llama_attn.viz.report.contents import (
 )
 from llama_attn.viz.report.embedding import Embedded, Part, arrays_of, embed, fit
 from llama_attn.viz.report.findings import findings
+from llama_attn.viz.report.links import TOP_KEYS, asked_queries, first_generated
 from llama_attn.viz.style import named_layers, tokens_of
 
 if TYPE_CHECKING:
     import xarray
 
     from llama_attn.analysis.dataset import Source
+    from llama_attn.viz.report.links import Positions
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("data", "words", "colours", "state", "text", "links", "maps", "charts", "main")
+SCRIPTS = ("data", "words", "colours", "state", "lists", "shades", "text", "links", "maps", "charts", "main")
 MEGABYTE = 1_000_000
 # Longer tokens are cut in the page.
 LONGEST_TOKEN = 80
+# So many characters of the text stand in the title.
+OPENING = 60
 # What the page has a place for; what is missing is named.
 WANTED = (
     "received", "entropy", "sink_mass", "local_mass", "mean_distance", MAP, *TOP_KEYS, HISTOGRAM,
@@ -50,7 +53,14 @@ WANTED = (
 )  # fmt: skip
 
 
-def report(source: Source, path: str | os.PathLike[str], *, max_megabytes: float = 12, batch: int = 0) -> Path:
+def report(
+    source: Source,
+    path: str | os.PathLike[str],
+    *,
+    max_megabytes: float = 12,
+    batch: int = 0,
+    exact: Positions | None = None,
+) -> Path:
     """Write one HTML file that shows a run: findings in words, the text, maps, heads, layers and norms.
 
     It opens from the file system in any browser of 2024 or later and makes no request. Statistics that were not
@@ -58,11 +68,17 @@ def report(source: Source, path: str | os.PathLike[str], *, max_megabytes: float
     not fit, they are rounded to 8 bits, then pooled over bins of tokens, then over heads; the page says which were and
     by how much. Means per head and per layer are never rounded.
 
+    Where the most attended keys of every query do not fit, some queries keep their own and the others are pooled: first
+    those that ``exact`` names, then generated tokens (known where ``segments`` were given), the last ones of the
+    prompt, ends of segments, and as many others as there is room for, from the last. The page says which is which.
+
     Args:
         source: Any statistics.
         path: Where to; the file appears under its name only once it is complete.
         max_megabytes: Largest size of the file [10⁶ bytes]; about 2 of them are plotly.
         batch: Row of the batch.
+        exact: Positions of queries whose own most attended keys must be in the page [token]: integers, negative ones
+            from the end of the row, or slices.
 
     Returns:
         The path.
@@ -70,7 +86,8 @@ def report(source: Source, path: str | os.PathLike[str], *, max_megabytes: float
     Raises:
         ImportError: xarray, pandas or plotly is not installed.
         ValueError: The row was not measured or is all padding, it is of cross-attention, or the report does not fit
-            into ``max_megabytes`` however much is pooled.
+            into ``max_megabytes`` however much is pooled; or ``exact`` names no measured query, or there are no
+            ``topk_weight`` and ``topk_position``.
         FileNotFoundError: The folder does not exist.
     """
     if isinstance(max_megabytes, bool) or not isinstance(max_megabytes, (int, float)) or not max_megabytes > 0:
@@ -89,11 +106,12 @@ def report(source: Source, path: str | os.PathLike[str], *, max_megabytes: float
         raise ValueError(f"batch: {batch} was not measured; there are {dataset['batch'].values.tolist()}")
     if not (dataset.visible_queries.sel(batch=batch) > 0).any():
         raise ValueError(f"batch: row {batch} is all padding")
+    row = one_row(dataset, batch)
+    asked = asked_queries(row, exact)
     with complete_file(path) as unfinished:
-        row = one_row(dataset, batch)
         about = _about(row) | {"row": int(batch), "rows": dataset.sizes["batch"]}
         plotly = embed(np.frombuffer(get_plotlyjs().encode(), np.uint8))
-        parts = parts_of(from_the_first_token(row))
+        parts = parts_of(from_the_first_token(row), asked)
         unfinished.write_text(_fitting_page(about, plotly, parts, int(max_megabytes * MEGABYTE)), "utf-8")
     return Path(path)
 
@@ -105,8 +123,12 @@ def _fitting_page(about: dict[str, Any], plotly: Embedded, parts: Sequence[Part]
         try:
             page = _page(about, plotly, fit(parts, room))
         except ValueError:
+            page = _page(about, plotly, arrays_of(parts))
+            # Of the few arrays that are left, less is said than the room was reduced for.
+            if (size := len(page.encode())) <= most:
+                return page
             # Rounded up, so that the number itself is enough.
-            least = np.ceil(len(_page(about, plotly, arrays_of(parts)).encode()) / MEGABYTE * 100) / 100
+            least = np.ceil(size / MEGABYTE * 100) / 100
             raise ValueError(
                 f"max_megabytes: {most / MEGABYTE:g} is too small for this run; pooled as far as it goes, it needs {least:g}"
             ) from None
@@ -138,8 +160,8 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
     absent = without_attention(row)
     hidden = row["hidden_layer"].values.tolist() if "hidden_layer" in row.dims else []
     layers = row["layer"].values.tolist() if "layer" in row.dims else hidden[:-1]
-    queries = row["query"].values
     model = str(row.attrs.get("model", ""))
+    total = int(row.attrs.get("num_layers", len(layers)))
     return {
         # Of a folder, its name is enough.
         "model": PurePath(model).name if PurePath(model).is_absolute() else model,
@@ -148,18 +170,20 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "replayed": bool(row.attrs.get("replayed", 0)),
         "layers": layers,
         "hiddenLayers": hidden,
-        "numLayers": int(row.attrs.get("num_layers", len(layers))),
+        "numLayers": total,
+        # Which layers speak, where not all that could do.
+        "part": f"{named_layers(layers)} of {total}" if {*range(total)} - {*layers, *absent} else "",
         "heads": row["head"].values.tolist() if "head" in row.dims else [],
         "kvHeads": row["kv_head"].values.tolist() if "kv_head" in row.dims else [],
         "withoutAttention": named_layers(absent) if absent else "",
         "length": last + 1,
         "firstKey": first,
-        "queries": {
-            "first": int(queries[0]),
-            "stride": int(queries[1] - queries[0]) if len(queries) > 1 else 1,
-            "count": len(queries),
-        },
+        "queries": _queries(row["query"].values),
         "tokens": None if tokens is None else [_shown(token) for token in tokens],
+        "opening": _opening(row),
+        "direction": direction_of(row),
+        "generated": first_generated(row),
+        "topK": row.sizes.get("rank", 0),
         "findings": [asdict(finding) for finding in findings(row)],
         "statistics": [described(row, name) for name in along_text(row)],
         "distances": row["distance_bin"].values.tolist() if HISTOGRAM in row else [],
@@ -168,6 +192,24 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "missing": [name for name in WANTED if name not in row],
         "notShown": not_shown(row),
     }
+
+
+def _queries(positions: np.ndarray) -> dict[str, Any]:
+    """Which tokens are measured queries: at equal distances, or position by position."""
+    stride = int(positions[1] - positions[0]) if len(positions) > 1 else 1
+    found: dict[str, Any] = {"first": int(positions[0]), "stride": stride, "count": len(positions)}
+    return found if (np.diff(positions) == stride).all() else found | {"positions": positions.tolist()}
+
+
+def _opening(row: xarray.Dataset) -> str:
+    """The first words of the text, by which its reader knows it; nothing if the tokens are unknown."""
+    tokens = tokens_of(row.isel(batch=0), "key")
+    real = real_tokens(row, "key").isel(batch=0).values
+    # More tokens than this are not needed for the words.
+    known = [] if tokens is None else [token for token, there in zip(tokens, real, strict=True) if there][:OPENING]
+    text = "".join(readable(token, LONGEST_TOKEN) for token in known)
+    words = " ".join(text.translate(str.maketrans("␣⏎⇥", "   ")).split())
+    return words if len(words) <= OPENING else words[: OPENING - 1].rstrip() + "…"
 
 
 def _shown(token: str) -> str:

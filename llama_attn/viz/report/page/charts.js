@@ -61,57 +61,71 @@ const colourBar = (ticks) => ({
 
 const nullable = (values) => Array.from(values, (value) => (Number.isFinite(value) ? value : null));
 
-// Layers as names, so that the axis has one place per measured layer.
-function layerAxis(names, room) {
+// Layers and heads as names, so that the axis has one place for each that was measured.
+function namesAxis(title, names, room) {
   const every = Math.ceil(names.length / Math.max(4, (room - 100) / 30));
-  return { title: "layer", type: "category", tickangle: 0, tickvals: names.filter((_, i) => i % every === 0).map(String) };
+  return { title, type: "category", tickangle: 0, tickvals: names.filter((_, i) => i % every === 0).map(String) };
 }
+
+// Axes of a picture of layer × head as in the figures of llama_attn.viz: layers from top to bottom, heads side by side.
+function gridLayout(layers, heads, kind, room) {
+  const height = 60 + Math.max(200, Math.min(60, layers.length) * 20);
+  return {
+    xaxis: { ...namesAxis(kind, heads, room), showgrid: false }, grey: true, height,
+    yaxis: { ...namesAxis("layer", layers, height + 160), autorange: "reversed", showgrid: false },
+  };
+}
+
+// Ticks of a logarithmic axis, each written in full: 1, 2 and 5 of every decade, or of many decades the powers of ten.
+function logAxis(values) {
+  const known = values.filter((value) => Number.isFinite(value) && value > 0);
+  const [low, high] = [Math.floor(Math.log10(Math.min(...known))), Math.ceil(Math.log10(Math.max(...known)))];
+  const ticks = [];
+  for (let power = low; power <= high; power++) for (const digit of high - low > 3 ? [1] : [1, 2, 5]) ticks.push(digit * 10 ** power);
+  return { type: "log", tickvals: ticks, ticktext: ticks.map(number) };
+}
+
+const valueAxis = (values) => (isSpiky(values) ? logAxis(values) : { type: "linear" });
+
+// What a title of numbers of all layers ends with if they are not all of the model's.
+const ofPart = () => (report.part ? `, ${report.part}` : "");
 
 const gridsOf = () => report.statistics.filter(({ name }) => `grid ${name}` in report.arrays);
 
 async function gridChart(room) {
   const wanted = $("grid-statistic").value;
-  const names = report.layers.map(String);
-  if (wanted === "roles") return rolesChart(names, room);
+  if (wanted === "roles") return rolesChart(room);
   const statistic = gridsOf().find(({ name }) => name === wanted);
   const means = await table(`grid ${wanted}`);
   const heads = statistic.headAxis === "head" ? report.heads : report.kvHeads;
   const kind = statistic.headAxis === "head" ? "head" : "KV head";
-  const z = heads.map((_, head) => names.map((_, layer) => nullable(means.part(layer))[head]));
   return {
     data: [{
-      type: "heatmap", x: names, y: heads.map(String), z, colorscale: viridisScale, xgap: 1, ygap: 1, hoverongaps: false,
-      hovertemplate: `layer %{x}, ${kind} %{y}<br>%{z:.4g} ${statistic.unit}<extra></extra>`, colorbar: colourBar(),
+      type: "heatmap", x: heads.map(String), y: report.layers.map(String), z: report.layers.map((_, layer) => nullable(means.part(layer))), colorscale: viridisScale, xgap: 1, ygap: 1, hoverongaps: false,
+      hovertemplate: `layer %{y}, ${kind} %{x}<br>%{z:.4g} ${statistic.unit}<extra></extra>`, colorbar: colourBar(),
     }],
-    title: `${sentence(plain(wanted))} [${statistic.unit}], mean over tokens`,
-    layout: {
-      xaxis: layerAxis(names, room), grey: true,
-      yaxis: { title: kind, type: "category", autorange: "reversed", showgrid: false }, height: 90 + Math.max(5, Math.min(40, heads.length)) * 24,
-    },
-    onclick: ({ x, y }) => chooseCell(x, y),
+    title: `${sentence(plain(wanted))} [${statistic.unit}], mean over tokens${ofPart()}`,
+    layout: gridLayout(report.layers, heads, kind, room),
+    onclick: ({ x, y }) => chooseCell(y, x),
   };
 }
 
-function rolesChart(names, room) {
+function rolesChart(room) {
   const roles = Object.keys(ROLES);
   const colours = roles.flatMap((role, i) => [[i / roles.length, ROLES[role]], [(i + 1) / roles.length, ROLES[role]]]);
-  const at = (head, layer) => report.roles[layer][head];
   const counts = roles.map((role) => report.roles.flat().filter((each) => each === role).length);
   return {
     data: [{
-      type: "heatmap", x: names, y: report.heads.map(String), xgap: 1, ygap: 1, hoverongaps: false, showscale: false,
-      z: report.heads.map((_, head) => names.map((_, layer) => (at(head, layer) === null ? null : roles.indexOf(at(head, layer))))),
-      text: report.heads.map((_, head) => names.map((_, layer) => plain(at(head, layer) || "no data"))),
-      hovertemplate: "layer %{x}, head %{y}<br>%{text}<extra></extra>", zmin: -0.5, zmax: roles.length - 0.5, colorscale: colours,
+      type: "heatmap", x: report.heads.map(String), y: report.layers.map(String), xgap: 1, ygap: 1, hoverongaps: false, showscale: false,
+      z: report.roles.map((layer) => layer.map((role) => (role === null ? null : roles.indexOf(role)))),
+      text: report.roles.map((layer) => layer.map((role) => plain(role || "no data"))),
+      hovertemplate: "layer %{y}, head %{x}<br>%{text}<extra></extra>", zmin: -0.5, zmax: roles.length - 0.5, colorscale: colours,
     }, ...roles.map((role, i) => ({ // The legend.
       type: "scatter", mode: "markers", x: [null], y: [null], name: `${plain(role)}: ${counts[i]}`, marker: { color: ROLES[role], symbol: "square", size: 11 },
     }))],
-    title: "Role of each head",
-    layout: {
-      xaxis: layerAxis(names, room), grey: true,
-      yaxis: { title: "head", type: "category", autorange: "reversed", showgrid: false }, height: 130 + Math.max(5, Math.min(40, report.heads.length)) * 24,
-    },
-    onclick: ({ x, y }) => chooseCell(x, y),
+    title: `Role of each head${ofPart()}`,
+    layout: gridLayout(report.layers, report.heads, "head", room),
+    onclick: ({ x, y }) => chooseCell(y, x),
   };
 }
 
@@ -146,10 +160,10 @@ async function profileChart(room) {
         hovertemplate: `layer %{x}<br>mean %{y:.4g} ${statistic.unit}<br>std %{customdata[0]:.3g}, from %{customdata[1]:.3g} to %{customdata[2]:.3g}<extra></extra>`,
       },
     ],
-    title: `${sentence(plain(statistic.name))} through the layers`,
+    title: `${sentence(plain(statistic.name))} through the layers${ofPart()}`,
     layout: {
-      xaxis: layerAxis(names, room), height: 340,
-      yaxis: { title: `${plain(statistic.name)} [${statistic.unit}]`, type: isSpiky([...low, ...mean, ...high]) ? "log" : "linear" },
+      xaxis: namesAxis("layer", names, room), height: 340,
+      yaxis: { title: `${plain(statistic.name)} [${statistic.unit}]`, ...valueAxis([...low, ...mean, ...high]) },
     },
     onclick: ({ pointIndex }) => { const at = report.layers.indexOf(numbers[pointIndex]); if (at >= 0) choose({ layer: at }); },
   };
@@ -162,16 +176,16 @@ async function lineAlong(statistic, name, colour, kvHead = null) {
   const layer = layerOf(statistic);
   const source = await table(kvHead === null ? `mean ${statistic.name}` : `heads ${statistic.name}`);
   const numbers = layer < 0 ? [] : kvHead === null ? source.part(layer) : source.part(layer, kvHead);
-  const { first, stride } = statistic.tokenAxis === "key" ? { first: 0, stride: 1 } : report.queries;
+  const ofKeys = statistic.tokenAxis === "key";
   const every = Math.ceil(numbers.length / MOST_POINTS);
   const [x, y, text] = [[], [], []];
   for (let start = 0; start < numbers.length; start += every) {
     let best = start;
     for (let i = start; i < Math.min(start + every, numbers.length); i++) if (!(numbers[i] <= numbers[best])) best = i;
-    const position = first + best * source.width * stride;
+    const position = ofKeys ? best * source.width : queryPositions[best * source.width];
     x.push(position);
     y.push(Number.isFinite(numbers[best]) ? numbers[best] : null);
-    text.push(`${binLabel(position, source.width)} ${source.width === 1 ? forPlotly(position) : ""}`);
+    text.push(`${ofKeys ? binLabel(position, source.width) : runWords(ofQueries(best * source.width, source.width))} ${source.width === 1 ? forPlotly(position) : ""}`);
   }
   return {
     x, y, text, name, mode: x.length > 1 ? "lines" : "markers", line: { color: colour, width: kvHead === null ? 2 : 1 }, opacity: kvHead === null ? 1 : 0.5,
@@ -191,12 +205,13 @@ async function alongChart(title, names) {
       for (const at of report.kvHeads.keys()) data.push(await lineAlong(statistic, `${plain(statistic.name)}, KV head ${report.kvHeads[at]}`, colours[i], at));
     }
   }
+  const every = Math.ceil(Math.max(...(await Promise.all(found.map(({ name }) => table(`mean ${name}`)))).map(({ shape }) => shape[1])) / MOST_POINTS);
   const all = data.flatMap(({ y }) => y.filter((value) => value !== null));
   return {
-    data, title, onclick: ({ x }) => choose({ token: x }),
+    data, title: title + (every > 1 ? `: of every ${every} tokens the largest` : ""), onclick: ({ x }) => choose({ token: x }),
     layout: {
       xaxis: { title: "position [token]" }, height: 300, showlegend: found.length > 1,
-      yaxis: { title: `L2 norm [${found[0].unit}]`, type: isSpiky(all) ? "log" : "linear" },
+      yaxis: { title: `L2 norm [${found[0].unit}]`, ...valueAxis(all) },
     },
   };
 }
@@ -215,10 +230,10 @@ async function massiveChart(room) {
       line(median, "median", green),
       line(bound, "massive beyond", orange, { mode: "lines", line: { color: orange, width: 1.5, dash: "dash" } }),
     ],
-    title: "Largest magnitude in the residual stream that enters each layer",
+    title: "Largest magnitude in the residual stream that enters each layer" + ofPart(),
     layout: {
-      xaxis: layerAxis(names, room),
-      yaxis: { title: "magnitude [activation]", type: [...largest, ...median].every((value) => value === null || value > 0) ? "log" : "linear" },
+      xaxis: namesAxis("layer", names, room),
+      yaxis: { title: "magnitude [activation]", ...([...largest, ...median].every((value) => value === null || value > 0) ? logAxis([...largest, ...median, ...bound]) : { type: "linear" }) },
     },
   };
 }

@@ -7,9 +7,10 @@ const lacking = (...names) => element("p", { class: "note" }, `Not shown: ${name
 
 function buildHead() {
   $("model").textContent = report.model || "A model";
-  document.title = `Attention report${report.model ? ` · ${report.model}` : ""}`;
+  document.title = ["Attention report", report.model, report.opening && `“${report.opening}”`].filter(Boolean).join(" · ");
+  $("opening").append(report.opening && element("bdi", {}, `“${report.opening}”`));
   const facts = [
-    report.layers.length && `${report.layers.length === report.numLayers ? "" : `${report.layers.length} of `}${report.numLayers} layers`,
+    report.layers.length && (report.part || `${report.numLayers} layers`),
     report.withoutAttention && `${report.withoutAttention} without attention weights`,
     report.heads.length && `${report.heads.length} heads`, `${report.length.toLocaleString("en")} tokens`,
     report.rows > 1 && `row ${report.row} of ${report.rows}`,
@@ -35,6 +36,7 @@ function buildSelects() {
   chosen.layer = Math.floor(report.layers.length / 2);
   bindSelect("layer", "layer", report.layers.map((layer, value) => ({ value, label: String(layer) })));
   bindSelect("head", "head", [{ value: MEAN, label: "mean" }, ...report.heads.map((head, value) => ({ value, label: String(head) }))]);
+  $("generated").hidden = report.generated === null;
   const entries = shades();
   const first = Math.max(0, report.statistics.findIndex(({ name }) => name === "received"));
   chosen.shade = entries.length ? entries[report.statistics.length ? first : 0].value : 0;
@@ -89,7 +91,10 @@ function pooledWords() {
   const byWidth = new Map();
   for (const [name, { width }] of Object.entries(report.arrays)) {
     const [kind, ...rest] = name.split(" ");
-    const words = { mean: `mean ${plain(rest.join(" "))}`, heads: `${plain(rest.join(" "))} of single heads`, topk_weight: "the most attended keys" }[kind];
+    const words = {
+      mean: `mean ${plain(rest.join(" "))}`, heads: `${plain(rest.join(" "))} of single heads`,
+      pooled_weight: `the most attended keys${ownQueries.length ? `, beside ${ownQueries.length.toLocaleString("en")} tokens that keep their own` : ""}`,
+    }[kind];
     if (words && width > 1) byWidth.set(width, [...(byWidth.get(width) || []), words]);
   }
   return [...byWidth].sort(([a], [b]) => a - b).map(([width, names]) => `In bins of ${width} tokens: ${names.join(", ")}. `).join("");
@@ -109,16 +114,22 @@ function buildMethod() {
   ]);
   const map = report.arrays.weights_map;
   if (map) rows.push(["weights map", "probability", map.shape[1] === 1 ? detail("weights_map") : "–", map.shape[1] === 1 && report.heads.length > 1 ? "left out" : detail("weights_map"), "attention weight of a bin of queries on a bin of keys"]);
-  const keys = report.arrays.topk_weight;
   const listed = ["topk_weight", "topk_position"].some((name) => report.missing.includes(name));
-  if (!listed) rows.push(["most attended keys", "probability", "–", keys ? `${keys.shape[3]} keys, ${detail("topk_weight").replace("tokens", "queries").replace("every token", "every query")}` : "left out", "the keys with the largest weights of each query"]);
+  const listDetail = (name, whose) => (name in report.arrays ? `${report.arrays[name].shape[3]} keys of ${whose}, ± ${Number((100 * report.arrays[name].rounding).toPrecision(2))}%` : null);
+  const each = allKeepLists() ? "every query" : `${ownQueries.length.toLocaleString("en")} queries`;
+  const kept = [listDetail("topk_weight", each), listDetail("pooled_weight", poolWidth() > 1 ? `bins of ${poolWidth()} queries` : "every query")].filter(Boolean);
+  if (!listed) rows.push(["most attended keys", "probability", "–", kept.join("; ") || "left out", "the keys with the largest weights of each query"]);
   const header = element("tr", {}, ...["statistic", "unit", "mean over heads", "single heads", "meaning and source"].map((text) => element("th", { scope: "col" }, text)));
   const leftOut = report.statistics.filter(({ name, headAxis }) => headAxis !== null && !(`heads ${name}` in report.arrays)).map(({ name }) => plain(name));
+  if (map && mapPoolsHeads()) leftOut.push("the attention maps");
   const words = [
     "Numbers are rounded to 16 bits, or to 8 where the file would grow too large, on a scale that is logarithmic for large numbers and linear for small ones. ",
     "“±” bounds the rounding, as a share of the number or of the median magnitude of its layer, whichever is larger. ",
-    pooledWords() || leftOut.length ? `To keep the file small, neighbouring tokens were pooled to their mean. ${pooledWords()}` : "Nothing was pooled: every token and head has its own numbers. ",
+    pooledWords() && `To keep the file small, neighbouring tokens were pooled to their mean. ${pooledWords()}`,
     leftOut.length ? `Single heads were left out of: ${leftOut.join(", ")}. ` : "",
+    !listed && !allKeepLists() ? `The most attended keys: ${hasKeys() ? ownWords() : "left out"}. ` : "",
+    mapWidth() > 1 ? `Attention maps are in bins of ${mapWidth()} × ${mapWidth()} tokens. ` : "",
+    pooledWords() || leftOut.length || mapWidth() > 1 || !(listed || allKeepLists()) ? "" : "Nothing was pooled: every token and head has its own numbers. ",
     "The head grids and layer profiles are neither rounded nor pooled. Infinite numbers count as no data; grey means “no data”.",
   ];
   body.append(element("p", { id: "pooling" }, words.join("")));
@@ -140,6 +151,8 @@ function buildTheme() {
 async function main() {
   report = JSON.parse(await textOf("about"));
   real = (await table("real")).codes;
+  openQueries();
+  await openLists();
   buildHead();
   buildTheme();
   buildFindings();

@@ -1,6 +1,6 @@
 // The model view: a miniature map of every head on one canvas. A click or the arrow keys choose layer and head.
 
-let view = null; // { canvas, size, heads, map }
+let view = null; // { canvas, map, heads, layers, size, pooled }
 
 async function buildMaps() {
   const body = $("maps-body");
@@ -12,22 +12,23 @@ async function buildMaps() {
   const [layers, heads] = map.shape;
   const canvas = element("canvas", {
     id: "model-view", class: "model-view", tabindex: 0, role: "application",
-    "aria-label": "Maps of all heads, layers from left to right, heads downwards; arrow keys choose",
+    "aria-label": "Maps of all heads, layers from top to bottom, heads side by side; arrow keys choose",
   });
   const frame = element("div", { class: "scroller" }, canvas);
-  const pooled = heads === 1 && report.heads.length > 1;
+  const pooled = mapPoolsHeads();
   const words = [
-    "One small map per head: layers from left to right, heads downwards. In each map queries go down and keys to the right. ",
+    "One small map per head: layers from top to bottom, heads side by side. In each map queries go down and keys to the right. ",
     "A bright left edge is an attention sink, a bright diagonal attention to neighbours. Colours follow the square root, from 0 (dark) to 1 (bright)",
     map.width > 1 ? `; a cell holds ${map.width} × ${map.width} tokens.` : ".",
     pooled ? " Single heads were left out to keep the file small: each map is the mean over heads." : "",
   ];
   body.append(
-    element("p", { class: "muted lead" }, words.join("")), frame,
-    element("div", { class: "pair" }, element("div", { id: "map", class: "chart square" }), element("div", { id: "distance", class: "chart" })),
+    element("p", { class: "muted lead" }, words.join("")),
+    element("div", { class: "views" }, frame,
+      element("div", { class: "pair" }, element("div", { id: "map", class: "chart square" }), element("div", { id: "distance", class: "chart" }))),
   );
-  view = { canvas, map, heads, layers, frame, size: 0, pooled };
-  new ResizeObserver(drawView).observe(frame);
+  view = { canvas, map, heads, layers, size: 0, pooled };
+  new ResizeObserver(drawView).observe(body);
   canvas.addEventListener("click", (event) => { const at = cellAt(event); if (at) choose(at); });
   canvas.addEventListener("pointermove", (event) => {
     const at = cellAt(event);
@@ -40,15 +41,17 @@ async function buildMaps() {
     if (!across && !down) return;
     event.preventDefault();
     const limit = (value, count) => Math.max(0, Math.min(count - 1, value));
-    choose({ layer: limit(chosen.layer + across, layers), head: pooled ? MEAN : chosen.head === MEAN ? 0 : limit(chosen.head + down, heads) });
+    choose({ layer: limit(chosen.layer + down, layers), head: pooled ? MEAN : chosen.head === MEAN ? 0 : limit(chosen.head + across, heads) });
   });
 }
 
 const MARGIN = { left: 28, top: 18 };
+// Maps smaller than this are hard to see and to hit; where they do not fit side by side, the view scrolls [pixels].
+const SMALLEST_MAP = 24, LARGEST_MAP = 36;
 
 function cellAt(event) {
-  const layer = Math.floor((event.offsetX - MARGIN.left) / view.size);
-  const head = Math.floor((event.offsetY - MARGIN.top) / view.size);
+  const layer = Math.floor((event.offsetY - MARGIN.top) / view.size);
+  const head = Math.floor((event.offsetX - MARGIN.left) / view.size);
   if (layer < 0 || layer >= view.layers || head < 0 || head >= view.heads) return null;
   return { layer, head: view.pooled ? MEAN : head };
 }
@@ -73,11 +76,11 @@ function picture(layer, head) {
 }
 
 function drawView() {
-  const { canvas, frame, layers, heads } = view;
-  const room = frame.clientWidth - MARGIN.left;
-  const size = Math.max(11, Math.min(72, Math.floor(room / layers)));
+  const { canvas, layers, heads } = view;
+  const room = $("maps-body").clientWidth - MARGIN.left - 1;
+  const size = Math.max(SMALLEST_MAP, Math.min(LARGEST_MAP, Math.floor(room / heads)));
   const inner = size - Math.max(1, Math.round(size / 12));
-  const [width, height] = [MARGIN.left + layers * size + 1, MARGIN.top + heads * size + 1];
+  const [width, height] = [MARGIN.left + heads * size + 1, MARGIN.top + layers * size + 1];
   const dense = window.devicePixelRatio || 1;
   view.size = size;
   Object.assign(canvas, { width: width * dense, height: height * dense });
@@ -88,13 +91,12 @@ function drawView() {
   context.textAlign = "center";
   context.textBaseline = "middle";
   const [ink, empty, accent] = [themed("muted"), themed("no-data"), themed("chosen")];
-  const every = size < 20 ? 5 : 1;
   for (let layer = 0; layer < layers; layer++) {
-    const x = MARGIN.left + layer * size;
+    const y = MARGIN.top + layer * size;
     context.fillStyle = ink;
-    if (layer % every === 0) context.fillText(report.layers[layer], x + inner / 2, MARGIN.top / 2);
+    context.fillText(report.layers[layer], MARGIN.left / 2 - 2, y + inner / 2);
     for (let head = 0; head < heads; head++) {
-      const y = MARGIN.top + head * size;
+      const x = MARGIN.left + head * size;
       context.fillStyle = empty;
       context.fillRect(x, y, inner, inner);
       context.drawImage(picture(layer, head), x, y, inner, inner);
@@ -107,7 +109,7 @@ function drawView() {
   }
   context.fillStyle = ink;
   for (let head = 0; head < heads; head++) {
-    if (head % (size < 14 && heads > 1 ? 2 : 1) === 0) context.fillText(view.pooled ? "mean" : report.heads[head], MARGIN.left / 2 - 2, MARGIN.top + head * size + inner / 2);
+    context.fillText(view.pooled ? "mean" : report.heads[head], MARGIN.left + head * size + inner / 2, MARGIN.top / 2);
   }
 }
 
@@ -115,8 +117,8 @@ function drawView() {
 async function mapChart(room) {
   const map = await table("weights_map");
   const [, heads, bins] = map.shape;
-  const pooled = heads === 1 && report.heads.length > 1;
-  const wanted = pooled ? [0] : chosen.head === MEAN ? [...Array(heads).keys()] : [chosen.head];
+  const pooled = mapPoolsHeads();
+  const wanted = chosenHeads(heads);
   const cells = new Float32Array(bins * bins);
   for (const head of wanted) map.part(chosen.layer, head).forEach((cell, i) => { cells[i] += cell / wanted.length; });
   const rows = [...Array(bins).keys()];

@@ -4,6 +4,15 @@ const MEAN = -1;
 // Indices into report.layers and report.heads, and the position of a token.
 const chosen = { layer: 0, head: MEAN, token: null, shade: 0 };
 const listeners = [];
+// Positions of the measured queries, and where each stands on their axis.
+let queryPositions = [];
+let queryPlaces = new Map();
+
+function openQueries() {
+  const { first, stride, count, positions } = report.queries;
+  queryPositions = positions ?? Array.from({ length: count }, (_, index) => first + index * stride);
+  queryPlaces = new Map(queryPositions.map((position, index) => [position, index]));
+}
 
 // `listener` runs after every change, with the names of what changed.
 const onChange = (listener) => listeners.push(listener);
@@ -26,9 +35,7 @@ function layerOf(statistic) {
 // Where a token stands on the token axis of a statistic; −1 if it was no measured query.
 function indexOf(statistic, position) {
   if (statistic.tokenAxis === "key") return position;
-  const { first, stride, count } = report.queries;
-  const index = (position - first) / stride;
-  return Number.isInteger(index) && index >= 0 && index < count ? index : -1;
+  return queryPlaces.get(position) ?? -1;
 }
 
 // One number per token of a statistic in the chosen layer and head.

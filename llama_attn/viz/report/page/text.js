@@ -2,18 +2,9 @@
 
 const CHUNK = 512;
 const chunks = [];
-let shading = null; // { values, scale, unit, label, source, layer }
+let shading = null; // { values, scale, unit, label, source, layer, blank }
 let focused = 0;
-
-// What boxes can be shaded by: statistics, and the attention of the chosen token.
-function shades() {
-  const entries = report.statistics.map((statistic, value) => ({ value, label: plain(statistic.name) }));
-  if (hasLinks()) {
-    entries.push({ value: "from", label: "attention of the chosen token" });
-    entries.push({ value: "to", label: "attention to the chosen token" });
-  }
-  return entries;
-}
+let followed = null; // A token reached with the keyboard or by a link, kept in view while the text around it is made.
 
 function buildText() {
   const list = $("tokens");
@@ -34,7 +25,9 @@ function buildText() {
       entry.target.near = entry.isIntersecting;
       if (entry.isIntersecting) fill(entry.target);
     }
+    if (followed !== null) boxOf(followed).scrollIntoView({ block: "nearest", inline: "nearest" });
   }, { root: list, rootMargin: "800px" });
+  for (const event of ["wheel", "pointerdown", "touchmove"]) list.addEventListener(event, () => { followed = null; }, { passive: true });
   for (const box of chunks) watcher.observe(box);
   list.addEventListener("click", (event) => {
     const box = event.target.closest(".token");
@@ -54,6 +47,9 @@ function buildText() {
   list.addEventListener("focusout", hideTip);
 }
 
+const everyQuery = () => queryPositions.every((position, index) => position === report.length - report.queries.count + index);
+const isGenerated = (position) => report.generated !== null && position >= report.generated && Boolean(real[position]);
+
 function fill(box) {
   if (box.filled) { paint(box); return; }
   box.filled = true;
@@ -65,7 +61,7 @@ function fill(box) {
     const pieces = text.split(/([␣⏎⇥]+)/).filter(Boolean)
       .map((piece) => (/^[␣⏎⇥]/.test(piece) ? element("span", { class: "mark" }, piece) : piece));
     made.push(element("span", {
-      class: real[position] ? "token" : "token padding", role: "option", tabindex: position === focused ? 0 : -1,
+      class: `token${real[position] ? "" : " padding"}${isGenerated(position) ? " generated" : ""}`, role: "option", tabindex: position === focused ? 0 : -1,
       "aria-selected": position === chosen.token ? "true" : "false", "data-position": position,
     }, ...(pieces.length ? pieces : [element("span", { class: "mark" }, "(empty)")])));
     if (text.includes("⏎")) made.push(element("br"));
@@ -85,8 +81,10 @@ function paint(box) {
   // Where light letters begin to be easier to read than dark ones, or dark ones than light ones.
   const turn = isDark() ? 0.6 : 0.8;
   for (const span of box.querySelectorAll(".token")) {
-    const share = shading.scale.share(shading.values[Number(span.dataset.position)]);
-    span.classList.toggle("nothing", Number.isNaN(share));
+    const position = Number(span.dataset.position);
+    const share = shading.scale.share(shading.values[position]);
+    const blank = Number.isNaN(share) ? shading.blank?.(position)?.name ?? "nothing" : "";
+    for (const name of ["nothing", "unseen"]) span.classList.toggle(name, blank === name);
     span.classList.toggle("strong", share > turn);
     span.style.setProperty("--share", Number.isNaN(share) ? 0 : Math.round(100 * Math.max(0, Math.min(1, share))));
   }
@@ -97,6 +95,8 @@ function focusToken(position, withFocus = false) {
   focused = position;
   const span = boxOf(position);
   span.setAttribute("tabindex", 0);
+  if (withFocus) followed = position;
+  else if (position !== followed) followed = null;
   if (withFocus) { span.focus({ preventScroll: true }); span.scrollIntoView({ block: "nearest", inline: "nearest" }); }
 }
 
@@ -133,15 +133,16 @@ function lineStep(direction) {
 
 function tokenTip(position) {
   const name = report.tokens ? `${position}: ${token(position)}` : `token ${position}`;
-  const padding = real[position] ? "" : position < report.firstKey ? " · no longer in the cache" : " · padding";
-  if (!shading) return name + padding;
-  return `\u2068${name}\u2069${padding} · ${shading.label}: ${valueAt(position)}`;
+  const kind = !real[position] ? (position < report.firstKey ? " · no longer in the cache" : ` · padding${everyQuery() ? "" : ", or seen by no measured query"}`) : isGenerated(position) ? " · generated" : "";
+  if (!shading) return name + kind;
+  return `\u2068${name}\u2069${kind} · ${shading.label}: ${valueAt(position)}`;
 }
 
 // The number of a token as the page knows it, with what rounding may have changed.
 function valueAt(position) {
   const value = shading.values[position];
-  if (!Number.isFinite(value)) return "no data";
+  if (!Number.isFinite(value)) return shading.blank?.(position)?.words ?? "no data";
+  if (shading.least?.has(position)) return atLeast(shading.least.get(position));
   const error = shading.source.error(shading.layer, value);
   return `${number(value)} ${shading.unit}${error > 0.002 * Math.abs(value) ? ` (± ${number(error)})` : ""}`;
 }
@@ -150,30 +151,13 @@ let shadeRequest = 0;
 
 async function shadeText() {
   const mine = ++shadeRequest;
-  const next = typeof chosen.shade === "number" ? await statisticShade() : await linkShade(chosen.shade);
+  const next = await shadeOf(chosen.shade);
   if (mine !== shadeRequest) return; // Something else was chosen meanwhile.
   shading = next;
+  hideTip(); // It speaks of the shading before.
   for (const box of chunks) if (box.near || report.length <= CHUNK) fill(box);
   drawLegend();
   $("shade-note").textContent = shading.note;
-}
-
-async function statisticShade() {
-  const statistic = report.statistics[chosen.shade];
-  if (!statistic) {
-    return { values: new Float32Array(report.length).fill(NaN), scale: scaleOf([], ""), unit: "", label: "", note: "No statistic of tokens was measured.", layer: 0 };
-  }
-  const { values, source, layer, poolsHeads } = await along(statistic);
-  const notes = [`${statistic.meaning || plain(statistic.name)}, layer ${layerName()}, ${where(statistic)}.`];
-  if (layer < 0) notes.push("Not measured in this layer.");
-  if (poolsHeads) notes.push("Single heads were left out to keep the file small: this is the mean over heads.");
-  if (source.width > 1) notes.push(`Each value is the mean over ${source.width} tokens.`);
-  return { values, source, layer, unit: statistic.unit, label: plain(statistic.name), scale: scaleOf(values, statistic.unit), note: sentence(notes.join(" ")) };
-}
-
-function where(statistic) {
-  if (statistic.headAxis === null) return "which has no heads";
-  return statistic.headAxis === "kv_head" ? "mean over KV heads" : headName();
 }
 
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
@@ -196,6 +180,7 @@ function drawLegend() {
 }
 
 onChange((changed) => {
+  nameShades();
   if (changed.has("token")) {
     $("tokens").querySelector('[aria-selected="true"]')?.setAttribute("aria-selected", "false");
     if (chosen.token !== null) { focusToken(chosen.token); boxOf(chosen.token).setAttribute("aria-selected", "true"); }

@@ -24,7 +24,7 @@ function options(select, entries, chosen) {
 const plain = (name) => name.replaceAll("_", " ");
 
 function number(value) {
-  if (value === null || !Number.isFinite(value)) return "no data";
+  if (value === null || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   if (size >= 1000) return Math.round(value).toLocaleString("en");
   if (size !== 0 && size < 0.001) return value.toExponential(1).replace("e-", "e−");
@@ -36,6 +36,16 @@ const percent = (value) => {
   const share = 100 * value;
   return `${share >= 10 ? share.toFixed(0) : share >= 0.1 || share === 0 ? share.toFixed(1) : "<0.1"}%`;
 };
+
+// Bounds are rounded to the side on which they stay true.
+function bound(value, round) {
+  const share = 100 * value;
+  const step = share >= 10 ? 0 : share >= 0.1 || !(share > 0) ? 1 : Math.ceil(-Math.log10(share));
+  return `${(round(share * 10 ** step) / 10 ** step).toFixed(step)}%`;
+}
+
+const atLeast = (value) => `≥ ${bound(value, Math.floor)}`;
+const atMost = (value) => bound(value, Math.ceil);
 
 const withUnit = (value, unit) => (Number.isFinite(value) ? `${number(value)} ${unit}` : "no data");
 
@@ -57,6 +67,13 @@ function binLabel(start, width, length = report.length) {
   const last = Math.min(start + width, length) - 1;
   return last > start ? `tokens ${start}–${last}` : `token ${start}`;
 }
+
+// A run of tokens; of queries, whose numbers are means if it holds several.
+function runWords({ start, last, count }) {
+  if (last === start) return `token ${start}`;
+  return count === last - start + 1 ? `tokens ${start}–${last}` : `${count} of tokens ${start}–${last}`;
+}
+const meanWords = (run) => `${runWords(run)}${run.last > run.start ? ", mean" : ""}`;
 
 function showTip(text, x, y) {
   const tip = $("tip");
