@@ -62,7 +62,7 @@ def test_everything_is_measured_and_some_drawn(llama, tmp_path):
     stats, said = run("run", llama, "--prompt", TEXT, "--layers", "0", out=tmp_path)
     assert stats.layers == tuple(rows_of_table(said)) == (0, 1, 2)
     assert pictures(tmp_path) == ["layer_0_attention.png"]
-    assert "pictures are of layer 0, 2 more measured: --layers all" in said
+    assert "pictures are of layer 0; 2 more were measured" in said
     assert " of 3" not in said, "nothing rests on a part"
 
 
@@ -173,7 +173,7 @@ def test_a_bar_of_layers_and_queries(new_tokens, llama, monkeypatch):
     assert sum(terminal.steps) == 3 * queries
     assert len(terminal.steps) == 3 * max(new_tokens, 1), "one step whenever a layer is done"
     assert terminal.totals == [3 * (23 + max(new_tokens - 1, 0))]
-    assert "measuring 3 layers × " in terminal.shown
+    assert "running 3 layers × " in terminal.shown
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
 
 

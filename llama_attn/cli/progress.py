@@ -33,7 +33,7 @@ def measuring(attention: Collection[nn.Module], num_layers: int | None, num_quer
     with Progress(*columns, console=console, transient=True) as progress:
         layers = "" if num_layers is None else f"{num_layers} layers × "
         total = None if num_layers is None else num_layers * num_queries
-        task = progress.add_task(f"measuring {layers}{num_queries:,} queries", total=total)
+        task = progress.add_task(f"running {layers}{num_queries:,} queries", total=total)
 
         def advance(module: nn.Module, inputs: Any, output: Any) -> None:
             states = output if hasattr(output, "shape") else output[0]

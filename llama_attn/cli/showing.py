@@ -54,7 +54,7 @@ def show(
     per_row = "report.html for each file" if rows else "report.html"
     say(f"{pictures} pictures, {per_row} and {STATS} are in {out}")
     if undrawn := len(stats.layers) - len(layers):
-        say(f"pictures are of {named_layers(layers)}, {undrawn} more measured: --layers all draws every one")
+        say(f"pictures are of {named_layers(layers)}; {undrawn} more were measured, and --layers all draws them too")
 
 
 def part_of(stats: AttentionStats) -> str:
@@ -73,7 +73,7 @@ def _draw(stats: AttentionStats, out: Path, layers: Sequence[int], kind: str, ro
     places = {at: out / name for at, name in enumerate(rows)} or {0: out}
     pictures = 0
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("drawing", total=3 * len(layers) * len(places))
+        task = progress.add_task("drawing", total=(3 * len(layers) + 1) * len(places))
         for row, place in places.items():
             pictures += len(
                 save_seed_figures(
@@ -82,6 +82,7 @@ def _draw(stats: AttentionStats, out: Path, layers: Sequence[int], kind: str, ro
                 )
             )  # fmt: skip
             report(stats, place / "report.html", batch=row)
+            progress.advance(task)
     return pictures
 
 
