@@ -96,4 +96,4 @@ sanitize: $(VENV)/.ready
 	VENV_BIN=$(BIN) sh tests/sanitize.sh
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(NEWEST) .venv-tf-* llama_attn_demo llama_attn_run
+	rm -rf $(VENV) $(PEERS) $(NEWEST) .venv-tf-* llama_attn_demo llama_attn_run llama_attn_heads

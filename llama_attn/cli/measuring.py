@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llama_attn.cli.progress import measuring
 from llama_attn.cli.terminal import fail, first_line
 from llama_attn.cli.texts import batch
 from llama_attn.observe.recording import record
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llama_attn.cli.texts import Prompt
+    from llama_attn.observe.forward import Stack
     from llama_attn.stats.container import AttentionStats
 
 # What a model that cannot do what is asked of it answers with.
@@ -71,6 +73,16 @@ class Subject:
         return name if whole else f"the encoder of {name}"
 
     @property
+    def device(self) -> torch.device:
+        """Where its first weights lie."""
+        return next(self.model.parameters()).device
+
+    def about(self, stats: AttentionStats) -> str:
+        """What ran, for the terminal."""
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return f"{self.name}: {stats.backend} attention, measured by {stats.engine}, {dtype} on {self.device}"
+
+    @property
     def made_for(self) -> str:
         """The model that an adapter says it is for."""
         return str(self.model.active_peft_config.base_model_name_or_path)
@@ -90,13 +102,18 @@ class Subject:
         """
         with _refusals(self.model):
             record(self.part).check()
+        layers = tuple(sorted({index for stack in self._stacks for index in stack.indices}))
+        own = _without_adapter(self.model)
+        return layers if len(layers) >= getattr(own.config.get_text_config(), "num_hidden_layers", 0) else None
+
+    @property
+    def _stacks(self) -> list[Stack]:
+        """Stacks of self-attention that text goes through."""
         own = _without_adapter(self.model)
         part = self.part
         if part is self.model and isinstance(own, PreTrainedModel):
             part = own.get_decoder()
-        found = {name: module for name, module in candidates(part).items() if not is_cross(name)}
-        layers = tuple(sorted({index for module in found.values() for index in stack_of(part, module).indices}))
-        return layers if len(layers) >= getattr(own.config.get_text_config(), "num_hidden_layers", 0) else None
+        return [stack_of(part, module) for name, module in candidates(part).items() if not is_cross(name)]
 
     def measure(
         self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: AttentionStatsConfig, new_tokens: int
@@ -111,13 +128,17 @@ class Subject:
         """
         own = _without_adapter(self.model)
         decodes = self.generates and not own.config.is_encoder_decoder
-        device = next(self.model.parameters()).device
         with _refusals(own):
             vocabulary = getattr(own.get_input_embeddings(), "num_embeddings", None)
         inputs = batch(prompt, tokenizer, "left" if decodes else "right", vocabulary)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         _check_length(own, prompt.length + (new_tokens if decodes else 0))
-        with _refusals(own), torch.no_grad(), record(self.part, config) as recording:
+        attention = [module for stack in self._stacks for module in stack.layers]
+        there = self.layers
+        # The last token that is generated is read by nobody; the decoder behind an encoder begins with one of its own.
+        queries = prompt.length + new_tokens - 1 if decodes else new_tokens if self.generates else prompt.length
+        bar = measuring(attention, None if there is None else len(there), queries)
+        with _refusals(own), torch.no_grad(), record(self.part, config) as recording, bar:
             ids = self._generate(inputs, new_tokens) if self.generates else self._forward(inputs)
         with _refusals(own):
             return _with_tokens(recording.stats, tokenizer, ids), ids

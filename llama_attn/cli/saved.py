@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 
-from llama_attn.cli.terminal import check_pictures, console, fail, first_line
+from llama_attn.cli.terminal import check_pictures, console, fail, first_line, new_table, number, say
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.token_text import readable
@@ -20,6 +17,7 @@ from llama_attn.stats.token_text import readable
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+    from rich.table import Table
 
 FORMATS = (".png", ".svg", ".pdf")
 Saved = Annotated[
@@ -76,7 +74,7 @@ def report(
         viz.report(stats, target, max_megabytes=max_megabytes, batch=batch)
     except (ValueError, OSError) as error:
         fail(first_line(error))
-    console.print(f"{target}", highlight=False, markup=False, soft_wrap=True)
+    say(str(target))
 
 
 def compare(
@@ -126,10 +124,9 @@ def compare(
         _draw(picture, runs, given, plot, dpi)
     shown = frame if statistic is None else frame[frame.statistic == statistic]
     console.print(_table(shown.head(top)))
-    console.print(
-        f"{min(top, len(shown))} of {len(shown)} lines" + (f", all are in {out}" if out else ""),
-        highlight=False, markup=False,
-    )  # fmt: skip
+    for name, value in frame.attrs.items():
+        say(f"{name}: {value}")
+    say(f"{min(top, len(shown))} of {len(shown)} lines" + (f", all are in {out}" if out else ""))
 
 
 def _pictures(parameter: str) -> dict[str, Callable[..., Figure]]:
@@ -181,7 +178,7 @@ def _draw(
             figure.savefig(unfinished, format=target.suffix[1:], dpi=dpi)
     except (ValueError, OSError) as error:
         fail(first_line(error))
-    console.print(f"{target}", highlight=False, markup=False, soft_wrap=True)
+    say(str(target))
 
 
 def _load(file: Path) -> AttentionStats:
@@ -194,13 +191,12 @@ def _load(file: Path) -> AttentionStats:
 def _table(frame: pandas.DataFrame) -> Table:
     import pandas
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("statistic", "layer", "head", "mean a", "mean b", "b − a", "effect", "largest at"):
-        table.add_column(heading, no_wrap=True)
+    headings = ("statistic", "layer", "head", "mean a", "mean b", "b − a", "effect", "largest at")
+    table = new_table(*headings, fold=headings[-1])
     lines: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
     for line in lines:
         head, position = ("" if pandas.isna(line[name]) else str(line[name]) for name in ("head", "position"))
-        numbers = [f"{line[name]:.3g}" for name in ("mean_a", "mean_b", "difference", "effect")]
-        token = f" {escape(readable(line['token']))}" if isinstance(line["token"], str) else ""
+        numbers = [number(line[name]) for name in ("mean_a", "mean_b", "difference", "effect")]
+        token = f" {readable(line['token'])}" if isinstance(line["token"], str) else ""
         table.add_row(line["statistic"], str(line["layer"]), head, *numbers, position + token)
     return table

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from llama_attn.cli.terminal import console, fail, first_line
+from llama_attn.cli.folder import STATS, clear
+from llama_attn.cli.layers import SEED_LAYERS
+from llama_attn.cli.terminal import TABLES, console, how_to_draw, missing, new_table, number, say
 from llama_attn.stats.token_text import readable
+from llama_attn.viz.style import named_layers
 
 if TYPE_CHECKING:
     from llama_attn.stats.container import AttentionStats
@@ -22,80 +21,76 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("hidden_max", "hidden_max_channel", "hidden_median")
 
 
-@contextmanager
-def folder(out: Path) -> Iterator[Path]:
-    """A folder that can be written to. If the command fails, what was made for it is taken away.
-
-    Made before the work, so that nobody waits for a model and then learns that there is no room for its pictures.
-    """
-    new = [path for path in (out, *out.parents) if not path.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        _remove(new)
-        fail(f"--out: cannot make the folder {out}: {first_line(error)}")
-    try:
-        yield out
-    except OSError as error:
-        _remove(new)
-        fail(f"--out: cannot write to {out}: {first_line(error)}")
-    except BaseException:
-        _remove(new)
-        raise
-
-
-def _remove(folders: Sequence[Path]) -> None:
-    for path in folders:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-
-
 def show(
     stats: AttentionStats, out: Path, layers: Sequence[int], kind: str, rows: Sequence[str] = (), *, about: str = ""
 ) -> None:
-    """Write everything about a run, and print a line for each layer.
+    """Write everything about a run, in place of what an older one left, and print a line for each measured layer.
+
+    Where packages that pictures need are not installed, the numbers are saved, and what is lacking is said.
 
     Args:
-        stats: What was measured.
-        out: The folder.
-        layers: Layers to draw.
+        stats: Its statistics.
+        out: Folder.
+        layers: Which layers to draw.
         kind: What attention maps show.
         rows: Names of the rows of the batch, each of which gets a folder of its own; none for a single row.
         about: What ran, for the terminal.
     """
+    gone = clear(out)
+    stats.save(out / STATS)
+    lacking = how_to_draw()
+    pictures = 0 if lacking else _draw(stats, out, layers, kind, rows)
+    for row in range(len(rows) or 1):
+        if rows:
+            say(f"\n{rows[row]}")
+        _print_layers(stats, row)
+    if about:
+        say(about)
+    if gone:
+        say(f"{gone} files of an older run were in {out}, and are gone or written anew")
+    if lacking:
+        say(f"{STATS} is in {out}; {lacking}, then llama-attn report {out / STATS}")
+        return
+    per_row = "report.html for each file" if rows else "report.html"
+    say(f"{pictures} pictures, {per_row} and {STATS} are in {out}")
+    if undrawn := len(stats.layers) - len(layers):
+        say(f"pictures are of {named_layers(layers)}; {undrawn} more were measured, and --layers all draws them too")
+
+
+def part_of(stats: AttentionStats) -> str:
+    """``layers 0–9 of 30`` where not every layer with attention was measured; else nothing."""
+    if len({*stats.layers, *stats.without_attention}) >= stats.num_layers:
+        return ""
+    return f"{named_layers(stats.layers)} of {stats.num_layers}"
+
+
+def _draw(stats: AttentionStats, out: Path, layers: Sequence[int], kind: str, rows: Sequence[str]) -> int:
+    """The pictures and the page of every row; how many pictures."""
     from llama_attn.viz import report, save_seed_figures
 
-    stats.save(out / "stats.safetensors")
+    # The names of the original set are the original ones.
+    drawn = SEED_LAYERS if list(layers) == list(SEED_LAYERS) else layers
     places = {at: out / name for at, name in enumerate(rows)} or {0: out}
     pictures = 0
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("drawing", total=3 * len(layers) * len(places))
+        task = progress.add_task("drawing", total=(3 * len(layers) + 1) * len(places))
         for row, place in places.items():
             pictures += len(
                 save_seed_figures(
-                    stats, place, layers, batch=row, kind=cast(Literal["weights", "logits"], kind), partly=True,
+                    stats, place, drawn, batch=row, kind=cast(Literal["weights", "logits"], kind), partly=True,
                     on_saved=lambda path: progress.advance(task),
                 )
             )  # fmt: skip
             report(stats, place / "report.html", batch=row)
-    for row in places:
-        if rows:
-            console.print(f"\n{rows[row]}", highlight=False, markup=False)
-        _print_layers(stats, row)
-    if about:
-        console.print(about, highlight=False, markup=False, soft_wrap=True)
-    per_row = "report.html for each file" if rows else "report.html"
-    console.print(f"{pictures} pictures, {per_row} and stats.safetensors are in {out}", highlight=False, markup=False)
+            progress.advance(task)
+    return pictures
 
 
 def _print_layers(stats: AttentionStats, row: int) -> None:
-    missing = [name for name in ACTIVATIONS if name not in stats]
-    if missing:
-        console.print(
-            f"no table and no pictures of hidden states: this model does not show {', '.join(missing)}", highlight=False
-        )
+    if lacking := missing(TABLES):
+        say(f"no table without {', '.join(lacking)}")
+    elif absent := [name for name in ACTIVATIONS if name not in stats]:
+        say(f"no table and no pictures of hidden states: this model does not show {', '.join(absent)}")
     else:
         console.print(_table_of_layers(stats, row))
 
@@ -103,17 +98,19 @@ def _print_layers(stats: AttentionStats, row: int) -> None:
 def _table_of_layers(stats: AttentionStats, row: int) -> Table:
     from llama_attn.analysis import summarize_layers
 
-    tokens = stats.tokens[row] if stats.tokens is not None else []
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("layer", "sink mass", "strongest, receives", "largest activation, × median"):
-        table.add_column(heading, no_wrap=True)
+    tokens = stats.tokens[row] if stats.tokens is not None else None
+
+    def at(position: int) -> str:
+        return str(position) if tokens is None else f"{position} {readable(tokens[position])}"
+
+    last = "largest activation, × median"
+    table = new_table("layer", "sink mass", "strongest, receives", last, fold=last, title=part_of(stats))
     for layer, line in summarize_layers(stats, batch=row).iterrows():
-        sink, peak = int(line.sink_position), int(line.activation_position)
         table.add_row(
             str(layer),
-            f"{line.sink_mass:.0%}",
-            f"{sink} {escape(readable(tokens[sink]))}, {line.received:.0%}",
-            f"{line.activation:,.0f}, {line.activation_over_median:,.0f} ×, {peak} {escape(readable(tokens[peak]))}",
+            _share(line.sink_mass),
+            f"{at(int(line.sink_position))}, {_share(line.received)}",
+            f"{number(line.activation)}, {number(line.activation_over_median)} ×, {at(int(line.activation_position))}",
         )
     return table
 
@@ -132,9 +129,11 @@ def table_of_documents(stats: AttentionStats, prompt_length: int) -> Table:
     whose = (
         "all tokens" if first == 0 else "the last token" if length - first == 1 else f"the last {length - first} tokens"
     )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("document", f"attention of {whose}"):
-        table.add_column(heading, no_wrap=True)
+    table = new_table("document", f"attention of {whose}", fold="document", title=part_of(stats))
     for name, share in zip(stats.segments or (), shares, strict=True):
-        table.add_row(escape(name), f"{share:.1%}")
+        table.add_row(name, _share(share, digits=1))
     return table
+
+
+def _share(value: float, *, digits: int = 0) -> str:
+    return "–" if value != value else f"{value:.{digits}%}"

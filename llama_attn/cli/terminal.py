@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-console = Console()
+from llama_attn.installation import fitted, pip_line
+
+PICTURES = ("matplotlib", "plotly", "xarray", "pandas")
+TABLES = ("xarray", "pandas")
+
+
+class PlainConsole(Console):
+    """A console to which every string is data: it knows no markup and no emoji, and a terminal has nothing to obey.
+
+    What is printed holds names, units, tokens and messages of files and models that anybody may have written.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Every string on its way to the terminal, those in tables too."""
+        return super().render_str(printable(text), **settings)
+
+
+console = PlainConsole()
+
+
+def say(message: str) -> None:
+    """A line that is not broken, so that paths and commands in it can be copied."""
+    console.print(message, soft_wrap=True)
 
 
 def fail(message: str) -> NoReturn:
     """End the command with a message on the error stream, on one line, and exit status 2."""
-    Console(stderr=True).print(f"llama-attn: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    PlainConsole(stderr=True).print(f"llama-attn: {fitted(message)}", style="red", soft_wrap=True)
     raise typer.Exit(2)
 
 
@@ -24,8 +52,44 @@ def first_line(error: BaseException) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
+def printable(text: str) -> str:
+    """A text without the characters that a terminal would obey; line breaks and tabs stay."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")
+
+
+def number(value: float) -> str:
+    """Three digits, of large numbers all before the point; – for none."""
+    if value != value:
+        return "–"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def new_table(*headings: str, fold: str, title: str = "") -> Table:
+    """A table that fits into 80 columns: the columns keep their width but one, whose cells are broken where needed.
+
+    Args:
+        headings: Of the columns.
+        fold: That one's heading.
+        title: Above the table; none if empty.
+    """
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, title=title or None, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading != fold, overflow="fold")
+    return table
+
+
+def missing(packages: tuple[str, ...]) -> list[str]:
+    """Those of some packages that are not installed."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def how_to_draw() -> str | None:
+    """What pictures need and how to get it; None if everything is there."""
+    lacking = missing(PICTURES)
+    return f"pictures need {', '.join(lacking)}: {pip_line('viz')}" if lacking else None
+
+
 def check_pictures() -> None:
     """End the command if a package that pictures and tables need is not installed."""
-    missing = [name for name in ("matplotlib", "plotly", "xarray", "pandas") if importlib.util.find_spec(name) is None]
-    if missing:
-        fail(f"pictures need {', '.join(missing)}: pip install 'llama_attn[viz]'")
+    if (reason := how_to_draw()) is not None:
+        fail(reason)

@@ -68,6 +68,8 @@ def read_texts(
     prompt: str | None,
     files: Sequence[Path],
     documents: bool,
+    *,
+    prompt_option: str = "--prompt",
 ) -> Texts:
     """What to measure, from the options of the command line. Nothing is loaded yet."""
     chat_given = system is not None or user is not None
@@ -81,7 +83,7 @@ def read_texts(
         return Texts(plain=tuple(map(_read, files)), names=_names(files), joined=documents)
     if prompt is not None:
         if not prompt.strip():
-            fail("the text is empty: --prompt")
+            fail(f"the text is empty: {prompt_option}")
         return Texts(plain=(prompt,), names=("prompt",))
     if user is not None and not user.strip():
         fail("the text is empty: --user")

