@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llama_attn.analysis.dataset import real_tokens, without_attention
+from llama_attn.analysis.dataset import real_tokens, require, without_attention
 from llama_attn.stats.token_text import readable
 
 if TYPE_CHECKING:
@@ -212,10 +212,11 @@ def pick_segment(dataset: xarray.Dataset, statistics: Sequence[str], segment: st
     """One segment, by its name, of those statistics that have a number for each.
 
     Raises:
-        ValueError: There is no such segment, or statistics of segments are asked for without naming one, or the other
+        ValueError: A statistic was not measured, there is no such segment, or statistics of segments are asked for without naming one, or the other
             way round.
     """
-    divided = [name for name in statistics if name in dataset and "segment" in dataset[name].dims]
+    require(dataset, *statistics)
+    divided = [name for name in statistics if "segment" in dataset[name].dims]
     known = [str(name) for name in dataset["segment"].values] if "segment" in dataset.dims else []
     if segment is None and divided:
         raise ValueError(f"segment: {divided[0]!r} has a number for each segment; name one of {known}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 TITLE_SIZE = 10.0
+# Of a title: width of a character, of what stands beside the axes, and the least that is kept for it [inches].
+PER_CHARACTER, BESIDE, NARROWEST_TITLE = 0.09, 1.4, 2.0
 
 
 def new_figure(size: tuple[float, float] = SIZE, ax: Axes | None = None) -> tuple[Figure, Axes]:
@@ -36,15 +40,28 @@ def new_figure(size: tuple[float, float] = SIZE, ax: Axes | None = None) -> tupl
 
 
 def entitle(where: Axes | Figure, title: str, about: str) -> None:
-    """Write a title above axes, or above all axes of a figure.
+    """Write a title above axes, or above all axes of a figure, in lines that fit.
 
     Args:
         where: Axes or figure.
         title: What is shown, and of which part.
         about: Model and text, the second line.
     """
-    write = where.set_title if hasattr(where, "set_title") else where.suptitle
-    write(f"{title}\n{about}", fontsize=TITLE_SIZE, parse_math=False, wrap=True)
+    from matplotlib.figure import Figure
+
+    write: Callable[..., Any]
+    if isinstance(where, Figure):
+        write, width = where.suptitle, where.get_size_inches()[0]
+    else:
+        write = where.set_title
+        whole = where.figure.figure
+        # Axes of a figure of our own are nearly as wide as it is.
+        width = whole.get_size_inches()[0] - BESIDE
+        if len(whole.axes) > 2:
+            width = max(width * where.get_position().width, NARROWEST_TITLE)
+    # Not by matplotlib, which takes dollar signs for formulas where it wraps.
+    lines = [wrap(line, int(width / PER_CHARACTER), break_on_hyphens=False) for line in (title, *about.split("\n"))]
+    write("\n".join(itertools.chain(*lines)), fontsize=TITLE_SIZE, parse_math=False)
 
 
 def label_axes(axes: Axes, x: str | None = None, y: str | None = None, **settings: Any) -> None:

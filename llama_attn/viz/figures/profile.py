@@ -60,9 +60,7 @@ def plot_layer_profile(
         ValueError: The statistic, segment or row was not measured, or the statistic has other axes.
         TypeError: ``ax`` is something else than axes.
     """
-    dataset = as_dataset(source)
-    require(dataset, statistic)
-    dataset = pick_segment(dataset, [statistic], segment)
+    dataset = pick_segment(as_dataset(source), [statistic], segment)
     pick(dataset, batch=batch)
     summaries = layer_evolution(dataset.sel(batch=[batch]))
     evolution = summaries.get(statistic)

@@ -118,7 +118,7 @@ def plot_token_strip(
         at = list(statistics).index("received")
         sinks = _sinks(dataset.sel(layer=[layer], batch=[batch]), head)
         _mark_sinks(
-            figure, panels[:, at], rows, values[at].values, sinks, tokens, of="the head" if head else "any head"
+            figure, panels[:, at], rows, values[at].values, sinks, tokens, of="any head" if head is None else "the head"
         )
     part = f"layer {layer}, {of_head(dataset, head)}{of_bins(len(keys))}"
     entitle(figure, f"Along the text, {part}", about(dataset, batch))
