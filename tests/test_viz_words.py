@@ -66,6 +66,11 @@ def test_titles_name_the_part(name):
     assert "of 3" not in whole
 
 
+def test_the_part_is_known_where_only_states_were_measured():
+    stats = measure(layers=(0, 2)).to_xarray()[["hidden_norm", "visible_keys", "visible_queries"]]
+    assert "layers 0, 2 of 3" in viz.plot_layer_profile(stats, "hidden_norm").axes[0].get_title()
+
+
 def test_titles_name_the_queries_that_count():
     stats = measure()
     assert "queries 4:9, " not in viz.plot_head_roles(stats).axes[0].get_title()
@@ -156,7 +161,7 @@ def test_statistics_of_segments(segment):
     assert figure.axes[0].get_ylabel() == f"segment mass of {shown} [probability]"
     figure = viz.plot_token_strip(stats, layer=1, head=3, statistics=["segment_mass", "entropy"], segment=segment)
     np.testing.assert_allclose(figure.axes[0].patches[0].get_data().values, mass[1, 0, 3], rtol=3e-6)
-    assert [axes.get_ylabel() for axes in figure.axes] == [f"segment mass of {shown}\n[probability]", "entropy\n[nat]"]
+    assert [axes.get_ylabel() for axes in figure.axes] == [f"segment mass\nof {shown}\n[probability]", "entropy\n[nat]"]
 
 
 CALLS = {

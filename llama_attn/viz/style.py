@@ -96,7 +96,9 @@ def of_layers(dataset: xarray.Dataset) -> str:
 
 def of_part(dataset: xarray.Dataset) -> str:
     """``, layers 0–9 of 30``, for a title, where not every layer that has attention was measured."""
-    layers = dataset["layer"].values.tolist()
+    # Of the residual stream the last is the output.
+    axis = dataset["layer"] if "layer" in dataset.coords else dataset["hidden_layer"][:-1]
+    layers = axis.values.tolist()
     total = int(dataset.attrs.get("num_layers", 0))
     if len({*layers, *without_attention(dataset)}) >= total:
         return ""

@@ -98,7 +98,7 @@ def add_legend(
         settings: What both share.
     """
     chosen = {} if handles is None else {"handles": list(handles)}
-    where, place = (figure, {"loc": loc}) if ax is None else (ax, {"fontsize": "small", **given})
+    where, place = (figure, {"loc": loc}) if ax is None else (ax, {"fontsize": "small", "ncols": 1, **given})
     legend = where.legend(**chosen, **(settings | place))
     for text in (*legend.get_texts(), legend.get_title()):
         text.set_parse_math(False)

@@ -148,7 +148,7 @@ def plot_distance_histogram(
     # The last bin ends with the text.
     lasts = np.minimum(2 * starts, row["key"].values[-1])
     axes.set_xticks(places, [f"{a}" if a == b else f"{a}–{b}" for a, b in zip(starts, lasts, strict=True)])
-    if len(starts) > 10:
+    if len(starts) > (10 if ax is None else 5):
         axes.tick_params(axis="x", rotation=45)
     axes.set_ylim(0, None)
     label_axes(axes, "distance from query to key [tokens]", f"attention {unit_of(shown)}")

@@ -93,7 +93,7 @@ def plot_token_strip(
     figure = empty_figure((width_of(len(keys)), 0.5 + height * len(rows)))
     panels = figure.subplots(len(rows) * len(values), 1, squeeze=False)[:, 0].reshape(len(rows), len(values))
     for column, name, along in zip(panels.T, statistics, values, strict=True):
-        label = f"{written(name.replace('_', ' '))}{of_segment(segment if name in divided else None)}"
+        label = written(name.replace("_", " ")) + (f"\n{of_segment(segment).strip()}" if name in divided else "")
         for axes, held in zip(column, rows, strict=True):
             _draw_panel(axes, along.isel({along.dims[0]: np.isin(along[along.dims[0]], held)}))
             label_axes(axes, y=f"{label}\n{unit_of(along)}", fontsize=9 if len(rows) == 1 else 7)
