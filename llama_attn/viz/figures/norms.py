@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from llama_attn.analysis.dataset import Source
 
+# Height of a figure that is wider than others [inches].
+LOW = 4.5
+
 
 def plot_hidden_norms(source: Source, *, layer: int = 0, batch: int = 0, ax: Axes | None = None) -> Figure:
     """L2 norm of the residual stream that enters a layer, token by token.
@@ -95,7 +98,7 @@ def plot_kv_norms(source: Source, *, layer: int = 0, batch: int = 0, ax: Axes | 
 
 
 def _figure(length: int, ax: Axes | None) -> tuple[Figure, Axes]:
-    return new_figure((width_of(length) if length > MOST_LABELS else SIZE[0], SIZE[1]), ax)
+    return new_figure((width_of(length), LOW) if length > MOST_LABELS else SIZE, ax)
 
 
 def _along_text(
