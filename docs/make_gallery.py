@@ -24,8 +24,8 @@ INTRODUCTION = """# Gallery
 Every figure, drawn from SmolLM2-135M-Instruct on the opening of *Moby-Dick*. `text`, `beginning`, `other` and
 `repeated` are `AttentionStats`, datasets or saved files: `text` is the opening, `beginning` its first 40 tokens, `other`
 the same with `<|im_start|>` in place of the first token, `repeated` the token `<|im_start|>` and a random sequence of
-64 tokens, twice. Grey is "no data": pairs that may not see each other, padding, layers that were not measured. This
-page is written by `docs/make_gallery.py`; the questions behind the figures are in [analysis.md](analysis.md).
+64 tokens, twice. Figures of one pair of axes take `ax=`, and draw there. Grey is "no data": pairs that may not see each
+other, padding, layers that were not measured. This page is written by `docs/make_gallery.py`; the questions behind the figures are in [analysis.md](analysis.md).
 """
 
 
@@ -52,7 +52,8 @@ ENTRIES = (
         "plot_attention_map(beginning, layer=16, head=0)",
         lambda runs: viz.plot_attention_map(runs.beginning, layer=16, head=0),
         "Each row is a query and shows where its attention goes, so a row sums to 1. A bright line below the diagonal "
-        "is a head that looks at the token before; a bright first column is an attention sink.",
+        "is a head that looks at the token before; a bright first column is an attention sink. Colours follow the square "
+        'root of the weight, `scale=` takes `"linear"` and `"log"` too.',
     ),
     Entry(
         "layer_heads",
@@ -73,7 +74,7 @@ ENTRIES = (
         "head_grid",
         'plot_head_grid(text, statistic="sink_mass")',
         lambda runs: viz.plot_head_grid(runs.text, statistic="sink_mass"),
-        "One number per head: any statistic, averaged over the tokens. Here bright heads spend most of their attention "
+        'One number per head: any statistic, averaged over the tokens; of `segment_mass`, `segment="user"`. Here bright heads spend most of their attention '
         "on the first token.",
     ),
     Entry(
@@ -95,14 +96,15 @@ ENTRIES = (
         "plot_distance_histogram(text, layer=11)",
         lambda runs: viz.plot_distance_histogram(runs.text, layer=11),
         "Bars show how much attention goes how far, in bins that double, and sum to 1; thin lines are the single heads. "
-        "Weight on the left is local attention, weight on the right global or on the sink.",
+        "Dashes are what a head would show that attends equally to all that it sees. Weight above them on the left is local "
+        "attention, weight on the right global or on the sink.",
     ),
     Entry(
         "token_strip",
         "plot_token_strip(text, layer=15)",
         lambda runs: viz.plot_token_strip(runs.text, layer=15),
         "Statistics along the text, token by token: what each token receives, what it gives to the sink, and the norms "
-        "of its states. The sink stands out three times: it receives most, its state is huge, its key and value are "
+        "of its states. Marks are sinks. The first token stands out three times: it receives most, its state is huge, its key and value are "
         "small.",
     ),
     Entry(

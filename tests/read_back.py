@@ -85,8 +85,29 @@ def labels(axis) -> dict[float, str]:
 
 
 def bar_of(figure) -> str:
-    (label,) = {axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>"}
+    (label,) = {axes.get_ylabel() or axes.get_xlabel() for axes in figure.axes if axes.get_label() == "<colorbar>"}
     return label
+
+
+def read_title(text: str, expected: str, asked: Asked):
+    """What is shown, then the text: its row, length and first token."""
+    text = text.replace("\n", " ")
+    assert text.startswith(f"{expected} ")
+    rest = text.removeprefix(f"{expected} ")
+    real = np.flatnonzero(asked.a.visible_queries[asked.batch] > 0)
+    begins = drawable(asked.a.tokens[asked.batch][real[0]]).replace("␣", "") if len(real) else ""
+    rows = f"row {asked.batch}, " if asked.a.batch > 1 else ""
+    assert rest.removeprefix("a: ").startswith(f"{rows}{len(real)} token{'' if len(real) == 1 else 's'}")
+    assert begins in rest
+
+
+# Of those that the tests measure.
+HEADS = {(0, 1, 2, 3, 4, 5): "heads 0–5", (0, 1, 4): "heads 0–1, 4", (4,): "head 4", (0, 5): "heads 0, 5"}
+PARTS = {(0, 1, 2): "", (0, 2): ", layers 0, 2 of 3", (1,): ", layer 1 of 3"}
+
+
+def part_of(asked: Asked) -> str:
+    return PARTS[tuple(sorted(asked.a.layers))]
 
 
 def grid_of(axes) -> dict[tuple[str, str], float]:
@@ -103,7 +124,11 @@ def tokens(stats: AttentionStats, asked: Asked) -> dict[float, str]:
 
 
 def words(asked: Asked) -> str:
-    return f"layer {asked.layer}, " + ("mean over heads" if asked.head is None else f"head {asked.head}")
+    heads = HEADS[tuple(sorted(asked.a.heads))]
+    return f"layer {asked.layer}, " + (f"mean over {heads}" if asked.head is None else f"head {asked.head}")
+
+
+BARS = {"weights": "attention weight [probability]\nsquare-root scale", "logits": "scaled score [logit]"}
 
 
 def read_map(axes, expected, asked):
@@ -117,15 +142,15 @@ def read_map(axes, expected, asked):
 
 def attention_map(figure, asked):
     read_map(figure.axes[0], asked.map(), asked)
-    assert bar_of(figure) == {"weights": "attention weight [probability]", "logits": "scaled score [logit]"}[asked.kind]
-    assert figure.axes[0].get_title() == f"Attention {asked.kind}, {words(asked)}"
+    assert bar_of(figure) == BARS[asked.kind]
+    read_title(figure.axes[0].get_title(), f"Attention {asked.kind}, {words(asked)}", asked)
 
 
 def comparison(figure, asked):
     read_map(figure.axes[0], asked.map(asked.b) - asked.map(asked.a), asked)
     unit = {"weights": "attention weight, b − a [probability]", "logits": "scaled score, b − a [logit]"}[asked.kind]
     assert bar_of(figure) == f"difference in {unit}"
-    assert figure.axes[0].get_title() == f"Attention {asked.kind}, b − a, {words(asked)}"
+    read_title(figure.axes[0].get_title(), f"Attention {asked.kind}, b − a, {words(asked)}", asked)
     (image,) = figure.axes[0].images
     red, *_, blue = image.cmap([1.0, 0.0])[:, [0, 2]].tolist()
     assert red[0] > red[1], "more in b is red"
@@ -139,8 +164,8 @@ def layer_heads(figure, asked):
         cells, x, y = heat(panels[f"head {head}"])
         close(cells, replace(asked, head=head).map())
         np.testing.assert_allclose([x, y], [asked.positions] * 2)
-    assert bar_of(figure) == {"weights": "attention weight [probability]", "logits": "scaled score [logit]"}[asked.kind]
-    assert f"Attention {asked.kind} of layer {asked.layer}" in figure.get_suptitle()
+    assert bar_of(figure) == BARS[asked.kind]
+    read_title(figure.get_suptitle(), f"Attention {asked.kind} of layer {asked.layer}", asked)
 
 
 def model_view(figure, asked):
@@ -153,8 +178,9 @@ def model_view(figure, asked):
         for column, head in columns.items():
             inside = np.ix_(np.abs(y - row) < 0.5, np.abs(x - column) < 0.5)
             close(cells[inside], replace(asked, layer=int(layer), head=int(head), kind="weights").map())
-    assert bar_of(figure) == "attention weight [probability]"
-    assert f"{asked.a.num_keys} × {asked.a.num_keys} cells of 1 token" in axes.get_title()
+    assert bar_of(figure) == BARS["weights"]
+    size = f"{asked.a.num_keys} × {asked.a.num_keys} cells of 1 token"
+    read_title(axes.get_title(), f"Attention of every head ({size}){part_of(asked)}", asked)
 
 
 def by_labels(values: np.ndarray, stats: AttentionStats) -> dict[tuple[str, str], float]:
@@ -177,14 +203,15 @@ def head_grid(figure, asked):
     means = average(asked.a[asked.statistic][:, asked.batch])
     read_grid(figure.axes[0], by_labels(means, asked.a))
     assert bar_of(figure) == "sink mass [probability]"
-    assert figure.axes[0].get_title() == "Sink mass, mean over tokens"
+    read_title(figure.axes[0].get_title(), f"Sink mass, mean over tokens{part_of(asked)}", asked)
 
 
 def head_comparison(figure, asked):
     first, second = (average(run[asked.statistic], (1, 3)) for run in (asked.a, asked.b))
     read_grid(figure.axes[0], by_labels(second - first, asked.a))
     assert bar_of(figure) == "difference in sink mass, b − a [probability]"
-    assert figure.axes[0].get_title() == "Sink mass, b − a, mean over tokens"
+    title = figure.axes[0].get_title().replace("\n", " ")
+    assert title.startswith(f"Sink mass, b − a, mean over tokens{part_of(asked)} ")
 
 
 def head_roles(figure, asked):
@@ -236,7 +263,9 @@ def layer_profile(figure, asked):
     assert axes.get_ylabel() == "sink mass [probability]"
     assert axes.get_xlabel() == "layer"
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == ["smallest to largest of heads", "± standard deviation", "mean over heads"]
+    heads = HEADS[tuple(sorted(asked.a.heads))]
+    assert texts == [f"smallest to largest of {heads}", "± standard deviation", f"mean over {heads}"]
+    read_title(axes.get_title(), f"Sink mass through the layers{part_of(asked)}", asked)
 
 
 def distance_histogram(figure, asked):
@@ -254,7 +283,24 @@ def distance_histogram(figure, asked):
         close(line.get_xydata(), np.stack([list(names), replace(asked, head=head).at("distance_histogram")], 1))
     assert axes.get_ylabel() == "attention [probability]"
     assert axes.get_xlabel() == "distance from query to key [tokens]"
-    assert words(asked) in axes.get_title()
+    read_title(axes.get_title(), f"Attention by distance, {words(asked)}", asked)
+    read_baseline(axes, asked)
+
+
+def read_baseline(axes, asked):
+    """Uniform attention: of every query the share of its keys in each bin, then the mean over queries."""
+    positions = np.flatnonzero(asked.a.visible_queries[asked.batch] > 0).tolist()
+    shares = [
+        np.bincount(
+            [(i - j + 1).bit_length() - 1 for j in positions if j <= i], minlength=asked.a.num_keys.bit_length()
+        )
+        / sum(j <= i for j in positions)
+        for i in positions
+    ]
+    dashes = [each for each in axes.collections if each.get_label() == "uniform attention"]
+    assert len(dashes) == bool(shares)
+    for each in dashes:
+        close([segment[0, 1] for segment in each.get_segments()], np.mean(shares, 0))
 
 
 def token_strip(figure, asked):
@@ -275,7 +321,7 @@ def token_strip(figure, asked):
         close(line.get_ydata(), values.mean(0) if values.ndim == 2 else values)
         assert line.get_xdata().tolist() == asked.positions
     assert labels(figure.axes[-1].xaxis) == tokens(asked.a, asked)
-    assert words(asked) in figure.get_suptitle()
+    read_title(figure.get_suptitle(), f"Along the text, {words(asked)}", asked)
 
 
 def massive_activations(figure, asked):
@@ -324,7 +370,7 @@ def read_lines(axes, expected, asked):
     assert axes.get_ylabel() == "L2 norm [activation]"
     assert axes.get_xlabel() == "position [token]"
     assert labels(axes.xaxis) == tokens(asked.a, asked)
-    assert axes.get_title().endswith(f"layer {asked.layer}")
+    assert axes.get_title().split("\n")[0].endswith(f"layer {asked.layer}")
 
 
 def hidden_norms(figure, asked):

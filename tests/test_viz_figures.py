@@ -44,7 +44,7 @@ def drawn(figure) -> np.ndarray:
 
 
 def colour_bar_label(figure) -> str:
-    (label,) = {axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>"}
+    (label,) = {axes.get_ylabel() or axes.get_xlabel() for axes in figure.axes if axes.get_label() == "<colorbar>"}
     return label
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llama_attn.analysis.dataset import without_attention
+from llama_attn.analysis.dataset import real_tokens, require, without_attention
 from llama_attn.stats.token_text import readable
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ MOST_LABELS = 64
 # Stands for a character that the font does not have.
 MISSING = "□"
 MOST_RANGES = 12
+# Characters of a name or unit, and of the text, in a title.
+LONGEST_NAME, LONGEST_TEXT = 32, 40
+# Of a logarithmic colour scale: the smallest number over the largest that still has a colour of its own.
+LOWEST = 1e-5
 # Beyond this ratio of largest to median, a linear axis would show one spike and a flat line.
 LOG_FROM = 30.0
 
@@ -47,25 +52,11 @@ def empty_figure(size: tuple[float, float] = SIZE) -> Figure:
     return NotebookFigure(figsize=size, layout="constrained")
 
 
-def new_figure(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
-    """An `empty_figure` with one pair of axes."""
-    figure = empty_figure(size)
-    return figure, figure.add_subplot()
-
-
 def heat_map(axes: Axes, cells: np.ndarray, **settings: Any) -> AxesImage:
     """Draw a matrix, NaN as "no data"."""
     axes.set_facecolor(NO_DATA)
     settings = {"cmap": COLOURS, "interpolation": "nearest", "aspect": "auto"} | settings
     return axes.imshow(np.ma.masked_invalid(cells), **settings)
-
-
-def explain_no_data(figure: Figure, cells: np.ndarray) -> None:
-    """Say what grey means, if there is any."""
-    from matplotlib.patches import Patch
-
-    if not np.isfinite(cells).all():
-        figure.legend(handles=[Patch(facecolor=NO_DATA, edgecolor="grey", label="no data")], loc="outside lower right")
 
 
 def say_no_data(axes: Axes, values: np.ndarray) -> None:
@@ -82,14 +73,19 @@ def spiky(values: np.ndarray) -> bool:
 
 def named_layers(layers: Sequence[int]) -> str:
     """``layers 0–2, 4``: neighbours in one range, and no more than fit on a line."""
+    return named_range("layer", layers)
+
+
+def named_range(word: str, numbers: Sequence[int]) -> str:
+    """``heads 0–2, 4``: a word and the numbers, as in `named_layers`."""
     runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
         else:
-            runs.append([layer, layer])
+            runs.append([number, number])
     words = [f"{first}–{last}" if last > first else str(first) for first, last in runs[:MOST_RANGES]]
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(words)}{', …' if len(runs) > MOST_RANGES else ''}"
+    return f"{word}{'s' if len(numbers) > 1 else ''} {', '.join(words)}{', …' if len(runs) > MOST_RANGES else ''}"
 
 
 def of_layers(dataset: xarray.Dataset) -> str:
@@ -98,13 +94,61 @@ def of_layers(dataset: xarray.Dataset) -> str:
     return f"\n{named_layers(absent)} without attention weights" if absent else ""
 
 
+def of_part(dataset: xarray.Dataset) -> str:
+    """``, layers 0–9 of 30``, for a title, where not every layer that has attention was measured."""
+    # Of the residual stream the last is the output.
+    axis = dataset["layer"] if "layer" in dataset.coords else dataset["hidden_layer"][:-1]
+    layers = axis.values.tolist()
+    total = int(dataset.attrs.get("num_layers", 0))
+    if len({*layers, *without_attention(dataset)}) >= total:
+        return ""
+    return f", {named_layers(layers)} of {total}"
+
+
+def about(dataset: xarray.Dataset, batch: int | None = None) -> str:
+    """Model and text, for the second line of a title: ``SmolLM2-135M, 700 tokens: Call me Ishmael. Some…``.
+
+    Args:
+        dataset: Any statistics.
+        batch: Row of the batch; None if all rows count.
+    """
+    # Of a path the last part; an id of the hub is two words.
+    model = str(dataset.attrs.get("model", "")).rstrip("/\\")
+    if model.count("/") != 1 or model[0] in "./":
+        model = re.split(r"[/\\]", model)[-1]
+    if batch is None and dataset.sizes["batch"] == 1:
+        batch = dataset["batch"].values[0]
+    if batch is None:
+        what = f"{dataset.sizes['batch']} rows"
+    else:
+        row = dataset.sel(batch=batch)
+        real = real_tokens(row, "key").values
+        count = f"{real.sum():,} token{'' if real.sum() == 1 else 's'}"
+        tokens = [token for token, kept in zip(tokens_of(row, "key") or [], real, strict=False) if kept]
+        # As on the axes, but for the spaces.
+        text = "".join(readable(token, LONGEST_TEXT) for token in tokens[:LONGEST_TEXT]).replace("␣", " ").strip()
+        of_row = f"row {batch}, " if dataset.sizes["batch"] > 1 else ""
+        what = f"{of_row}{count}{': ' if text else ''}{written(text, LONGEST_TEXT)}"
+    return ", ".join(filter(None, (written(model), what)))
+
+
 def drawable(token: str) -> str:
     """A `readable` token without characters that no font of matplotlib's configuration has, such as emoji."""
+    return _in_fonts(readable(token))
+
+
+def written(text: str, longest: int = LONGEST_NAME) -> str:
+    """A name, unit or text from a file as it is drawn: on one line, control characters as dots, a long one cut."""
+    text = "".join(character if character.isprintable() else "·" for character in text)
+    return _in_fonts(text if len(text) <= longest else text[: longest - 1] + "…")
+
+
+def _in_fonts(text: str) -> str:
     from matplotlib import rcParams
 
     families = [name for family in rcParams["font.family"] for name in rcParams.get(f"font.{family}", [family])]
     known = _characters(tuple(families))
-    return "".join(character if ord(character) in known else MISSING for character in readable(token))
+    return "".join(character if ord(character) in known else MISSING for character in text)
 
 
 def label_tokens(
@@ -161,9 +205,34 @@ def pick_head(values: xarray.DataArray, head: int | None) -> xarray.DataArray:
     return values.sel(head=head)
 
 
-def of_head(head: int | None) -> str:
-    """What `pick_head` gives, for a title."""
-    return "mean over heads" if head is None else f"head {head}"
+def of_head(dataset: xarray.Dataset, head: int | None) -> str:
+    """What `pick_head` gives, for a title: ``head 3``, or ``mean over heads 0–8``, those that were measured."""
+    return f"head {head}" if head is not None else f"mean over {named_range('head', dataset['head'].values.tolist())}"
+
+
+def pick_segment(dataset: xarray.Dataset, statistics: Sequence[str], segment: str | None) -> xarray.Dataset:
+    """One segment, by its name, of those statistics that have a number for each.
+
+    Raises:
+        ValueError: A statistic was not measured, there is no such segment, or statistics of segments are asked for without naming one, or the other
+            way round.
+    """
+    require(dataset, *statistics)
+    divided = [name for name in statistics if "segment" in dataset[name].dims]
+    known = [str(name) for name in dataset["segment"].values] if "segment" in dataset.dims else []
+    if segment is None and divided:
+        raise ValueError(f"segment: {divided[0]!r} has a number for each segment; name one of {known}")
+    if segment is not None and not divided:
+        raise ValueError(f"segment: expected none, as {', '.join(map(repr, statistics))} is not one of segments")
+    if segment is not None and str(segment) not in known:
+        raise ValueError(f"segment: expected one of {known}, got {segment!r}")
+    chosen = {name: dataset[name].isel(segment=known.index(str(segment)), drop=True) for name in divided}
+    return dataset.assign(chosen)
+
+
+def of_segment(segment: str | None) -> str:
+    """Which segment, for a title or an axis."""
+    return "" if segment is None else f" of {written(str(segment))}"
 
 
 def tokens_of(dataset: xarray.Dataset, axis: Literal["query", "key"]) -> list[str] | None:
@@ -174,13 +243,18 @@ def tokens_of(dataset: xarray.Dataset, axis: Literal["query", "key"]) -> list[st
 
 def heading(statistic: str) -> str:
     """The name of a statistic as a title begins."""
-    words = statistic.replace("_", " ")
+    words = written(statistic.replace("_", " "))
     return words[:1].upper() + words[1:]
 
 
-def named(values: xarray.DataArray) -> str:
+def unit_of(values: xarray.DataArray) -> str:
+    """The unit of a statistic, in brackets."""
+    return f"[{written(str(values.attrs.get('units', '?')))}]"
+
+
+def named(values: xarray.DataArray, segment: str | None = None) -> str:
     """What a statistic is and its unit, for a title or an axis."""
-    return f"{str(values.name).replace('_', ' ')} [{values.attrs.get('units', '?')}]"
+    return f"{written(str(values.name).replace('_', ' '))}{of_segment(segment)} {unit_of(values)}"
 
 
 @cache

@@ -8,7 +8,8 @@ import numpy as np
 
 from llama_attn.analysis import as_dataset, massive_activations
 from llama_attn.analysis.activations import MAGNITUDE, RATIO
-from llama_attn.viz.figures.tokens import MOST_TOKENS
+from llama_attn.viz.figures.along import MOST_TOKENS, in_bins, tokens_per_bin
+from llama_attn.viz.figures.canvas import add_legend, colour_bar, entitle, explain_no_data, label_axes
 from llama_attn.viz.style import (
     AMBER,
     BLUE,
@@ -17,11 +18,12 @@ from llama_attn.viz.style import (
     ORANGE,
     PINK,
     SKY,
+    about,
     empty_figure,
-    explain_no_data,
     heat_map,
     label_tokens,
     of_layers,
+    of_part,
     pick,
     tokens_of,
 )
@@ -41,6 +43,7 @@ def plot_massive_activations(source: Source, *, batch: int = 0) -> Figure:
 
     Left: layer × token, logarithmic colours. Marks are massive activations, one colour per channel, all of a token on
     top of each other; only its largest where ``hidden_top`` was not measured.
+    Of more than 800 tokens, each cell is the largest of several, and the title says of how many.
     Right: the largest and the median magnitude of every layer, and what a massive activation exceeds.
 
     Args:
@@ -70,12 +73,15 @@ def plot_massive_activations(source: Source, *, batch: int = 0) -> Figure:
     right.plot(bound, rows, color=ORANGE, linewidth=1.5, linestyle="--", label="massive beyond")
     if np.isfinite(largest).any() and np.nanmin([largest, median]) > 0:
         right.set_xscale("log")
-    right.set(xlabel="magnitude [activation]")
+    label_axes(right, "magnitude [activation]")
     right.tick_params(labelleft=True)
     right.grid(alpha=0.4)
     handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
-    figure.suptitle("Largest magnitude in the residual stream that enters each layer (the last row is the output)")
+    add_legend(figure, None, handles, ncols=min(len(handles), 6))
+    title = "Largest magnitude in the residual stream that enters each layer (the last row is the output)"
+    size = tokens_per_bin(length)
+    pooled = f", each cell of {size} tokens" if size > 1 else ""
+    entitle(figure, f"{title}{of_part(dataset)}{pooled}", about(dataset, batch))
     return figure
 
 
@@ -83,17 +89,23 @@ def _draw_tokens(figure: Figure, axes: Axes, found: xarray.Dataset) -> None:
     from matplotlib.colors import LogNorm
 
     cells = found.magnitude.transpose("hidden_layer", "query").values
+    positions = found["query"].values
+    # Of a long text the largest of several tokens: pixels would show some of them and leave out others.
+    size = tokens_per_bin(len(positions))
+    bins = [in_bins(positions, row, size) for row in cells]
+    cells = np.stack([each.high for each in bins])
     positive = cells[cells > 0]
     norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01)) if positive.size else None
-    positions = found["query"].values
-    half = (positions[1] - positions[0]) / 2 if len(positions) > 1 else 0.5
-    extent = (positions[0] - half, positions[-1] + half, len(cells) - 0.5, -0.5)
+    step = positions[1] - positions[0] if len(positions) > 1 else 1
+    first = positions[0] - step / 2
+    extent = (first, first + step * size * cells.shape[1], len(cells) - 0.5, -0.5)
     image = heat_map(axes, cells, norm=norm, extent=extent)
-    figure.colorbar(image, ax=axes, label="largest magnitude [activation]", pad=0.01)
+    # Below, since a label to the right would seem to be of the panel there.
+    colour_bar(image, axes, "largest magnitude [activation]", location="bottom", aspect=60, pad=0.02)
     layers = found["hidden_layer"].values
-    step = -(-len(layers) // 40)
-    axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    axes.set(xlabel=f"position [token]{of_layers(found)}", ylabel="layer")
+    every = -(-len(layers) // 40)
+    axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
+    label_axes(axes, f"position [token]{of_layers(found)}", "layer")
     channels = found.channels.transpose("hidden_layer", "query", "rank").values
     numbers, counts = np.unique(channels[channels >= 0], return_counts=True)
     often = numbers[np.argsort(-counts, kind="stable")]

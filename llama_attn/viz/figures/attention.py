@@ -8,7 +8,9 @@ import numpy as np
 
 from llama_attn.analysis import as_dataset, require
 from llama_attn.analysis.dataset import direction_of
-from llama_attn.viz.style import heat_map, label_tokens, new_figure, of_head, pick, pick_head, tokens_of
+from llama_attn.viz.figures.canvas import colour_bar, entitle, label_axes, new_figure
+from llama_attn.viz.figures.scales import Scale, check_scale, colour_scale
+from llama_attn.viz.style import about, heat_map, label_tokens, of_head, pick, pick_head, tokens_of, unit_of
 
 if TYPE_CHECKING:
     import xarray
@@ -29,6 +31,8 @@ def plot_attention_map(
     head: int | None = None,
     batch: int = 0,
     kind: Literal["weights", "logits"] = "weights",
+    scale: Scale | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Which queries (rows) attend to which keys (columns).
 
@@ -41,20 +45,29 @@ def plot_attention_map(
         head: Index of the query head; None for the mean over heads.
         batch: Row of the batch.
         kind: Attention weights, or scaled scores before the softmax.
+        scale: What colours follow: ``"linear"``, ``"sqrt"``, or ``"log"``, over five decades at most. None is the
+            square root for weights, so that weak attention is seen beside a sink, and linear for scores.
+        ax: Where to draw; None for a figure of its own.
+
+    Returns:
+        The figure; with ``ax`` the one that it belongs to.
 
     Raises:
-        ValueError: The map, layer, head or row was not measured.
+        ValueError: The map, layer, head or row was not measured, or scores shall have another scale than the linear.
+        TypeError: ``ax`` is something else than axes.
     """
     check_kind(kind)
+    check_scale(scale, kind)
     dataset = as_dataset(source)
     require(dataset, KINDS[kind])
     row = pick(dataset, layer=layer, batch=batch)
     cells = drawn_cells(row, kind, head)
-    figure, axes = new_figure()
-    image = draw_map(axes, row, cells, vmin=0.0 if kind == "weights" else None)
-    unit = row[KINDS[kind]].attrs["units"]
-    figure.colorbar(image, ax=axes, label=f"{WORDS[kind]} [{unit}]")
-    axes.set_title(f"Attention {kind}, layer {layer}, {of_head(head)}{pooled(row)}")
+    colours = colour_scale(cells, kind, scale)
+    figure, axes = new_figure(ax=ax)
+    image = draw_map(axes, row, cells, norm=colours.norm)
+    label = f"{WORDS[kind]} {unit_of(row[KINDS[kind]])}{colours.note}"
+    colour_bar(image, axes, label, ticks=colours.ticks, extend=colours.extend)
+    entitle(axes, f"Attention {kind}, layer {layer}, {of_head(dataset, head)}{pooled(row)}", about(dataset, batch))
     return figure
 
 
@@ -64,7 +77,7 @@ def draw_map(axes: Axes, row: xarray.Dataset, cells: np.ndarray, **settings: Any
     # Cells are drawn around their positions, so that ticks are token positions also for pooled maps.
     right, bottom = (count * width - 0.5 for count in (cells.shape[1], cells.shape[0]))
     image = heat_map(axes, cells, extent=(-0.5, right, bottom, -0.5), **settings)
-    axes.set(xlabel="key [token]", ylabel="query [token]")
+    label_axes(axes, "key [token]", "query [token]")
     if width == 1:
         label_tokens(axes, "x", row["key"].values.tolist(), tokens_of(row, "key"))
         # Every token is a query, measured or not; but in cross-attention the keys are of another text.

@@ -10,12 +10,14 @@ from jaxtyping import Float
 from llama_attn.analysis import as_dataset, require
 from llama_attn.analysis.dataset import real_tokens
 from llama_attn.viz.figures.attention import KINDS, WORDS, bin_width, check_kind, draw_map, drawn_cells, pooled
+from llama_attn.viz.figures.canvas import TITLE_SIZE, colour_bar, entitle, new_figure
 from llama_attn.viz.figures.grids import label_grid
-from llama_attn.viz.style import empty_figure, heat_map, new_figure, of_layers, pick
+from llama_attn.viz.figures.scales import Scale, check_scale, colour_scale, square_root
+from llama_attn.viz.style import about, empty_figure, heat_map, of_layers, of_part, pick, unit_of
 
 if TYPE_CHECKING:
     import xarray
-    from matplotlib.colors import PowerNorm
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from llama_attn.analysis.dataset import Source
@@ -25,53 +27,52 @@ MINIATURE_CELLS, MINIATURE = 16, 0.5
 
 
 def plot_layer_heads(
-    source: Source, *, layer: int = 0, batch: int = 0, kind: Literal["weights", "logits"] = "weights"
+    source: Source,
+    *,
+    layer: int = 0,
+    batch: int = 0,
+    kind: Literal["weights", "logits"] = "weights",
+    scale: Scale | None = None,
 ) -> Figure:
     """The attention maps of all heads of one layer, in the same colours.
-
-    Colours of weights follow the square root, so that weak attention is seen beside a sink.
 
     Args:
         source: Statistics with ``weights_map``, or ``logits_map`` for ``kind="logits"``.
         layer: Index of the layer.
         batch: Row of the batch.
         kind: Attention weights, or scaled scores before the softmax.
+        scale: What colours follow, as in `plot_attention_map`.
 
     Raises:
-        ValueError: The map, layer or row was not measured.
+        ValueError: The map, layer or row was not measured, or scores shall have another scale than the linear.
     """
-    from matplotlib.colors import Normalize
-
     check_kind(kind)
+    check_scale(scale, kind)
     dataset = as_dataset(source)
     require(dataset, KINDS[kind])
     row = pick(dataset, layer=layer, batch=batch)
     heads = row["head"].values
     maps = [drawn_cells(row, kind, head) for head in heads]
-    finite = np.concatenate([cells[np.isfinite(cells)] for cells in maps])
-    high = finite.max(initial=0.0) or 1.0
-    weights = kind == "weights"
-    norm = square_root_norm(high) if weights else Normalize(finite.min(initial=high), high)
+    colours = colour_scale(np.stack(maps), kind, scale)
     columns = int(np.ceil(np.sqrt(len(heads))))
     lines = -(-len(heads) // columns)
     figure = empty_figure((min(1.5 + 2.3 * columns, 24), min(0.8 + 2.1 * lines, 24)))
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes, head, cells in zip(grid.flat, heads, maps, strict=False):
-        image = draw_map(axes, row.drop_vars(["key_token"], errors="ignore"), cells, norm=norm)
+        image = draw_map(axes, row.drop_vars(["key_token"], errors="ignore"), cells, norm=colours.norm)
         axes.set_title(f"head {head}", fontsize=9)
         axes.set(xlabel="", ylabel="")
     for axes in grid.flat[len(heads) :]:
         axes.set_axis_off()
-    unit = row[KINDS[kind]].attrs["units"]
-    ticks = square_root_ticks(high) if weights else None
-    figure.colorbar(image, ax=grid, label=f"{WORDS[kind]} [{unit}]", aspect=40, ticks=ticks)
-    figure.suptitle(f"Attention {kind} of layer {layer}{pooled(row)}")
-    figure.supxlabel("key [token]", fontsize=10)
-    figure.supylabel("query [token]", fontsize=10)
+    label = f"{WORDS[kind]} {unit_of(row[KINDS[kind]])}{colours.note}"
+    colour_bar(image, grid, label, aspect=40, ticks=colours.ticks, extend=colours.extend)
+    entitle(figure, f"Attention {kind} of layer {layer}{pooled(row)}", about(dataset, batch))
+    figure.supxlabel("key [token]", fontsize=TITLE_SIZE)
+    figure.supylabel("query [token]", fontsize=TITLE_SIZE)
     return figure
 
 
-def plot_model_view(source: Source, *, batch: int = 0) -> Figure:
+def plot_model_view(source: Source, *, batch: int = 0, ax: Axes | None = None) -> Figure:
     """The attention maps of all heads of all layers as miniatures: layers from top to bottom, heads side by side.
 
     In each miniature, queries go down and keys to the right, as in `plot_attention_map`. Maps are pooled exactly to
@@ -80,9 +81,11 @@ def plot_model_view(source: Source, *, batch: int = 0) -> Figure:
     Args:
         source: Statistics with ``weights_map``.
         batch: Row of the batch.
+        ax: Where to draw; None for a figure of its own.
 
     Raises:
         ValueError: The map or row was not measured.
+        TypeError: ``ax`` is something else than axes.
     """
     dataset = as_dataset(source)
     require(dataset, "weights_map")
@@ -91,31 +94,21 @@ def plot_model_view(source: Source, *, batch: int = 0) -> Figure:
     layers, heads, cells = maps.shape[:3]
     # One picture of all maps: a thousand pairs of axes would take minutes.
     mosaic = maps.transpose(0, 2, 1, 3).reshape(layers * cells, heads * cells)
-    size = np.clip(MINIATURE * np.array([heads, layers]) + [1.8, 1.0], [5, 3], 24)
-    figure, axes = new_figure((float(size[0]), float(size[1])))
+    size = np.clip(MINIATURE * np.array([heads, layers]) + [1.8, 1.0], [5, 3.5], 24)
+    figure, axes = new_figure((float(size[0]), float(size[1])), ax)
     extent = (-0.5, heads - 0.5, layers - 0.5, -0.5)
-    image = heat_map(axes, mosaic, extent=extent, norm=square_root_norm(1.0))
+    colours = square_root(1.0)
+    image = heat_map(axes, mosaic, extent=extent, norm=colours.norm)
     axes.hlines(np.arange(layers - 1) + 0.5, *extent[:2], color="white", linewidth=3)
     axes.vlines(np.arange(heads - 1) + 0.5, *extent[2:], color="white", linewidth=3)
     label_grid(axes, row["layer"].values, row["head"].values, "head", of_layers(row))
-    unit = row.weights_map.attrs["units"]
-    figure.colorbar(image, ax=axes, label=f"attention weight [{unit}]", shrink=0.5, ticks=square_root_ticks(1.0))
+    label = f"attention weight {unit_of(row.weights_map)}{colours.note}"
+    # As long as its ticks need.
+    colour_bar(image, axes, label, shrink=float(np.clip(4.5 / size[1], 0.3, 1)), ticks=colours.ticks)
     width = bin_width(row) * _factor(row)
-    axes.set_title(f"Attention of every head ({cells} × {cells} cells of {width} token{'s' if width > 1 else ''})")
+    what = f"{cells} × {cells} cells of {width} token{'s' if width > 1 else ''}"
+    entitle(axes, f"Attention of every head ({what}){of_part(dataset)}", about(dataset, batch))
     return figure
-
-
-def square_root_norm(high: float) -> PowerNorm:
-    """Colours that follow the square root, from 0 to ``high``."""
-    from matplotlib.colors import PowerNorm
-
-    return PowerNorm(0.5, 0, high)
-
-
-def square_root_ticks(high: float) -> list[float]:
-    """What to write beside such colours: 0 and 1, 2, 5 of the two decades below ``high``, so that all are apart."""
-    series = [digit * 10.0**power for power in range(-8, 4) for digit in (1, 2, 5)]
-    return [0.0, *(tick for tick in series if high / 100 <= tick <= high)]
 
 
 def _factor(row: xarray.Dataset) -> int:

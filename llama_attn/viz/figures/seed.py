@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from llama_attn.analysis.dataset import Source
 
 
+DEFAULT_LAYERS = range(10)
+
+
 def save_seed_figures(
     stats: Source,
     directory: str | os.PathLike[str],
-    layers: Iterable[int] = range(10),
+    layers: Iterable[int] = DEFAULT_LAYERS,
     *,
     batch: int = 0,
     kind: Literal["weights", "logits"] = "weights",
@@ -30,6 +33,9 @@ def save_seed_figures(
     on_saved: Callable[[Path], None] | None = None,
 ) -> list[Path]:
     """Write ``layer_{i}_attention.png``, ``hidden_states_{i}_norm.png`` and ``kv_{i}_norm.png`` for some layers.
+
+    Colours of the maps are linear, as in the figures that this library began with. So are the names of its default
+    set, ``range(10)``; of any other, layers have as many digits as the last one of the model, so that names sort.
 
     Args:
         stats: Statistics with the map of ``kind`` and ``norms=True``.
@@ -49,7 +55,7 @@ def save_seed_figures(
     check_kind(kind)
     dataset = as_dataset(stats)
     drawn: dict[str, tuple[Callable[..., Figure], tuple[str, ...]]] = {
-        "layer_{}_attention.png": (partial(plot_attention_map, kind=kind), (KINDS[kind],)),
+        "layer_{}_attention.png": (partial(plot_attention_map, kind=kind, scale="linear"), (KINDS[kind],)),
         "hidden_states_{}_norm.png": (plot_hidden_norms, ("hidden_norm",)),
         "kv_{}_norm.png": (plot_kv_norms, ("key_norm", "value_norm", "key_mean_norm", "value_mean_norm")),
     }
@@ -59,10 +65,11 @@ def save_seed_figures(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     measured = set(dataset.layer.values.tolist())
+    digits = 1 if layers == DEFAULT_LAYERS else len(str(dataset.attrs["num_layers"] - 1))
     written = []
     for layer in (layer for layer in layers if layer in measured):
         for name, (plot, _) in drawn.items():
-            path = directory / name.format(layer)
+            path = directory / name.format(f"{layer:0{digits}}")
             with complete_file(path) as unfinished:
                 plot(dataset, layer=layer, batch=batch).savefig(unfinished, format="png", dpi=100)
             written.append(path)
