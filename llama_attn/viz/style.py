@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llama_attn.analysis.dataset import without_attention
+from llama_attn.analysis.part import named_layers
 from llama_attn.stats.token_text import readable
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ SIZE = (8.0, 6.0)
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, AMBER = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#E69F00",
 )  # fmt: skip
+# One more, darker than all of them.
+WINE = "#661144"
 COLOURS = "viridis"
 DIVERGING = "RdBu_r"
 NO_DATA = "#e6e6e6"
@@ -29,7 +32,6 @@ NO_DATA = "#e6e6e6"
 MOST_LABELS = 64
 # Stands for a character that the font does not have.
 MISSING = "□"
-MOST_RANGES = 12
 # Beyond this ratio of largest to median, a linear axis would show one spike and a flat line.
 LOG_FROM = 30.0
 
@@ -78,18 +80,6 @@ def spiky(values: np.ndarray) -> bool:
     """Whether a logarithmic axis shows these numbers better."""
     finite = values[np.isfinite(values)]
     return bool(finite.size and finite.min() > 0 and finite.max() > LOG_FROM * np.median(finite))
-
-
-def named_layers(layers: Sequence[int]) -> str:
-    """``layers 0–2, 4``: neighbours in one range, and no more than fit on a line."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    words = [f"{first}–{last}" if last > first else str(first) for first, last in runs[:MOST_RANGES]]
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(words)}{', …' if len(runs) > MOST_RANGES else ''}"
 
 
 def of_layers(dataset: xarray.Dataset) -> str:

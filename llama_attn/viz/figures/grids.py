@@ -15,6 +15,8 @@ from llama_attn.viz.style import (
     ORANGE,
     PINK,
     SKY,
+    WINE,
+    YELLOW,
     explain_no_data,
     heading,
     heat_map,
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
     from llama_attn.analysis.dataset import Source
 
 ROLE_COLOURS = {
-    "sink": BLUE, "previous_token": ORANGE, "duplicate_token": PINK, "induction": GREEN, "local": AMBER,
-    "uniform": SKY, "mixed": "#999999",
+    "first_token_sink": BLUE, "sink": WINE, "previous_token": ORANGE, "duplicate_token": PINK, "induction": GREEN,
+    "local": AMBER, "uniform": SKY, "mixed": YELLOW,
 }  # fmt: skip
 
 
@@ -88,7 +90,7 @@ def plot_head_roles(source: Source, *, query_slice: slice | None = None, batch: 
             if isinstance(line.role, str):
                 cells[row, column] = names.index(line.role)
             # Beyond this many heads the numbers would overlap.
-            ink = "white" if line.role == "sink" else "black"
+            ink = "white" if line.role in ("first_token_sink", "sink") else "black"
             if np.isfinite(line.score) and len(heads) <= 16:
                 axes.text(column, row, f"{100 * line.score:.0f}", ha="center", va="center", fontsize=7, color=ink)
     bounds = np.arange(len(names) + 1) - 0.5

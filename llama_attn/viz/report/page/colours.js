@@ -1,11 +1,11 @@
 // Colours: viridis for maps, one hue for text, Okabe and Ito's for lines and roles. Grey is "no data".
 
 const OKABE_ITO = {
-  blue: "#0072B2", orange: "#D55E00", green: "#009E73", pink: "#CC79A7", sky: "#56B4E9", amber: "#E69F00", grey: "#999999",
+  blue: "#0072B2", orange: "#D55E00", green: "#009E73", pink: "#CC79A7", sky: "#56B4E9", amber: "#E69F00", yellow: "#F0E442",
 };
 const ROLES = {
-  sink: OKABE_ITO.blue, previous_token: OKABE_ITO.orange, duplicate_token: OKABE_ITO.pink, induction: OKABE_ITO.green,
-  local: OKABE_ITO.amber, uniform: OKABE_ITO.sky, mixed: OKABE_ITO.grey,
+  first_token_sink: OKABE_ITO.blue, sink: "#661144", previous_token: OKABE_ITO.orange, duplicate_token: OKABE_ITO.pink,
+  induction: OKABE_ITO.green, local: OKABE_ITO.amber, uniform: OKABE_ITO.sky, mixed: OKABE_ITO.yellow,
 };
 const VIRIDIS = [
   "#440154", "#482475", "#414487", "#355f8d", "#2a788e", "#21918c", "#22a884", "#44bf70", "#7ad151", "#bddf26", "#fde725",
