@@ -35,7 +35,7 @@ mean of A_ik over the queries that may see k.
 | How does it change through the layers? | `layer_evolution(ds)` | mean, standard deviation, smallest and largest over heads of every statistic; norms over tokens | | `plot_layer_profile` |
 | What does each head do? | `classify_heads(ds, query_slice=None)` | scores and a role per head, see below | TransformerLens, head_detector; Olsson et al., arXiv 2209.11895; Gu et al. | `plot_head_roles` |
 | Where are the massive activations? | `massive_activations(ds, magnitude=100, ratio=1000)` | numbers that exceed 100 and reach 1,000 × the median of the state; every channel of each token, layers where they appear and disappear, share of heads for which the token is a sink | Sun et al., arXiv 2402.17762 | `plot_massive_activations` |
-| What differs between two runs? | `compare(a, b)` | per statistic, layer and head: difference of the means over aligned tokens, and effect = root mean square difference / standard deviation of the statistic, or its rounding error where that is larger | | `plot_comparison`, `plot_head_comparison` |
+| What differs between two runs? | `compare(a, b)` | per statistic, layer and head: difference of the means over aligned tokens; `matched`, the same at matched positions; effect = root mean square difference at matched positions / standard deviation of the statistic, or its rounding error where that is larger; `attrs` say how many tokens were aligned, what was left out, and warn of texts with little in common, see below | | `plot_comparison`, `plot_head_comparison` |
 | All of it in one line per layer? | `summarize_layers(ds)` | sink mass, the key that takes most of all attention, largest activation | Gu et al.; Sun et al. | what `llama-attn demo` prints |
 
 `head_means(ds, statistic)` is the (layer, head) table behind `plot_head_grid`.
@@ -88,6 +88,15 @@ SmolLM2-135M-Instruct, {rows} rows of {repeated} random tokens, twice, behind `<
 {heads}
 
 Of {total} heads: {counts}. On the opening of *Moby-Dick* (T = {length}) the same model has {text_counts}.
+
+## Two runs of different texts
+
+`compare` aligns tokens by what they are. A token that stands later sees more keys, and that alone changes entropy,
+distances and what a key receives. So where aligned tokens stand at different positions, counted in real tokens, each
+number is taken less what both runs have on average in this layer and head from p / √2 to √2 p around its position p:
+`matched` and `effect` are of these, `mean_a`, `mean_b`, `difference` and `largest` of the numbers as they are.
+`attrs["summary"]` says how much was compared (“59 of 451 tokens aligned”), `attrs["left_out"]` what was not and why;
+below half of the shorter text `attrs["warning"]` and a `UserWarning` say that what differs may be the texts.
 
 ## What else this model shows on that text
 
