@@ -157,11 +157,7 @@ def locality(truth, finding, text, name):
     if share.max() > share.min():
         most = truth.layers[share.argmax()]
         text = says(text, f"Local heads are most frequent in layer {most} ({{}} of its heads). ", share.max())
-    flat = (
-        truth.mean(truth.entropy())
-        if False
-        else truth.entropy()[..., truth.several] / np.log(truth.count[truth.several])
-    )
+    flat = truth.entropy()[..., truth.several] / np.log(truth.count[truth.several])
     return says(text, "Entropy is {} of what uniform attention has.", flat.mean())
 
 
@@ -280,9 +276,13 @@ def test_numbers_of_compare(smollm2, stock):
         ]
     frame = compare(*runs)
     assert frame.attrs["summary"] == "90 of 120 tokens aligned (b has 100), 90 of them at another position"
-    truths = [truth_of(stock, {"input_ids": text}, 0, config) for text in texts]
+    check_lines(
+        frame, [truth_of(stock, {"input_ids": text}, 0, config) for text in texts], np.arange(90), np.arange(10, 100)
+    )
+
+
+def check_lines(frame, truths, at_a, at_b):
     entropies = [truth.entropy() for truth in truths]
-    at_a, at_b = np.arange(90), np.arange(10, 100)
     scale = np.std(np.concatenate([entropies[0][..., at_a], entropies[1][..., at_b]]))
 
     def usual(layer, head, position):
