@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,7 @@ from measured_runs import REPEATED, ROWS, Runs
 
 from llama_attn import analysis
 from llama_attn.analysis.heads import THRESHOLDS
+from llama_attn.analysis.sinks import EPSILON, by_chance
 from llama_attn.stats.token_text import readable
 
 if TYPE_CHECKING:
@@ -28,13 +30,13 @@ mean of A_ik over the queries that may see k.
 | question | function | answer | source | figure |
 |---|---|---|---|---|
 | How strong are the sinks? | `sink_rate(ds, epsilon=0.3, key=0, by=None)` | mean over rows, layers and heads of 1[α_key > ε]; `key` counts real tokens; `attrs` hold ε and the length T, on which the rate depends | Gu et al., arXiv 2410.10781 | `plot_head_grid(…, statistic="sink_mass")` |
-| Which tokens are sinks? | `sink_positions(ds, epsilon=0.3)` | every (layer, head, key) with α_key > ε; boost = α_key over its value under uniform attention, the mean of 1/n_i | the same; baseline as in attention-sink-profiler | `plot_token_strip` |
+| Which tokens are sinks? | `sink_positions(ds, epsilon=0.3, fewest_queries=None)` | every key's `share` of all attention, its `boost` over uniform attention and how many `queries` see it; `sink` of a head: α_key > ε; `layer_sink`: more on average over the heads of a layer than chance explains; only with enough queries, see below | the same; Bernstein's inequality; baseline as in attention-sink-profiler | `plot_token_strip` |
 | Is attention local or global? | `locality(ds)` | local mass, mean distance, H_i / ln n_i, and the mean distance over that of uniform attention; `local` below 0.5 | Vig & Belinkov (2019), arXiv 1906.04284; Zhai et al., arXiv 2303.06296 | `plot_distance_histogram` |
 | How does it change through the layers? | `layer_evolution(ds)` | mean, standard deviation, smallest and largest over heads of every statistic; norms over tokens | | `plot_layer_profile` |
 | What does each head do? | `classify_heads(ds, query_slice=None)` | scores and a role per head, see below | TransformerLens, head_detector; Olsson et al., arXiv 2209.11895; Gu et al. | `plot_head_roles` |
 | Where are the massive activations? | `massive_activations(ds, magnitude=100, ratio=1000)` | numbers that exceed 100 and reach 1,000 × the median of the state; every channel of each token, layers where they appear and disappear, share of heads for which the token is a sink | Sun et al., arXiv 2402.17762 | `plot_massive_activations` |
-| What differs between two runs? | `compare(a, b)` | per statistic, layer and head: difference of the means over aligned tokens, and effect = root mean square difference / standard deviation of the statistic, or its rounding error where that is larger | | `plot_comparison`, `plot_head_comparison` |
-| All of it in one line per layer? | `summarize_layers(ds)` | sink mass, strongest sink, largest activation | Gu et al.; Sun et al. | what `llama-attn demo` prints |
+| What differs between two runs? | `compare(a, b)` | per statistic, layer and head: difference of the means over aligned tokens; `matched`, the same at matched positions; effect = root mean square difference at matched positions / standard deviation of the statistic, or its rounding error where that is larger; `attrs` say how many tokens were aligned, what was left out, and warn of texts with little in common, see below | | `plot_comparison`, `plot_head_comparison` |
+| All of it in one line per layer? | `summarize_layers(ds)` | sink mass, the key that takes most of all attention, largest activation | Gu et al.; Sun et al. | what `llama-attn demo` prints |
 
 `head_means(ds, statistic)` is the (layer, head) table behind `plot_head_grid`.
 
@@ -50,11 +52,32 @@ cross-attention, which has no distances. Behind a 4-D mask of the user's own tha
 is NaN. With `learned_sink_mass`, distances are of the attention that is left to keys, and entropy counts the learned
 sink as one more outcome.
 
+## How many queries a sink needs
+
+The last tokens of a text are seen by a few queries only, all of them near, so α_k > ε says nothing of them. A key is
+named a sink with enough queries behind it, and sinks are ranked by the share of all attention that they take,
+Σ_i A_ik / Q for the Q real queries of the row. The number follows from what a head that prefers no token gives to a
+key: u queries' worth, what uniform attention gives it or 1, the most that attention by distance alone does, since Q
+queries share Q keys. If each query draws for itself, that is exceeded, but for one row in 20, by no more than t of
+Bernstein's inequality for weights in [0, 1]: c = u + t with t = L/3 + √(L²/9 + 2uL), L = ln(20 Q).
+
+- `sink`, of one head: α_k > ε, and c / ε queries (u = 1) see the key, or all of the row if they are fewer.
+- `layer_sink`: on average over its heads the layer gives the key more than c, with the key's own u, and as many queries
+  see it. Heads may share several sinks of which none gets more than ε from any head.
+
+| queries of the row | c | must see a sink |
+| --- | --- | --- |
+{fewest}
+
+`fewest_queries` sets another number, `attrs` hold the one that was used. `sink_rate` is as Gu et al. define it: α_k > ε
+alone, of one key.
+
 ## Roles of heads
 
 {roles}
 
-`role` has the largest score relative to its threshold, `roles` lists all that passed, `mixed` passed none. Sink,
+`role` has the largest score relative to its threshold, `roles` lists all that passed, `mixed` passed none. Of both
+kinds of sinks the role is `first_token_sink` where at least half of what is on sinks is on the first tokens. Sink,
 previous-token, duplicate-token and induction scores are shares of the same attention, so they have the same threshold,
 the ε of Gu et al.; `local` is where `locality` draws the line; 0.9 for `uniform` is a choice. In ordinary text few
 tokens have an earlier copy, and heads that look for one rest on the sink, so use a random sequence repeated twice and
@@ -66,10 +89,19 @@ SmolLM2-135M-Instruct, {rows} rows of {repeated} random tokens, twice, behind `<
 
 Of {total} heads: {counts}. On the opening of *Moby-Dick* (T = {length}) the same model has {text_counts}.
 
+## Two runs of different texts
+
+`compare` aligns tokens by what they are. A token that stands later sees more keys, and that alone changes entropy,
+distances and what a key receives. So where aligned tokens stand at different positions, counted in real tokens, each
+number is taken less what both runs have on average in this layer and head from p / √2 to √2 p around its position p:
+`matched` and `effect` are of these, `mean_a`, `mean_b`, `difference` and `largest` of the numbers as they are.
+`attrs["summary"]` says how much was compared (“59 of 451 tokens aligned”), `attrs["left_out"]` what was not and why;
+below half of the shorter text `attrs["warning"]` and a `UserWarning` say that what differs may be the texts.
+
 ## What else this model shows on that text
 
 - Sink rate {sink_rate:.2f} (ε = 0.3, first token, T = {length}); by layer from {lowest:.2f} to {highest:.2f}.
-- Other tokens with α > 0.3: {other_sinks}.
+- Other sinks, by their share of all attention: {other_sinks}. At least {needed} queries must see one.
 - {local} of {total} heads are local.
 - Massive activations: {massive}.
 
@@ -87,7 +119,8 @@ def _table(columns: list[str], lines: list[list[str]]) -> str:
 
 def _roles() -> str:
     meanings = {
-        "sink": "mass on the first `sink_tokens` tokens, of queries that see more than these",
+        "first_token_sink": "mass on the first `sink_tokens` tokens, of queries that see more than these",
+        "sink": "mass on all tokens that are a `layer_sink` of some measured layer; of all queries only",
         "previous_token": "mass on the token before",
         "duplicate_token": "mass on earlier copies of the query's token",
         "induction": "mass on tokens that followed earlier copies of the query's token",
@@ -109,6 +142,29 @@ def _heads(frame: pandas.DataFrame) -> str:
 
 def _counts(frame: pandas.DataFrame) -> str:
     return ", ".join(f"{count} {role.replace('_', ' ')}" for role, count in frame.role.value_counts().items())
+
+
+def _fewest() -> str:
+    lines = []
+    for queries in (34, 132, 700, 8192, 131_072):
+        c = float(by_chance(1.0, np.array(queries)))
+        lines.append(f"| {queries:,} | {c:.1f} | {math.ceil(c / EPSILON)} |")
+    return "\n".join(lines)
+
+
+def _others(sinks: xarray.Dataset) -> str:
+    """The sinks besides the first token, those first that take most."""
+    share = sinks.share.mean("head")
+    named = [key for key in np.argsort(-share.mean("layer").values) if key and sinks.layer_sink[:, key].any()]
+    described = []
+    for key in named:
+        peak = int(share[:, key].values.argmax())
+        described.append(
+            f"`{readable(str(sinks.key_token.values[key]))}` at {key} takes {float(share[:, key].mean()):.1%}, "
+            f"{float(share[peak, key]):.0%} in layer {peak} ({float(sinks.boost[peak, :, key].mean()):.0f} × uniform), "
+            f"seen by {int(sinks.queries[key])} queries"
+        )
+    return "; ".join(described)
 
 
 def _massive(found: xarray.Dataset) -> str:
@@ -135,12 +191,7 @@ def analysis_page(runs: Runs) -> str:
     text = runs.text.to_xarray()
     frame = analysis.classify_heads(runs.repeated, slice(REPEATED + 1, None))
     rate, by_layer = analysis.sink_rate(text), analysis.sink_rate(text, by="layer")
-    share = analysis.sink_positions(text)["heads"].isel(batch=0)
-    others = [
-        f"`{readable(str(text.key_token.values[0, key]))}` at {key} in {float(share[key]):.1%} of the heads"
-        for key in np.argsort(-share.values[1:])[:3] + 1
-        if share[key] > 0
-    ]
+    sinks = analysis.sink_positions(text).isel(batch=0)
     massive = analysis.massive_activations(text)
     near = analysis.massive_activations(text.drop_vars("hidden_layer_median"))["median"]
     ratio = (near / massive["median"]).isel(batch=0).values
@@ -156,7 +207,9 @@ def analysis_page(runs: Runs) -> str:
         sink_rate=float(rate),
         lowest=float(by_layer.min()),
         highest=float(by_layer.max()),
-        other_sinks=", ".join(others) or "none",
+        fewest=_fewest(),
+        other_sinks=_others(sinks) or "none",
+        needed=sinks.attrs["fewest_queries"][0],
         local=int((analysis.locality(text).reach == "local").sum()),
         massive=_massive(massive),
         median_low=ratio.min(),

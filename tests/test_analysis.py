@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import xarray
-from written_out import Written, close
+from written_out import Written, by_chance, close
 
 from llama_attn import AttentionStatsConfig
 from llama_attn.analysis import (
@@ -44,27 +44,110 @@ def test_sink_rate(epsilon, key, padded):
     assert rate.attrs["units"] == "fraction"
 
 
-def test_sink_positions(padded):
-    found = sink_positions(padded.ds, epsilon=0.15)
+@pytest.mark.parametrize(("epsilon", "fewest"), [(0.15, 4), (0.3, None), (0.15, 1)])
+def test_sink_positions(epsilon, fewest, padded):
+    found = sink_positions(padded.ds, epsilon, fewest_queries=fewest)
     sinks = np.zeros((3, 2, 6, 37), dtype=bool)
-    for layer, head in padded.heads():
-        for b in range(2):
-            best = (-1, 0.15)
+    for b in range(2):
+        real = padded.queries(b)
+        enough = fewest or min(len(real), int(np.ceil(by_chance(1, len(real)) / epsilon)))
+        assert found.attrs["fewest_queries"][b] == enough
+        for layer, head in padded.heads():
+            best = (-1, 0)
             for key in range(37):
-                seen = padded.visible[b, :, key]
+                seeing = np.flatnonzero(padded.visible[b, :, key])
                 alpha = padded.received(layer, b, head, key)
-                uniform = (
-                    np.mean([1 / padded.visible[b, i].sum() for i in np.flatnonzero(seen)]) if seen.any() else np.nan
-                )
+                uniform = np.mean([1 / padded.visible[b, i].sum() for i in seeing]) if len(seeing) else np.nan
                 close(found.boost[layer, b, head, key], alpha / uniform)
-                sinks[layer, b, head, key] = alpha > 0.15 and seen.sum() >= 4
-                if sinks[layer, b, head, key] and alpha > best[1]:
-                    best = key, alpha
+                share = padded.weights[layer, b, head, :, key].sum() / len(real) if len(seeing) else np.nan
+                close(found.share[layer, b, head, key], share)
+                assert found.queries[b, key] == len(seeing)
+                sinks[layer, b, head, key] = alpha > epsilon and len(seeing) >= enough
+                if sinks[layer, b, head, key] and share > best[1]:
+                    best = key, share
             assert found.position[layer, b, head] == best[0]
-    assert 10 < sinks.sum() < sinks.size / 2
+    assert 1 < sinks.sum() < sinks.size / 2
     np.testing.assert_array_equal(found.sink, sinks)
     close(found["heads"].where(padded.ds.visible_queries > 0, 0), sinks.mean((0, 2)))
     assert found.position.dtype.kind == "i"
+
+
+def with_weights(run, weights):
+    """The statistics that sinks follow from, of other weights (layer, batch, head, query, key)."""
+    with np.errstate(invalid="ignore"):
+        received = weights.sum(3) / run.visible.sum(1)[:, None]
+    first = run.visible.argmax(-1)
+    mass = np.take_along_axis(weights, first[None, :, None, :, None], -1)[..., 0]
+    return run.ds.assign(
+        received=(run.ds.received.dims, received),
+        sink_mass=(run.ds.sink_mass.dims, np.where(run.visible.any(-1)[:, None], mass, np.nan)),
+    )
+
+
+def two_sinks(run, head):
+    """Weights of one layer and head: uniform, but for head 0 less than ε on each of the tokens 3 and 6."""
+    weights = run.visible / np.maximum(run.visible.sum(-1, keepdims=True), 1)
+    for b in range(run.batch):
+        start = run.visible[b].any(-1).argmax()
+        for at in (3, 6):
+            sees = run.visible[b, :, start + at]
+            weights[b, sees] *= 1 - 0.24 * (head > 0)
+            weights[b, sees, start + at] += 0.24 * (head > 0)
+    return weights
+
+
+def test_sinks_that_heads_share():
+    """Several sinks of which none exceeds ε: sinks of the layer, by what they take of all attention; and their role."""
+    ids = torch.randint(3, 97, (2, 130), generator=torch.Generator().manual_seed(1))
+    padding = torch.ones_like(ids)
+    padding[0, 110:] = padding[1, :5] = 0
+    run = Written(ids, padding)
+    weights = np.stack([np.stack([two_sinks(run, head if layer else 0) for head in range(6)], 1) for layer in range(3)])
+    ds = with_weights(run, weights)
+    found = sink_positions(ds)
+    named = np.zeros((3, 2, 130), bool)
+    for b in range(2):
+        real = run.queries(b)
+        for layer in range(3):
+            for key in real:
+                seeing = np.flatnonzero(run.visible[b, :, key])
+                uniform = sum(1 / run.visible[b, i].sum() for i in seeing)
+                total = weights[layer, b, :, :, key].sum(-1).mean()
+                enough = len(seeing) >= by_chance(1, len(real)) / 0.3
+                named[layer, b, key] = enough and total > by_chance(max(1, uniform), len(real))
+    np.testing.assert_array_equal(found.layer_sink, named)
+    starts = [run.queries(b)[0] for b in range(2)]
+    assert [np.flatnonzero(named[:, b].any(0)).tolist() for b in range(2)] == [[at + 3, at + 6] for at in starts]
+    assert not named[0].any()
+    assert not found.sink.any(), "no head gives any of them more than ε"
+    frame = classify_heads(ds).set_index(["layer", "head"])
+    for layer, head in run.heads():
+        mass = [
+            weights[layer, b, head, i, [starts[b] + 3, starts[b] + 6]].sum()
+            for b in range(2) for i in run.queries(b, more_than=1)
+        ]  # fmt: skip
+        close(frame.sink_score[layer, head], np.mean(mass))
+        assert ("sink" in frame.roles[layer, head]) == (np.mean(mass) > 0.3)
+    assert {frame.role[2, 4], frame.role[2, 5]} == {"sink"}
+    assert sink_positions(ds, fewest_queries=130).layer_sink.sum() == 0
+    assert classify_heads(ds, slice(40, None)).sink_score.isna().all(), "known of all queries together only"
+
+
+@pytest.mark.parametrize(("first", "other", "role"), [(0.5, 0.2, "first_token_sink"), (0.2, 0.5, "sink")])
+def test_the_first_token_and_other_sinks_are_told_apart(first, other, role):
+    run = Written(torch.randint(3, 97, (1, 120), generator=torch.Generator().manual_seed(1)))
+    weights = np.zeros((3, 1, 6, 120, 120))
+    weights[..., range(120), range(120)] = 1
+    weights[..., 6:, :] *= 1 - first - other
+    weights[..., 6:, 5] += other
+    weights[..., 6:, 0] += first
+    ds = with_weights(run, weights)
+    frame = classify_heads(ds)
+    close(frame.first_token_sink_score, 114 / 119 * first)
+    assert sink_positions(ds).layer_sink[0, 0].values.nonzero()[0].tolist() == [0, 5]
+    # The token 5 sees itself, and the first query has no choice.
+    close(frame.sink_score, np.mean([weights[0, 0, 0, i, [0, 5]].sum() for i in range(1, 120)]))
+    assert set(frame.role) == {role}
 
 
 def test_locality(padded):
@@ -147,14 +230,16 @@ def test_classify_heads(query_slice, left_padding):
                 if i not in counted:
                     continue
                 weights, keys = run.weights[line.layer, b, line.head, i], np.flatnonzero(run.visible[b, i])
-                scores["sink"].append(weights[keys[0]])
+                scores["first_token_sink"].append(weights[keys[0]])
                 scores["previous_token"].append(weights[i - 1])
                 scores["duplicate_token"].append(sum(weights[j] for j in keys if j < i and ids[j] == ids[i]))
                 scores["induction"].append(sum(weights[j] for j in keys[1:] if ids[j - 1] == ids[i]))
                 scores["uniform"].append(-(weights[keys] * np.log(weights[keys])).sum() / np.log(len(keys)))
                 scores["local"].append((weights[keys] * (i - keys)).sum())
                 uniform.append(np.mean(i - keys))
-        expected = {role: np.mean(values) for role, values in scores.items()}
+        expected = {role: np.mean(values) for role, values in scores.items() if values}
+        # No token takes so much that it could not be chance; and it is known of all queries together only.
+        expected["sink"] = 0.0 if query_slice is None else np.nan
         expected["local"] = 1 - np.sum(scores["local"]) / np.sum(uniform)
         for role in THRESHOLDS:
             close(getattr(line, f"{role}_score"), expected[role])
@@ -182,7 +267,7 @@ def test_each_role(padded):
     ds["mean_distance"][:, :, 4] *= 0.4
     ds["entropy"][:, :, 5] += 0.95 * np.log(ds.visible_keys.where(ds.visible_keys > 0))
     frame = classify_heads(ds)
-    roles = ["sink", "previous_token", "duplicate_token", "induction", "local", "uniform"]
+    roles = ["first_token_sink", "previous_token", "duplicate_token", "induction", "local", "uniform"]
     assert frame.role.tolist() == 3 * roles
     assert frame.roles.tolist() == 3 * [[role] for role in roles]
     close(frame.score, 3 * [0.31, 0.41, 0.51, 0.61, 0.6, 0.95])
@@ -330,6 +415,6 @@ def test_heads_of_smollm2_on_a_repeated_random_sequence(smollm2):
     assert roles.role[18, 6] == "induction"
     assert roles.role[17, 3] == "induction"
     assert roles.role[8, 0] == "duplicate_token"
-    assert (roles.role == "sink").any()
+    assert (roles.role == "first_token_sink").any()
     first_half = classify_heads(stats, slice(1, 49)).set_index(["layer", "head"])
-    assert first_half.role[18, 6] == "sink", "without a copy to find, an induction head rests on the sink"
+    assert first_half.role[18, 6] == "first_token_sink", "without a copy to find, an induction head rests on the sink"

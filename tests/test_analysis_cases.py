@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conftest import CACHE, tiny_model
+from matplotlib.colors import to_rgb
 from oracle import visible_by_hand
 
+import llama_attn
 from llama_attn import AttentionStatsConfig
 from llama_attn.analysis import (
     classify_heads,
@@ -21,6 +26,8 @@ from llama_attn.analysis import (
 )
 from llama_attn.analysis.heads import THRESHOLDS
 from llama_attn.analysis.uniform import measured_with, uniform_attention
+from llama_attn.viz.figures.grids import ROLE_COLOURS
+from llama_attn.viz.report.findings import findings
 
 
 def uniform_by_hand(visible, positions, window=5):
@@ -107,6 +114,51 @@ def test_selected_layers_and_heads_keep_their_names(everything, ids):
     assert summarize_layers(ds).index.tolist() == [2, 0]
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, ""),
+        ({"layers": (2, 0)}, "layers 0, 2 of 3"),
+        ({"layers": (0, 1, 2), "heads": (0, 1, 5)}, "heads 0–1, 5"),
+        ({"query_stride": 3}, "every 3rd query"),
+        ({"layers": (1,), "heads": (4,), "query_stride": 12}, "layer 1 of 3, head 4, every 12th query"),
+    ],
+)  # fmt: skip
+def test_what_rests_on_a_part_says_which(config, said, ids, tmp_path):
+    config = AttentionStatsConfig(statistics="all", norms=True, **config)
+    with torch.no_grad():
+        stats = tiny_model()(ids[:1], output_attention_stats=config).attention_stats
+    answers = [
+        function(stats) for function in (sink_rate, sink_positions, locality, layer_evolution, massive_activations,
+                                         classify_heads, summarize_layers)
+    ]  # fmt: skip
+    assert {answer.attrs["part"] for answer in answers} == {said}
+    found = findings(stats.to_xarray())
+    assert all(("measured: " in finding.caption) == bool(said) for finding in found)
+    assert all((finding.words[0] == f"Measured: {said}. ") == bool(said) for finding in found)
+    first, last = min(stats.layers), max(stats.layers)
+    assert f"mean entropy of layer {first} and of layer {last}" in found[2].caption
+    entropy = stats.to_xarray().entropy
+    ends = [f"{float(entropy.sel(layer=layer).mean()):#.3g}" for layer in (first, last)]
+    assert found[2].figure == " → ".join(ends), "along the model, in whatever order the layers were given"
+
+
+def test_mixed_is_not_no_data():
+    assert not [role for role, colour in ROLE_COLOURS.items() if len(set(to_rgb(colour))) == 1], "grey is no data"
+    page = (Path(llama_attn.__file__).parent / "viz/report/page/colours.js").read_text()
+    roles = page.split("const ROLES = {")[1].split("};")[0]
+    assert re.findall(r"(\w+): [O\"]", roles) == list(ROLE_COLOURS) == [*THRESHOLDS, "mixed"]
+    assert "grey" not in roles
+
+
+def test_what_a_cache_holds_was_not_measured(ids):
+    model = tiny_model()
+    with torch.no_grad():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        stats = model(ids[:, 20:], **{CACHE: cache}, output_attention_stats=True).attention_stats
+    assert sink_rate(stats).attrs["part"] == "queries from 20 on"
+
+
 def test_one_token(ids):
     config = AttentionStatsConfig(statistics="all", norms=True)
     with torch.no_grad():
@@ -164,6 +216,8 @@ def test_a_row_of_padding_only(ids, left_padding):
         (lambda ds: sink_rate(ds, epsilon=1.5), "epsilon: expected a number from 0 up to but not 1, got 1.5"),
         (lambda ds: sink_rate(ds, epsilon="a"), "epsilon: expected a number"),
         (lambda ds: sink_positions(ds, epsilon=np.nan), "epsilon: expected a number"),
+        (lambda ds: sink_positions(ds, fewest_queries=0), "fewest_queries: expected a positive integer, got 0"),
+        (lambda ds: sink_positions(ds, fewest_queries=True), "fewest_queries: expected a positive integer, got True"),
         (lambda ds: sink_rate(ds, key=37), "key: expected 0 to 36, the real keys of a row, got 37"),
         (lambda ds: sink_rate(ds, key=-1), "key: expected 0 to 36"),
         (lambda ds: sink_rate(ds, key=True), "key: expected 0 to 36"),

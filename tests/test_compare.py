@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import SequenceMatcher
+
 import numpy as np
 import pytest
 import torch
@@ -77,10 +79,72 @@ def test_prompts_are_aligned_by_token(ids):
     assert line.position == change.abs().argmax()
     assert line.token == f"t{ids[0, line.position]}"
     assert not {"weights_map", "distance_histogram"} & set(frame.statistic)
+    assert {"weights_map: the texts differ", "topk_position: not numbers to subtract"} <= {*frame.attrs["left_out"]}
+    about = {"aligned": 30, "tokens_a": 37, "tokens_b": 32, "moved": 20, "warning": "", "part_a": "", "part_b": ""}
+    assert frame.attrs.items() >= about.items()
+    assert frame.attrs["summary"] == "30 of 37 tokens aligned (b has 32), 20 of them at another position"
+    entropies = [run["entropy"][:, 0].numpy() for run in runs]
+    matched, effect = matched_by_hand([run[1, 2] for run in entropies], at_a, at_b)
+    close(line.matched, matched)
+    pooled = np.concatenate([run[..., at] for run, at in zip(entropies, (at_a, at_b), strict=True)])
+    close(line.effect, effect / np.std(pooled))
+    assert abs(line.matched - line.difference) > 1e-3
     with pytest.raises(ValueError, match=r"expected 37 tokens as in a, got 32; .* use AttentionStats\.with_tokens"):
         compare(first.drop_vars(["key_token", "query_token"]), second)
     with pytest.raises(ValueError, match="row 0 has no token in common"):
         compare(first, second.assign_coords(key_token=second.key_token + "x"))
+
+
+def matched_by_hand(runs, at_a, at_b):
+    """Mean and root mean square of b − a, less what is usual at their positions in both runs."""
+
+    def usual(position):
+        return np.mean([
+            number for run in runs for at, number in enumerate(run)
+            if (position + 1) / 2**0.5 <= at + 1 <= (position + 1) * 2**0.5
+        ])  # fmt: skip
+
+    changes = [
+        (runs[1][b] - usual(b)) - (runs[0][a] - usual(a)) if a != b else runs[1][b] - runs[0][a]
+        for a, b in zip(at_a, at_b, strict=True)
+    ]
+    return np.mean(changes), np.sqrt(np.mean(np.square(changes)))
+
+
+def test_a_later_position_is_no_difference():
+    """Statistics that follow from the position alone differ between tokens that stand elsewhere, and mean nothing."""
+    ids = torch.randint(3, 97, (1, 37), generator=torch.Generator().manual_seed(1))
+    longer = torch.cat([torch.full((1, 120), 96), ids], 1)
+    first, second = (run_of(tokens).to_xarray() for tokens in (ids, longer))
+    for ds in (first, second):
+        ds["entropy"] = ds.entropy * 0 + np.log1p(ds["query"])
+    frame = compare(first, second).query("statistic == 'entropy'")
+    assert (frame.difference > 1.5).all()
+    assert frame.matched.abs().max() < 0.15
+
+
+def run_of(tokens, **settings):
+    config = AttentionStatsConfig(statistics=("entropy", "received"), **settings)
+    with torch.no_grad():
+        stats = tiny_model()(tokens, output_attention_stats=config).attention_stats
+    return stats.with_tokens(Tokenizer(), tokens)
+
+
+def test_texts_that_have_little_in_common(ids):
+    other = ids[1:].clone()
+    other[0, 5:9] = ids[0, 20:24]
+    other[0, other[0] == 96] = 95
+    with pytest.warns(UserWarning, match="the texts have little in common: ") as caught:
+        frame = compare(run_of(ids[:1], layers=(0, 1)), run_of(other, heads=(1, 2, 4)))
+    assert caught[0].filename == __file__
+    about = frame.attrs
+    common = SequenceMatcher(None, ids[0].tolist(), other[0].tolist(), autojunk=False).get_matching_blocks()
+    assert about["aligned"] == sum(block.size for block in common) < 18
+    assert about["moved"] == sum(block.size for block in common if block.a != block.b) > 0
+    assert about["warning"] == str(caught[0].message)
+    assert f"{about['aligned']} of 37 tokens aligned, {about['moved']} of them at another" in about["summary"]
+    assert about["left_out"] == ["heads 0, 3, 5: in a only", "layer 2: in b only"]
+    assert (about["part_a"], about["part_b"]) == ("layers 0–1 of 3", "heads 1–2, 4")
 
 
 def test_padding_does_not_hinder_alignment(ids, left_padding):
@@ -93,6 +157,7 @@ def test_padding_does_not_hinder_alignment(ids, left_padding):
     assert len(frame) == 18 * len(alone.names)
     # Not 1e-10: upstream's rotary angles are float32, and the positions differ.
     assert frame.difference.abs().max() < 1e-5
+    assert frame.attrs["moved"] == 0, "counted in real tokens"
     assert frame.largest.notna().all()
 
 

@@ -81,7 +81,7 @@ def test_head_roles(stats):
     expected = [[names.index(role) for role in frame[frame.layer == layer].role] for layer in range(3)]
     np.testing.assert_array_equal(drawn(figure), expected)
     assert expected[1][3] == names.index("induction")
-    assert expected[2][5] == names.index("sink")
+    assert expected[2][5] == names.index("first_token_sink")
     assert {(text.get_position(), text.get_text()) for text in figure.axes[0].texts} >= {((3, 1), "80"), ((5, 2), "90")}
     legend = {
         text.get_text(): patch.get_facecolor()[:3]

@@ -47,5 +47,16 @@ class Written:
         return [(layer, head) for layer in range(3) for head in range(6)]
 
 
+def by_chance(expected, queries):
+    """What exceeds its expectation so far that Bernstein's inequality gives it one row in 20: by bisection."""
+    low, high = expected, expected + 1000.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        over = middle - expected
+        rare = queries * np.exp(-(over**2) / 2 / (expected + over / 3)) < 0.05
+        low, high = (low, middle) if rare else (middle, high)
+    return high
+
+
 def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=BOUND, atol=BOUND)

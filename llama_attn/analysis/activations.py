@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis.dataset import as_dataset, direction_of, require
-from llama_attn.analysis.sinks import EPSILON
+from llama_attn.analysis.part import measured_part
+from llama_attn.analysis.sinks import EPSILON, seen_enough
 
 if TYPE_CHECKING:
     import xarray
@@ -47,7 +48,9 @@ def massive_activations(ds: Source, magnitude: float = MAGNITUDE, ratio: float =
         ``appears`` and ``disappears`` (batch, query): the first measured hidden layer where the token is massive,
         and the first after it has been for the last time; −1 for never.
         ``sink_heads`` (layer, batch, query) [fraction], if ``received`` of the same tokens was measured: the share
-        of the layer's heads for which the token is a sink (α > 0.3).
+        of the layer's heads for which the token is a sink (α > 0.3), NaN where too few queries see it to tell, as in
+        `sink_positions`.
+        ``attrs["part"]``: what was measured of the model, if not all of it.
 
     Raises:
         ValueError: A statistic was not measured, or a bound is negative.
@@ -96,10 +99,15 @@ def massive_activations(ds: Source, magnitude: float = MAGNITUDE, ratio: float =
             for name, (array, unit, meaning) in described.items()
         },
         {"hidden_layer": layers},
+        {"part": measured_part(dataset)},
     )
     # In cross-attention the keys are other tokens than those of the residual stream.
     if "received" in dataset and direction_of(dataset) != "cross":
-        alpha = dataset.received.reindex(key=dataset["query"].values).drop_vars(["key", "key_token"], errors="ignore")
+        alpha = (
+            dataset.received.where(seen_enough(dataset))
+            .reindex(key=dataset["query"].values)
+            .drop_vars(["key", "key_token"], errors="ignore")
+        )
         alpha = alpha.rename(key="query").assign_coords(query=dataset["query"])
         heads = (alpha > EPSILON).where(alpha.notnull()).mean("head")
         result["sink_heads"] = heads.assign_attrs(

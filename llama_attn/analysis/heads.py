@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llama_attn.analysis.dataset import as_dataset, require
+from llama_attn.analysis.dataset import as_dataset, direction_of, require
 from llama_attn.analysis.locality import LOCAL_BELOW, normalized_entropy
-from llama_attn.analysis.sinks import EPSILON
+from llama_attn.analysis.part import measured_part
+from llama_attn.analysis.sinks import EPSILON, sink_positions
 from llama_attn.analysis.uniform import measured_with, share_of_keys, uniform_attention
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # What the score of a role must exceed.
 THRESHOLDS = {
+    "first_token_sink": EPSILON,
     "sink": EPSILON,
     "previous_token": EPSILON,
     "duplicate_token": EPSILON,
@@ -26,6 +28,7 @@ THRESHOLDS = {
     "local": 1 - LOCAL_BELOW,
     "uniform": 0.9,
 }
+NEEDED = ("sink_mass", "mean_distance", "entropy", "previous_token", "duplicate_token", "induction")
 
 
 def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataFrame:
@@ -36,7 +39,8 @@ def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataF
     ================== =========================================================================== =========
     role               score                                                                       threshold
     ================== =========================================================================== =========
-    sink               mass on the first tokens, of queries that see them and more                 0.3
+    first_token_sink   mass on the first tokens, of queries that see them and more                 0.3
+    sink               mass on all tokens that are sinks of some measured layer                    0.3
     previous_token     mass on the token before the query                                          0.3
     duplicate_token    mass on earlier copies of the query's token                                 0.3
     induction          mass on tokens that followed earlier copies of the query's token            0.3
@@ -44,23 +48,29 @@ def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataF
     uniform            mean of entropy / ln(number of visible keys)                                0.9
     ================== =========================================================================== =========
 
+    The sinks of the run are those that `sink_positions` finds, its ``layer_sink`` in any layer, the first token or
+    others: a head may rest on several. ``sink`` is known of all measured queries together only: it is NaN for some of
+    them, without ``received``, and where `uniform_attention` is unknown.
+
     0.3 is the ε of Gu et al.; 0.5 is where `locality` draws the line; 0.9 is a choice. What a layer's window hides
     counts against no head: uniform attention is that over the window, and queries whose window has left the first
-    tokens behind do not count for ``sink``.
+    tokens behind do not count for ``first_token_sink``.
 
     In ordinary text few tokens have an earlier copy, so that heads which look for copies score low and often rest on
     the sink. To find them, measure a random sequence repeated twice and pass the second half as ``query_slice``.
 
     Args:
         ds: Statistics with ``sink_mass``, ``mean_distance``, ``entropy``, ``previous_token``, ``duplicate_token``
-            and ``induction``.
+            and ``induction``, and with ``received`` for ``sink``.
         query_slice: Positions of the queries to count, as a Python slice of the row: ``slice(65, None)``.
 
     Returns:
         One line per (layer, head), in the order of the dataset. ``role`` has the largest score relative to its
         threshold among those that exceed it, ``roles`` lists all of these, strongest first; ``score`` is that of the
-        role. Where none does, the role is ``mixed``, with ``score`` NaN; where there is no data, ``role`` is missing.
-        Then one ``<role>_score`` each.
+        role. Of both kinds of sinks, ``first_token_sink`` comes first where at least half of what is on sinks is on
+        the first tokens, as if its score were that of ``sink``. Where none does, the role is ``mixed``, with ``score``
+        NaN; where there is no data, ``role`` is missing.
+        Then one ``<role>_score`` each. ``attrs["part"]``: what was measured of the model, if not all of it.
 
     Raises:
         ValueError: A statistic was not measured, or the slice holds no measured query.
@@ -70,14 +80,18 @@ def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataF
     import pandas
 
     dataset = as_dataset(ds)
-    require(dataset, "sink_mass", "mean_distance", "entropy", "previous_token", "duplicate_token", "induction")
-    scores = _scores(_queries(dataset, query_slice))
+    require(dataset, *NEEDED)
+    chosen = _queries(dataset, query_slice)
+    scores = _scores(chosen) | {"sink": _on_sinks(dataset, chosen)}
     lines = []
     for layer in dataset.layer.values:
         for head in dataset["head"].values:
-            of_head = {role: float(score.sel(layer=layer, head=head)) for role, score in scores.items()}
+            of_head = {role: float(scores[role].sel(layer=layer, head=head)) for role in THRESHOLDS}
+            strength = {role: of_head[role] / threshold for role, threshold in THRESHOLDS.items()}
+            if of_head["first_token_sink"] >= of_head["sink"] / 2:
+                strength["first_token_sink"] = max(strength["first_token_sink"], strength["sink"])
             passed = [role for role, threshold in THRESHOLDS.items() if of_head[role] > threshold]
-            roles = sorted(passed, key=lambda role: -of_head[role] / THRESHOLDS[role])
+            roles = sorted(passed, key=lambda role: -strength[role])
             known = any(np.isfinite(score) for score in of_head.values())
             lines.append(
                 {
@@ -89,7 +103,9 @@ def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataF
                 }
                 | {f"{role}_score": score for role, score in of_head.items()}
             )
-    return pandas.DataFrame(lines)
+    frame = pandas.DataFrame(lines)
+    frame.attrs["part"] = measured_part(dataset)
+    return frame
 
 
 def _queries(dataset: xarray.Dataset, query_slice: slice | None) -> xarray.Dataset:
@@ -117,10 +133,31 @@ def _scores(dataset: xarray.Dataset) -> dict[str, xarray.DataArray]:
     # Unknown, it counts: it is so in packed documents, each of which begins with its sink.
     sees_sink = (dataset.visible_keys > measured_with(dataset, "sink_tokens")) & (dataset.uniform_sink_mass != 0)
     scores = {
-        "sink": dataset.sink_mass.where(sees_sink).mean(everywhere),
+        "first_token_sink": dataset.sink_mass.where(sees_sink).mean(everywhere),
         "local": 1 - distance / uniform_distance,
         "uniform": normalized_entropy(dataset).mean(everywhere),
     }
     for role in ("previous_token", "duplicate_token", "induction"):
         scores[role] = dataset[role].where(several).mean(everywhere)
-    return {role: scores[role] for role in THRESHOLDS}
+    return scores
+
+
+def _on_sinks(dataset: xarray.Dataset, chosen: xarray.Dataset) -> xarray.DataArray:
+    """Mean mass on the sinks of the run, (layer, head), of the queries that see more than one key; NaN if unknown."""
+    several, alone = dataset.visible_keys > 1, dataset.visible_keys == 1
+    every = bool((several.sum("query") == (chosen.visible_keys > 1).sum("query")).all())
+    if "received" not in dataset or not every:
+        return dataset.entropy.mean(["batch", "query"]) * np.nan
+    found = sink_positions(dataset)
+    sinks = found.layer_sink.any("layer")
+    known = found.boost.notnull().any(["layer", "head", "key"])
+    total = (
+        (dataset.received * dataset.visible_queries).where(sinks).sum("key").where(dataset.received.count("key") > 0)
+    )
+    if direction_of(dataset) != "cross":
+        # A query that sees one key sees itself, the first of its sequence, and has no choice.
+        own = sinks.reindex(key=dataset["query"].values, fill_value=False).drop_vars("key_token", errors="ignore")
+        own = own.rename(key="query").assign_coords(query=dataset["query"])
+        total = total - dataset.sink_mass.where(alone & own).sum("query")
+    count = several.sum("query").where(known)
+    return total.where(known).sum("batch", min_count=1) / count.sum("batch").where(lambda queries: queries > 0)

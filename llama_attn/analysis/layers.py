@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis.dataset import as_dataset, require
+from llama_attn.analysis.part import measured_part
 
 if TYPE_CHECKING:
     import xarray
@@ -30,7 +31,7 @@ def layer_evolution(ds: Source) -> xarray.Dataset:
     Returns:
         Every real-valued statistic except maps and the distance histogram, with the axes (layer, summary) or
         (hidden_layer, summary), and ``segment`` or ``rank`` where it has them. ``summary`` is mean, std (of the
-        population), min, max. The unit stays. A layer without data is NaN.
+        population), min, max. The unit stays. A layer without data is NaN. ``attrs["part"]``: what was measured of the model, if not all of it.
 
     Raises:
         ValueError: There is no such statistic.
@@ -53,7 +54,7 @@ def layer_evolution(ds: Source) -> xarray.Dataset:
         evolution[name] = xarray.concat(summaries, axis, coords="minimal", compat="override").transpose(..., "summary")
     if not evolution:
         raise ValueError(f"source: no statistic of layers; there are {sorted(map(str, dataset.data_vars))}")
-    return xarray.Dataset(evolution)
+    return xarray.Dataset(evolution, attrs={"part": measured_part(dataset)})
 
 
 def head_means(dataset: xarray.Dataset, statistic: str) -> xarray.DataArray:

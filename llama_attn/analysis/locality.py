@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis.dataset import as_dataset, require
+from llama_attn.analysis.part import measured_part
 from llama_attn.analysis.uniform import measured_with, share_of_keys, uniform_attention
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def locality(ds: Source) -> xarray.Dataset:
         Per batch, and per layer where the layers see different keys: ``uniform_local_mass`` and ``uniform_distance``,
         the same means of uniform attention. Where the text, or what the layer sees of it, is hardly longer than the
         configuration's ``window``, local mass says little, and the relative distance still does.
+        ``attrs["part"]``: what was measured of the model, if not all of it.
 
     Raises:
         ValueError: A statistic was not measured.
@@ -72,7 +74,8 @@ def locality(ds: Source) -> xarray.Dataset:
         "uniform_distance": (uniform.mean_distance, "tokens", "mean distance of uniform attention"),
     }
     return xarray.Dataset(
-        {name: array.assign_attrs(units=unit, long_name=meaning) for name, (array, unit, meaning) in described.items()}
+        {name: array.assign_attrs(units=unit, long_name=meaning) for name, (array, unit, meaning) in described.items()},
+        attrs={"part": measured_part(dataset)},
     )
 
 

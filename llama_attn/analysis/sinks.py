@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from llama_attn.analysis.dataset import as_dataset, real_tokens, require
+from llama_attn.analysis.part import measured_part
 from llama_attn.analysis.uniform import uniform_attention
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 GU = "Gu et al., arXiv 2410.10781"
 # A key is a sink of a head from which it receives more than this share of the attention (ε of Gu et al.).
 EPSILON = 0.3
-# The last keys are seen by so few queries that their mean says little.
-FEWEST_QUERIES = 4
+# In so many rows of a head that prefers no token, chance makes a sink of some key.
+FALSE_ALARMS = 0.05
 
 
 def sink_rate(
@@ -37,7 +38,7 @@ def sink_rate(
     Returns:
         A fraction in [0, 1]; NaN for a layer without data. The rate depends on the length of the text, so
         ``attrs["T"]`` and ``attrs["T_shortest"]`` hold the real tokens of the longest and shortest row, beside
-        ``attrs["epsilon"]`` and ``attrs["key"]``.
+        ``attrs["epsilon"]``, ``attrs["key"]`` and ``attrs["part"]``, what was measured of the model if not all of it.
 
     Raises:
         ValueError: ``received`` was not measured, an argument is out of range, no row has so many keys, or the first
@@ -67,61 +68,115 @@ def sink_rate(
         "key": int(key),
         "T": int(lengths.max()),
         "T_shortest": int(lengths.min()),
+        "part": measured_part(dataset),
     }
     return rate
 
 
-def sink_positions(ds: Source, epsilon: float = EPSILON) -> xarray.Dataset:
-    """Which tokens are sinks, of which heads, and how far above a uniform share.
+def sink_positions(ds: Source, epsilon: float = EPSILON, *, fewest_queries: int | None = None) -> xarray.Dataset:
+    """Which tokens are sinks, of which heads and layers, what they take of all attention, and how far above uniform.
 
-    The boost is ``received`` over what the key would receive from heads that attend equally to every key they may
-    see. In short texts, and in a narrow window, uniform attention alone exceeds ε, with a boost of 1: read both.
+    The last tokens of a text are seen by a few queries only, all of them near: α_k > ε says nothing there. So a key is
+    named only with ``fewest_queries`` behind it. By default that is c / ε for the Q real queries of the row, or Q if
+    they are fewer. c is the attention, in queries' worth, that a key takes by chance at most from a head that prefers
+    no token: Bernstein's inequality for a sum of weights in [0, 1], at most one such key in 20 rows,
+    c = u + t, t = L/3 + √(L²/9 + 2uL), L = ln(20 Q). u is what such a head gives the key: what uniform attention
+    does, or 1, the most that attention by distance alone does (Q queries share Q keys). So c is 8.4 for 132 queries,
+    and 28 of them must see a key; 9.6 and 32 for 700.
 
     Args:
         ds: Statistics with ``received``.
-        epsilon: What a sink receives at least [probability].
+        epsilon: What a sink of a head receives at least of the attention of those who see it [probability].
+        fewest_queries: By how many measured queries a sink must be seen; None for the number above.
 
     Returns:
-        ``sink`` (layer, batch, head, key): whether the key is a sink; never one seen by fewer than four queries
-        (or than the most there are), whose mean says little.
-        ``boost`` (layer, batch, head, key) [ratio]; NaN where `uniform_attention` is unknown.
-        ``position`` (layer, batch, head) [token]: the sink that receives most, −1 where there is none.
+        ``sink`` (layer, batch, head, key): whether α_k > ε and enough queries see the key.
+        ``layer_sink`` (layer, batch, key): whether the heads of the layer give it more than c on average, with its
+        own u, and enough queries see it: heads may share several sinks of which none exceeds ε. Never where
+        `uniform_attention` is unknown.
+        ``share`` (layer, batch, head, key) [fraction]: Σ_i A_ik / Q, of all attention what the key takes.
+        ``boost`` (layer, batch, head, key) [ratio]: this over its value under uniform attention; NaN where
+        `uniform_attention` is unknown. In short texts uniform attention alone exceeds ε, with a boost of 1: read both.
+        ``queries`` (batch, key), with ``layer`` in front where the layers differ: how many measured queries see it.
+        ``position`` (layer, batch, head) [token]: the sink with the largest share, −1 where there is none.
         ``heads`` (batch, key) [fraction]: share of measured heads that have a sink there, of all layers in which
         some query sees the key.
-        Token strings stay as coordinates.
+        ``attrs`` hold ``epsilon``, row by row ``fewest_queries``, and ``part`` as in `sink_rate`. Token strings stay as coordinates.
 
     Raises:
-        ValueError: ``received`` was not measured, or ε is out of range.
+        ValueError: ``received`` was not measured, ε is out of range, or the number is not a positive integer.
 
-    Source: Gu et al., arXiv 2410.10781; the uniform baseline as in attention-sink-profiler.
+    Source: Gu et al., arXiv 2410.10781 (α, ε); Bernstein's inequality (c); the baseline as in attention-sink-profiler.
     """
     import xarray
 
     dataset = as_dataset(ds)
     require(dataset, "received")
     _check_share("epsilon", epsilon)
-    received = dataset.received.where(seen_enough(dataset))
-    sink = received > epsilon
-    boost = dataset.received / uniform_attention(dataset).received
-    strongest = received.fillna(-np.inf).idxmax("key")
-    heads = sink.where(dataset.received.notnull()).mean(["layer", "head"])
-    of_statistic = {"source": GU, "epsilon": float(epsilon)}
+    if fewest_queries is not None and not _is_positive(fewest_queries):
+        raise ValueError(f"fewest_queries: expected a positive integer, got {fewest_queries!r}")
+    uniform = uniform_attention(dataset)
+    queries = dataset.visible_queries
+    of_row = real_tokens(dataset, "query").sum("query")
+    needed = _needed(of_row, epsilon) if fewest_queries is None else xarray.full_like(of_row, fewest_queries)
+    enough = (queries >= needed) & (queries > 0)
+    sink = (dataset.received > epsilon) & enough
+    total = dataset.received * queries
+    share = total / (dataset.visible_keys > 0).sum("query")
+    layer_sink = (total.mean("head") > by_chance(np.maximum(uniform.received_total, 1), of_row)) & enough
+    strongest = share.where(sink).fillna(-np.inf).idxmax("key")
+    seen = dataset.received.notnull()
+    of_rule = {"source": GU, "epsilon": float(epsilon), "fewest_queries": needed.values.tolist()}
+    described = {
+        "sink": (sink, "bool", f"receives more than {epsilon:g}, seen by enough queries"),
+        "layer_sink": (layer_sink, "bool", "takes more than chance explains, on average over heads"),
+        "share": (share, "fraction", "share of all attention"),
+        "boost": (dataset.received / uniform.received, "ratio", "share over its value under uniform attention"),
+        "queries": (queries, "queries", "measured queries that see the key"),
+        "position": (
+            strongest.where(sink.any("key"), -1).astype(np.int64),
+            "token",
+            "the sink with the largest share, −1 for none",
+        ),
+        "heads": (sink.where(seen).mean(["layer", "head"]), "fraction", "share of heads with a sink here"),
+    }
+    ruled = ("sink", "layer_sink", "position", "heads")
+    order = ("layer", "batch", "head", "key")
     return xarray.Dataset(
         {
-            "sink": sink.assign_attrs(units="bool", long_name=f"receives more than {epsilon:g}", **of_statistic),
-            "boost": boost.assign_attrs(units="ratio", long_name="received over its value under uniform attention"),
-            "position": strongest.where(sink.any("key"), -1)
-            .astype(np.int64)
-            .assign_attrs(units="token", long_name="the sink that receives most, −1 for none", **of_statistic),
-            "heads": heads.assign_attrs(units="fraction", long_name="share of heads with a sink here", **of_statistic),
-        }
+            name: array.drop_attrs()
+            .transpose(*(dim for dim in order if dim in array.dims))
+            .assign_attrs(units=unit, long_name=meaning, **(of_rule if name in ruled else {}))
+            for name, (array, unit, meaning) in described.items()
+        },
+        attrs=of_rule | {"part": measured_part(dataset)},
     )
 
 
 def seen_enough(dataset: xarray.Dataset) -> xarray.DataArray:
-    """Whether enough queries see each key for their mean to say something, (batch, key); per layer if they differ."""
-    seen = dataset.visible_queries
-    return (seen >= np.minimum(seen.max("key"), FEWEST_QUERIES)) & (seen > 0)
+    """Whether enough queries see each key to name it a sink, (batch, key); per layer if they differ."""
+    queries = dataset.visible_queries
+    return (queries >= _needed(real_tokens(dataset, "query").sum("query"), EPSILON)) & (queries > 0)
+
+
+def _needed(queries: xarray.DataArray, epsilon: float) -> xarray.DataArray:
+    """By how many of the queries of a row a sink must be seen."""
+    # At ε = 0 no number would do.
+    most: xarray.DataArray = np.ceil(by_chance(1.0, queries) / max(epsilon, 1e-9))
+    return most.where(most < queries, queries).astype(np.int64)
+
+
+def by_chance(expected: Any, queries: Any) -> Any:
+    """What a key takes at most from a head that prefers no token, and is expected to give it so much [queries' worth].
+
+    But for one row in 20, over as many keys as there are queries. Both may be numbers, or arrays that fit each other.
+    """
+    bound = np.log(np.maximum(queries, 1) / FALSE_ALARMS)
+    return expected + bound / 3 + np.sqrt(bound**2 / 9 + 2 * expected * bound)
+
+
+def _is_positive(number: object) -> bool:
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool) and int(number) > 0
 
 
 def _check_share(name: str, value: float) -> None:

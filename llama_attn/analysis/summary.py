@@ -8,7 +8,8 @@ import numpy as np
 
 from llama_attn.analysis.activations import massive_activations, needed
 from llama_attn.analysis.dataset import as_dataset, real_tokens, require
-from llama_attn.analysis.sinks import seen_enough
+from llama_attn.analysis.part import measured_part
+from llama_attn.analysis.sinks import sink_positions
 from llama_attn.analysis.uniform import measured_with, uniform_attention
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
 
     Returns:
         A frame indexed by layer. ``sink_mass`` is the mean over heads and over the queries that see the sink and
-        more; ``sink_position`` the key that receives most on average over heads, among keys seen by
-        at least four queries (or by the most there are); ``activation`` the largest magnitude in the residual
-        stream that enters the layer, with its position, channel and ratio to the median as in
-        `massive_activations`.
+        more; ``sink_position`` the key that takes the largest ``share`` of all attention on average over heads, seen
+        by so many ``queries``, with its ``received`` and ``boost`` over uniform attention; ``activation`` the largest
+        magnitude in the residual stream that enters the layer, with its position, channel and ratio to the median as
+        in `massive_activations`.
 
     Raises:
         ValueError: A statistic is missing, or the row of the batch.
@@ -37,6 +38,7 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
     Source: Gu et al., arXiv 2410.10781 (sinks); Sun et al., arXiv 2402.17762 (massive activations).
     """
     import pandas
+    import xarray
 
     dataset = as_dataset(source)
     require(dataset, "sink_mass", "received", *needed(dataset))
@@ -46,15 +48,23 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
         )
     dataset = dataset.sel(batch=[batch])
     activations = massive_activations(dataset).isel(batch=0)
-    enough = seen_enough(dataset).isel(batch=0)
+    sinks = sink_positions(dataset).isel(batch=0)
     row = dataset.isel(batch=0)
     uniform = uniform_attention(dataset).sink_mass.isel(batch=0)
     sees_sink = (row.visible_keys > measured_with(dataset, "sink_tokens")) & (uniform != 0)
     mass = row.sink_mass.where(sees_sink).mean(["head", "query"])
-    received = row.received.mean("head").where(enough).fillna(-np.inf)
+    taken = xarray.Dataset(
+        {
+            "share": sinks.share.mean("head"),
+            "queries": sinks.queries,
+            "received": row.received.mean("head"),
+            "boost": sinks.boost.mean("head"),
+        }
+    )
     lines = []
     for layer in row.layer.values:
-        strongest = received.sel(layer=layer).isel(key=int(received.sel(layer=layer).argmax("key")))
+        here = taken.sel(layer=layer)
+        strongest = here.isel(key=int(here.share.fillna(-np.inf).argmax("key")))
         entering = activations.sel(hidden_layer=layer)
         peak = entering.isel(query=int(entering.magnitude.fillna(-np.inf).argmax("query")))
         lines.append(
@@ -62,11 +72,16 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
                 "layer": int(layer),
                 "sink_mass": float(mass.sel(layer=layer)),
                 "sink_position": int(strongest["key"]),
-                "received": float(strongest),
+                "share": float(strongest.share),
+                "queries": int(strongest.queries),
+                "received": float(strongest.received),
+                "boost": float(strongest.boost),
                 "activation": float(peak.magnitude),
                 "activation_position": int(peak["query"]),
                 "activation_channel": int(peak.channel),
                 "activation_over_median": float(peak.ratio),
             }
         )
-    return pandas.DataFrame(lines).set_index("layer")
+    frame = pandas.DataFrame(lines).set_index("layer")
+    frame.attrs["part"] = measured_part(dataset)
+    return frame

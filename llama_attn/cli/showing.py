@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal, cast
 from rich.progress import Progress
 from rich.table import Table
 
+from llama_attn.analysis.part import named_layers
 from llama_attn.cli.folder import STATS, clear
 from llama_attn.cli.layers import SEED_LAYERS
 from llama_attn.cli.terminal import TABLES, console, how_to_draw, missing, new_table, number, say
 from llama_attn.stats.token_text import readable
-from llama_attn.viz.style import named_layers
 
 if TYPE_CHECKING:
     from llama_attn.stats.container import AttentionStats

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llama_attn.analysis.dataset import real_tokens, require, without_attention
+from llama_attn.analysis.part import measured_layers, named_layers, named_range
 from llama_attn.stats.token_text import readable
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ NO_DATA = "#e6e6e6"
 MOST_LABELS = 64
 # Stands for a character that the font does not have.
 MISSING = "□"
-MOST_RANGES = 12
 # Characters of a name or unit, and of the text, in a title.
 LONGEST_NAME, LONGEST_TEXT = 32, 40
 # Of a logarithmic colour scale: the smallest number over the largest that still has a colour of its own.
@@ -71,23 +71,6 @@ def spiky(values: np.ndarray) -> bool:
     return bool(finite.size and finite.min() > 0 and finite.max() > LOG_FROM * np.median(finite))
 
 
-def named_layers(layers: Sequence[int]) -> str:
-    """``layers 0–2, 4``: neighbours in one range, and no more than fit on a line."""
-    return named_range("layer", layers)
-
-
-def named_range(word: str, numbers: Sequence[int]) -> str:
-    """``heads 0–2, 4``: a word and the numbers, as in `named_layers`."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    words = [f"{first}–{last}" if last > first else str(first) for first, last in runs[:MOST_RANGES]]
-    return f"{word}{'s' if len(numbers) > 1 else ''} {', '.join(words)}{', …' if len(runs) > MOST_RANGES else ''}"
-
-
 def of_layers(dataset: xarray.Dataset) -> str:
     """A line below a figure of all layers that names those without attention; nothing if there are none."""
     absent = without_attention(dataset)
@@ -96,13 +79,7 @@ def of_layers(dataset: xarray.Dataset) -> str:
 
 def of_part(dataset: xarray.Dataset) -> str:
     """``, layers 0–9 of 30``, for a title, where not every layer that has attention was measured."""
-    # Of the residual stream the last is the output.
-    axis = dataset["layer"] if "layer" in dataset.coords else dataset["hidden_layer"][:-1]
-    layers = axis.values.tolist()
-    total = int(dataset.attrs.get("num_layers", 0))
-    if len({*layers, *without_attention(dataset)}) >= total:
-        return ""
-    return f", {named_layers(layers)} of {total}"
+    return f", {layers}" if (layers := measured_layers(dataset)) else ""
 
 
 def about(dataset: xarray.Dataset, batch: int | None = None) -> str:

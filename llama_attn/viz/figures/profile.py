@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis import as_dataset, layer_evolution, require
+from llama_attn.analysis.part import named_range
 from llama_attn.analysis.uniform import uniform_attention
 from llama_attn.viz.figures.canvas import add_legend, entitle, label_axes, new_figure
 from llama_attn.viz.style import (
@@ -15,7 +16,6 @@ from llama_attn.viz.style import (
     about,
     heading,
     named,
-    named_range,
     of_head,
     of_layers,
     of_part,

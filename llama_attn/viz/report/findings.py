@@ -19,9 +19,9 @@ from llama_attn.analysis import (
 from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed as needed_activations
 from llama_attn.analysis.dataset import direction_of, real_tokens, without_attention
 from llama_attn.analysis.locality import LOCAL_BELOW
+from llama_attn.analysis.part import measured_part, named_layers
 from llama_attn.analysis.sinks import EPSILON
 from llama_attn.analysis.uniform import measured_with
-from llama_attn.viz.style import named_layers
 
 if TYPE_CHECKING:
     import xarray
@@ -52,7 +52,13 @@ class Finding:
 
 
 def findings(row: xarray.Dataset) -> list[Finding]:
-    """Answer every question from one row of a batch; without data, or where a statistic is missing, say so."""
+    """Answer every question from one row of a batch; without data, or where a statistic is missing, say so.
+
+    Where not all of the model was measured, every caption and paragraph says what was.
+    """
+    # "From the first to the last layer" is along the model.
+    row = row.sortby([axis for axis in ("layer", "hidden_layer") if axis in row.coords])
+    part = measured_part(row)
     questions: list[tuple[str, tuple[str, ...], Callable[[xarray.Dataset], tuple[str, str, Words]]]] = [
         ("Where are the attention sinks?", ("received",), _sinks),
         ("Is attention local or global?", ("local_mass", "mean_distance", "entropy"), _locality),
@@ -68,6 +74,8 @@ def findings(row: xarray.Dataset) -> list[Finding]:
             _activations,
         ),
     ]
+    if "segment_mass" in row:
+        questions.append(("Which part of the text gets the attention?", ("segment_mass",), _segments))
     answers = []
     for question, needed, answer in questions:
         missing = tuple(name for name in needed if name not in row)
@@ -77,19 +85,22 @@ def findings(row: xarray.Dataset) -> list[Finding]:
         elif empty:
             answers.append(Finding(question, "–", "no data", [f"{' and '.join(empty)}: every number is missing."]))
         else:
-            answers.append(Finding(question, *answer(row)))
+            figure, caption, words = answer(row)
+            if part:
+                caption, words = f"{caption}; measured: {part}", [f"Measured: {part}. ", *words]
+            answers.append(Finding(question, figure, caption, words))
     return answers
 
 
 def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
     found = sink_positions(row).isel(batch=0)
-    received = row.received.isel(batch=0).mean(["layer", "head"])
+    taken = found.share.mean(["layer", "head"])
+    strongest = int(taken["key"].values[int(taken.fillna(-1).argmax("key"))])
     if dropped := int(row["key"].values[0]):
-        words: Words = [
-            f"The first {dropped} tokens are no longer in the cache. ",
-            *_other_sinks(found, received, None),
-        ]
-        return _percent(found.heads.max()), "of heads have a sink at the key where most have one", words
+        words: Words = [f"The first {dropped} tokens are no longer in the cache. ", *_other_sinks(found, None)]
+        share = _percent(taken.sel(key=strongest))
+        words += ["The token that takes most of all attention is ", {"token": strongest}, f" at {strongest}: {share}. "]
+        return share, "of all attention is taken by one token", [*words, _who_is_named(found)]
     rate, by_layer = sink_rate(row), sink_rate(row, by="layer").dropna("layer")
     first = int(row["key"].values[real_tokens(row, "key").isel(batch=0).values][0])
     words = [
@@ -97,34 +108,48 @@ def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
         f"more than {EPSILON:g} of the attention of the queries that see it. ",
     ]  # fmt: skip
     boost = float(found.boost.sel(key=first).mean())
-    if np.isfinite(boost):
-        words.append(f"On average it receives {_times(boost)} what uniform attention would give it. ")
+    words.append(f"On average it takes {_percent(taken.sel(key=first))} of all attention")
+    words.append(f", {_times(boost)} what uniform attention would give it. " if np.isfinite(boost) else ". ")
     if len(by_layer) > 1:
         peak = by_layer[int(by_layer.argmax("layer"))]
         half = by_layer.layer.values[by_layer.values > 0.5]
         words.append(f"The rate is highest in layer {int(peak.layer)} ({_percent(peak)})")
         words.append(f" and first exceeds one half in layer {int(half[0])}. " if len(half) else ". ")
-    words += _other_sinks(found, received, first)
+    words += _other_sinks(found, first)
+    if strongest != first:
+        share = _percent(taken.sel(key=strongest))
+        words += ["Yet the token that takes most is ", {"token": strongest}, f" at {strongest}: {share}. "]
+    words.append(_who_is_named(found))
     return _percent(rate), f"of heads have a sink at the first token (ε = {EPSILON:g}, T = {rate.attrs['T']})", words
 
 
-def _other_sinks(found: xarray.Dataset, received: xarray.DataArray, first: int | None) -> Words:
-    """The sinks besides the first token, and the strongest of all."""
-    heads = found.heads.fillna(0)
-    others = heads.where(heads["key"] != first, 0) if first is not None else heads
-    order = np.argsort(-others.values, kind="stable")[:EXAMPLES]
-    named = [others[at] for at in order if others.values[at] > 0]
-    words: Words = ["Sinks: " if first is None else "Other sinks: "] if named else []
-    for number, share in enumerate(named):
-        position = int(share["key"])
-        words += ["; " if number else "", {"token": position}, f" at {position}, of {_percent(share)}"]
-    words += [" of the heads. "] if named else []
-    if heads.max() > 0:
-        strongest = received[int(received.where(heads > 0).fillna(-1).argmax("key"))]
-        position = int(strongest["key"])
-        words += ["The token that receives most is ", {"token": position}]
-        words.append(f" at {position}, with {float(strongest):.2g} on average over all heads.")
-    return words
+def _other_sinks(found: xarray.Dataset, first: int | None) -> Words:
+    """The sinks besides the first token, by what they take of all attention; each in the layer that gives it most."""
+    named = found.layer_sink.any("layer") & (found["key"] != (-1 if first is None else first))
+    taken = found.share.mean(["layer", "head"]).where(named, -1)
+    order = np.argsort(-taken.values, kind="stable")[: int(named.sum())]
+    if not len(order):
+        return ["" if first is None else "No other token is named. "]
+    words: Words = ["Sinks" if first is None else "Other sinks", ", by the share of all attention: "]
+    for number, at in enumerate(order[:EXAMPLES]):
+        sink = found.isel(key=at)
+        position, by_layer = int(sink["key"]), sink.share.mean("head").fillna(-1)
+        peak = sink.isel(layer=int(by_layer.argmax("layer")))
+        words += ["; " if number else "", {"token": position}, f" at {position} with {_percent(taken[at])}"]
+        words.append(
+            f" (most in layer {int(peak.layer)}: {_percent(peak.share.mean())}, {_times(float(peak.boost.mean()))} "
+            f"uniform attention; seen by {int(peak.queries):,} queries)"
+        )
+    more = len(order) - EXAMPLES
+    return [*words, f"; and {more} more. " if more > 0 else ". "]
+
+
+def _who_is_named(found: xarray.Dataset) -> str:
+    fewest = found.attrs["fewest_queries"][0]
+    return (
+        "Tokens are named if the heads of some layer give them, on average, more of all attention than chance "
+        f"explains, and at least {fewest:,} queries see them."
+    )
 
 
 def _locality(row: xarray.Dataset) -> tuple[str, str, Words]:
@@ -200,7 +225,8 @@ def _layers(row: xarray.Dataset) -> tuple[str, str, Words]:
         words.append(f"There are no attention weights in {named_layers(absent)}.")
     entropy = evolution.entropy.sel(summary="mean").dropna("layer")
     ends = f"{_number(entropy[0])} → {_number(entropy[-1])}"
-    return ends, "nat: mean entropy of the first and of the last measured layer", words
+    first, last = (int(entropy.layer[at]) for at in (0, -1))
+    return ends, f"nat: mean entropy of layer {first} and of layer {last}", words
 
 
 def _heads(row: xarray.Dataset) -> tuple[str, str, Words]:
@@ -250,6 +276,27 @@ def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
             words.append(f"; {_percent(share)} of the heads of these layers have their sink here" if layers else "")
         words.append(". ")
     return figure, caption, [*words, f"The largest, {_number(peak.magnitude)}, is on ", *where]
+
+
+def _segments(row: xarray.Dataset) -> tuple[str, str, Words]:
+    mass = row.segment_mass.isel(batch=0)
+    shares, last = mass.mean(["layer", "head", "query"]), mass.dropna("query", how="all").isel(query=-1)
+    of_last = last.mean(["layer", "head"])
+    order = shares.values.argsort(kind="stable")[::-1]
+    names = [f"“{row.segment.values[at]}”" for at in order]
+    listed = ", ".join(f"{name} {_percent(shares[at])}" for name, at in zip(names, order, strict=True))
+    words: Words = [
+        f"Of all attention: {listed}; tokens of no part, {_percent(max(0.0, 1 - float(shares.sum())))}. "
+        "Early tokens see the first parts only. "
+    ]
+    listed = ", ".join(f"{name} {_percent(of_last[at])}" for name, at in zip(names, order, strict=True))
+    words += ["Of the attention of the last measured token, ", {"token": int(last["query"])}, f": {listed}. "]
+    by_layer = mass.mean(["head", "query"])
+    if by_layer.sizes["layer"] > 1:
+        for name, at in zip(names, order[:EXAMPLES], strict=False):
+            peak = by_layer[:, at].isel(layer=int(by_layer[:, at].fillna(-1).argmax("layer")))
+            words.append(f"{name} gets most in layer {int(peak.layer)} ({_percent(peak)}). ")
+    return _percent(shares[order[0]]), f"of all attention goes to {names[0]}", words
 
 
 def _channels(token: xarray.Dataset) -> str:

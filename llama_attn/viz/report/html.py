@@ -15,6 +15,8 @@ import numpy as np
 from llama_attn.analysis import as_dataset, classify_heads, massive_activations, require
 from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed
 from llama_attn.analysis.dataset import direction_of, real_tokens, without_attention
+from llama_attn.analysis.heads import NEEDED
+from llama_attn.analysis.part import measured_layers, named_layers
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.token_text import readable
 from llama_attn.viz.report.contents import (
@@ -30,7 +32,7 @@ from llama_attn.viz.report.contents import (
 from llama_attn.viz.report.embedding import Embedded, Part, arrays_of, embed, fit
 from llama_attn.viz.report.findings import findings
 from llama_attn.viz.report.links import TOP_KEYS, asked_queries, first_generated
-from llama_attn.viz.style import named_layers, tokens_of
+from llama_attn.viz.style import tokens_of
 
 if TYPE_CHECKING:
     import xarray
@@ -172,7 +174,7 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "hiddenLayers": hidden,
         "numLayers": total,
         # Which layers speak, where not all that could do.
-        "part": f"{named_layers(layers)} of {total}" if {*range(total)} - {*layers, *absent} else "",
+        "part": measured_layers(row),
         "heads": row["head"].values.tolist() if "head" in row.dims else [],
         "kvHeads": row["kv_head"].values.tolist() if "kv_head" in row.dims else [],
         "withoutAttention": named_layers(absent) if absent else "",
@@ -220,8 +222,7 @@ def _shown(token: str) -> str:
 
 def _roles(row: xarray.Dataset) -> list[list[str | None]] | None:
     """The role of every head, layer by layer; None if it is unknown."""
-    needed = ("sink_mass", "mean_distance", "entropy", "previous_token", "duplicate_token", "induction")
-    if not all(name in row for name in needed):
+    if not all(name in row for name in NEEDED):
         return None
     roles = classify_heads(row).role.tolist()
     heads = row.sizes["head"]
