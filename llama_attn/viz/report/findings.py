@@ -110,7 +110,7 @@ def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
     boost = float(found.boost.sel(key=first).mean())
     words.append(f"On average it takes {_percent(taken.sel(key=first))} of all attention")
     words.append(f", {_times(boost)} what uniform attention would give it. " if np.isfinite(boost) else ". ")
-    if len(by_layer) > 1:
+    if len(by_layer) > 1 and rate > 0:
         peak = by_layer[int(by_layer.argmax("layer"))]
         half = by_layer.layer.values[by_layer.values > 0.5]
         words.append(f"The rate is highest in layer {int(peak.layer)} ({_percent(peak)})")
