@@ -90,11 +90,19 @@ def test_a_mask_that_no_rule_explains_has_no_baseline(ids):
     mask = torch.rand(2, 1, 37, 37, generator=torch.Generator().manual_seed(0)) < 0.5
     mask[0] = torch.ones(37, 37).tril().bool()
     with torch.no_grad():
-        ds = tiny_model()(ids, attention_mask=mask, output_attention_stats=True).attention_stats.to_xarray()
+        config = AttentionStatsConfig(statistics="all")
+        ds = tiny_model()(ids, attention_mask=mask, output_attention_stats=config).attention_stats.to_xarray()
     boost = sink_positions(ds).boost
     assert boost.sel(batch=0).notnull().all()
     assert boost.sel(batch=1).isnull().all()
     assert (locality(ds).reach.sel(batch=1) == "no data").all()
+    assert not sink_positions(ds).layer_sink.sel(batch=1).any()
+    assert classify_heads(ds.isel(batch=[1])).sink_score.isna().all()
+    words = "".join(word for word in findings(ds.isel(batch=[1]))[0].words if isinstance(word, str))
+    assert words.endswith(
+        "Other sinks are not named: behind this mask it is unknown what uniform attention would give."
+    )
+    assert "No other token" not in words
 
 
 @pytest.fixture

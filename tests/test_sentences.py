@@ -117,9 +117,10 @@ def sinks(truth, finding, text, name):
     text = says(text, "On average it takes {} of all attention, {} times what uniform attention would give it. ",
                 truth.share[..., truth.first].mean(), truth.boost[..., truth.first].mean())  # fmt: skip
     by_layer = rates.mean(1)
-    text = says(text, f"The rate is highest in layer {truth.layers[by_layer.argmax()]} ({{}})", by_layer.max())
-    over = [layer for layer, rate in zip(truth.layers, by_layer, strict=True) if rate > 0.5]
-    text = says(text, f" and first exceeds one half in layer {over[0]}. " if over else ". ")
+    if rates.any():
+        text = says(text, f"The rate is highest in layer {truth.layers[by_layer.argmax()]} ({{}})", by_layer.max())
+        over = [layer for layer, rate in zip(truth.layers, by_layer, strict=True) if rate > 0.5]
+        text = says(text, f" and first exceeds one half in layer {over[0]}. " if over else ". ")
     shares = truth.share.mean((0, 1))
     others = [key for key in np.argsort(-shares) if truth.named[key] and key != truth.first]
     if name in ("long", "code"):

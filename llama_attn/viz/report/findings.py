@@ -110,7 +110,7 @@ def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
     boost = float(found.boost.sel(key=first).mean())
     words.append(f"On average it takes {_percent(taken.sel(key=first))} of all attention")
     words.append(f", {_times(boost)} what uniform attention would give it. " if np.isfinite(boost) else ". ")
-    if len(by_layer) > 1:
+    if len(by_layer) > 1 and rate > 0:
         peak = by_layer[int(by_layer.argmax("layer"))]
         half = by_layer.layer.values[by_layer.values > 0.5]
         words.append(f"The rate is highest in layer {int(peak.layer)} ({_percent(peak)})")
@@ -129,7 +129,8 @@ def _other_sinks(found: xarray.Dataset, first: int | None) -> Words:
     taken = found.share.mean(["layer", "head"]).where(named, -1)
     order = np.argsort(-taken.values, kind="stable")[: int(named.sum())]
     if not len(order):
-        return ["" if first is None else "No other token is named. "]
+        known = np.isfinite(found.boost.values).any()
+        return ["No other token is named. " if known and first is not None else ""]
     words: Words = ["Sinks" if first is None else "Other sinks", ", by the share of all attention: "]
     for number, at in enumerate(order[:EXAMPLES]):
         sink = found.isel(key=at)
@@ -145,6 +146,8 @@ def _other_sinks(found: xarray.Dataset, first: int | None) -> Words:
 
 
 def _who_is_named(found: xarray.Dataset) -> str:
+    if not np.isfinite(found.boost.values).any():
+        return "Other sinks are not named: behind this mask it is unknown what uniform attention would give."
     fewest = found.attrs["fewest_queries"][0]
     return (
         "Tokens are named if the heads of some layer give them, on average, more of all attention than chance "
