@@ -6,8 +6,6 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_attn.installation import pip_line
-
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -40,7 +38,7 @@ def demo_checkpoint() -> Checkpoint:
         folder = Path(package.origin).parent
         if (folder / GGUF_FILE).is_file():
             if importlib.util.find_spec("gguf") is None:
-                raise ImportError(f"reading the demo model needs gguf: {pip_line('demo')}")
+                raise ImportError("reading the demo model needs gguf: pip install 'llama_attn[demo]'")
             return Checkpoint(str(folder), GGUF_FILE)
     return Checkpoint(HUB_ID)
 

@@ -43,7 +43,10 @@ def test_demo(tmp_path):
     table = {int(words[0]): words for words in lines}
     assert set(range(30)) <= set(table)
     assert int(table[24][1].rstrip("%")) > 85, "layer 24 attends to the first token"
-    assert table[24][2:4] == ["0", "<|im_start|>,"]
+    # By share of all attention, which every query has the same weight in.
+    share = stats["received"][24, 0, :, 0].mean()
+    assert table[24][2:5] == ["0", "<|im_start|>:", f"{share:.0%},"]
+    assert int(table[24][7]) == stats.num_keys
     assert "24,832," in table[24], "the massive activation on the first token"
     assert table[24][1] == f"{stats['sink_mass'][24, 0, :, 1:].mean():.0%}"
 

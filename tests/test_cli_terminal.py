@@ -17,9 +17,8 @@ from test_cli import invoke
 from test_cli_saved import saved, words  # noqa: F401 (a fixture)
 
 import llama_attn
-from llama_attn import installation
 from llama_attn.analysis import compare
-from llama_attn.cli import engine, places
+from llama_attn.cli import engine, installation, places
 from llama_attn.cli.loading import plan
 from llama_attn.cli.saved import _table
 from llama_attn.cli.terminal import PlainConsole, fail, number

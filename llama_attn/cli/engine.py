@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from llama_attn.backends.registry import available_backends
+from llama_attn.cli.installation import fitted
 from llama_attn.cli.terminal import console, fail, say
 from llama_attn.engines import _library as library, native
-from llama_attn.installation import fitted
 
 if TYPE_CHECKING:
     import torch

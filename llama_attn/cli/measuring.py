@@ -73,6 +73,11 @@ class Subject:
         return name if whole else f"the encoder of {name}"
 
     @property
+    def decodes(self) -> bool:
+        """Whether what is generated follows the prompt in one row."""
+        return self.generates and not _without_adapter(self.model).config.is_encoder_decoder
+
+    @property
     def device(self) -> torch.device:
         """Where its first weights lie."""
         return next(self.model.parameters()).device
@@ -126,8 +131,7 @@ class Subject:
             config: What to measure.
             new_tokens: How many tokens to generate; greedy.
         """
-        own = _without_adapter(self.model)
-        decodes = self.generates and not own.config.is_encoder_decoder
+        own, decodes = _without_adapter(self.model), self.decodes
         with _refusals(own):
             vocabulary = getattr(own.get_input_embeddings(), "num_embeddings", None)
         inputs = batch(prompt, tokenizer, "left" if decodes else "right", vocabulary)

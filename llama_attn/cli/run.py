@@ -150,6 +150,9 @@ def _measure(
         layers = None if there is None else request.measured.of(there)
         if layers is not None:
             request.drawn.of(layers)
+        has_documents = tokens.segments is not None
+        if subject.decodes and not has_documents and not subject.adds_tokens:
+            tokens = tokens.with_own_segment()
         config = stats_config(
             request.statistics, request.kind, layers, tokens.segments, has_ids=not subject.adds_tokens
         )
@@ -161,7 +164,7 @@ def _measure(
         if subject.adds_tokens:
             about += f"; {' and '.join(OF_IDS)} are left out, since the tokens that it adds have no ids"
         show(stats, out, request.drawn.of(stats.layers), request.kind, tokens.names, about=about)
-    if tokens.segments is not None:
+    if has_documents:
         console.print(table_of_documents(stats, tokens.length))
     if generate is not None:
         _print_generated(ids, 0 if chosen.config.is_encoder_decoder else tokens.length, tokens, tokenizer)

@@ -103,13 +103,14 @@ def _table_of_layers(stats: AttentionStats, row: int) -> Table:
     def at(position: int) -> str:
         return str(position) if tokens is None else f"{position} {readable(tokens[position])}"
 
-    last = "largest activation, × median"
-    table = new_table("layer", "sink mass", "strongest, receives", last, fold=last, title=part_of(stats))
+    last = "largest activation,\n× median, token"
+    strongest = "strongest key: share of all,\n× uniform, queries"
+    table = new_table("layer", "sink mass", strongest, last, fold=last, title=part_of(stats))
     for layer, line in summarize_layers(stats, batch=row).iterrows():
         table.add_row(
             str(layer),
             _share(line.sink_mass),
-            f"{at(int(line.sink_position))}, {_share(line.received)}",
+            f"{at(int(line.sink_position))}: {_share(line.share)}, {number(line.boost)} ×, {int(line.queries):,}",
             f"{number(line.activation)}, {number(line.activation_over_median)} ×, {at(int(line.activation_position))}",
         )
     return table

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llama_attn.installation import fitted, pip_line
+from llama_attn.cli.installation import fitted, pip_line
 
 PICTURES = ("matplotlib", "plotly", "xarray", "pandas")
 TABLES = ("xarray", "pandas")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class Prompt:
     Args:
         rows: Token ids.
         names: A name for each row, where there are several.
-        segments: Which document each token of the only row is of, and their names.
+        segments: Which document each token is of, (row, token), and their names.
     """
 
     rows: tuple[list[int], ...]
@@ -59,6 +59,11 @@ class Prompt:
     def length(self) -> int:
         """Tokens of the longest row."""
         return max(map(len, self.rows))
+
+    def with_own_segment(self) -> Prompt:
+        """The same as one segment, so that what is generated behind it can be told apart; padded on the left."""
+        labels = [[-1] * (self.length - len(row)) + [0] * len(row) for row in self.rows]
+        return replace(self, segments=(torch.tensor(labels), ("prompt",)))
 
 
 def read_texts(

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-CHECKOUT = Path(__file__).parent.parent
+CHECKOUT = Path(__file__).parent.parent.parent
 # As modules write it that must not know more.
 WRITTEN = re.compile(r"pip install 'llama_attn\[([\w,]+)\]'")
 
