@@ -245,6 +245,10 @@ def test_rows_generate_what_they_would_alone(zoo, tmp_path):
         ours = stats["entropy"][:, row, :, -alone.num_keys :]
         torch.testing.assert_close(ours, alone["entropy"][:, 0], rtol=1e-4, atol=1e-4)
         assert stats.tokens[row][-alone.num_keys :] == alone.tokens[0]
+        # The report marks what was generated: the last new token was never read.
+        segments = stats.values["key_segment"][row].tolist()
+        assert stats.segments == ("prompt", "generated")
+        assert segments == [-1] * (stats.num_keys - alone.num_keys) + [0] * (alone.num_keys - 2) + [1] * 2
 
 
 @pytest.mark.parametrize(
