@@ -11,7 +11,7 @@ from llama_attn.analysis.dataset import real_tokens
 from llama_attn.viz.figures.attention import bin_width
 from llama_attn.viz.figures.multiples import pooled_maps
 from llama_attn.viz.report.embedding import Embedded, Level, Part, embed, embed_rounded
-from llama_attn.viz.report.links import FEWEST_BINS, OF_SEGMENT, TOP_KEYS, first_seen, links_part
+from llama_attn.viz.report.links import FEWEST_BINS, TOP_KEYS, first_seen, links_part
 from llama_attn.viz.report.pooling import mean_of_known, pool_tokens, widths
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ LAYER_AXES, HEAD_AXES, TOKEN_AXES = ("layer", "hidden_layer"), ("head", "kv_head
 MAP, HISTOGRAM = "weights_map", "distance_histogram"
 # What massive activations are found with.
 OF_MASSIVE = ("hidden_max_channel", "hidden_top", "hidden_top_channel", "hidden_layer_median")
+# How a statistic of one segment is named in a row; the space sets it apart from names of statistics.
+OF_SEGMENT = "segment_mass "
 # As coarse as maps may become [bins].
 FEWEST_MAP_BINS = 16
 # How many times the size of another part single heads and maps may have before they are coarsened first.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from llama_attn.analysis import require
 from llama_attn.analysis.dataset import direction_of, real_tokens
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     Positions = int | slice | Iterable[int | slice]
 
 TOP_KEYS = ("topk_weight", "topk_position")
-# How a statistic of one segment is named in a row; the space sets it apart from names of statistics.
-OF_SEGMENT = "segment_mass "
-# What generation adds to the segments of the prompt.
+# What generation adds to the segments of the prompt, see llama_attn.stats.segments.
 GENERATED = "generated"
 # As coarse as lists of keys may become [bins, ranks], and so many stay single where not even these fit.
 FEWEST_BINS, FEWEST_RANKS, FEWEST_LISTS = 64, 4, 16
@@ -69,37 +67,36 @@ def asked_queries(row: xarray.Dataset, exact: Positions | None) -> Int[np.ndarra
 
 def first_generated(row: xarray.Dataset) -> int | None:
     """Position of the first token that was generated; None if the row does not say, as without segments."""
-    start = _first_with(row, f"{OF_SEGMENT}{GENERATED}")
-    return None if start is None else int(row["query"].values[start])
+    generated = row["key"].values[_segments(row) == GENERATED]
+    return int(generated[0]) if len(generated) else None
 
 
 def by_importance(row: xarray.Dataset, asked: Int[np.ndarray, " asked"]) -> Int[np.ndarray, " query"]:
     """All queries, as indices, those first whose own lists matter most.
 
-    What was asked for; generated tokens; the last ones of the prompt; ends of segments, as far as attention shows
-    where others begin; then the others from the last to the first, and padding.
+    What was asked for; generated tokens; the last ones of the prompt; ends of segments; then the others from the last
+    to the first, and padding.
     """
-    count = row.sizes["query"]
-    backwards = np.arange(count)[::-1]
+    queries, keys, segments = row["query"].values, row["key"].values, _segments(row)
+    backwards = np.arange(len(queries))[::-1]
     real = real_tokens(row, "query").isel(batch=0).values
-    generated = _first_with(row, f"{OF_SEGMENT}{GENERATED}")
-    prompt = backwards if generated is None else backwards[backwards < generated]
-    starts = [_first_with(row, str(name)) for name in row.data_vars if str(name).startswith(OF_SEGMENT)]
-    ends = [start - 1 for start in starts if start]
+    start = first_generated(row)
+    generated = len(queries) if start is None else int(np.searchsorted(queries, start))
+    prompt = backwards[backwards < generated]
+    ends = keys[:-1][segments[1:] != segments[:-1]]
     wanted = [
-        np.arange(count if generated is None else generated, count), prompt[real[prompt]][:LAST_OF_PROMPT], ends,
+        np.arange(generated, len(queries)), prompt[real[prompt]][:LAST_OF_PROMPT], np.flatnonzero(np.isin(queries, ends)),
         backwards[real[backwards]],
     ]  # fmt: skip
     automatic = [int(query) for group in wanted for query in group if real[query]]
     return np.array(list(dict.fromkeys([*asked.tolist(), *automatic, *backwards.tolist()])))
 
 
-def _first_with(row: xarray.Dataset, segment: str) -> int | None:
-    """Index of the first query that gives a segment any attention: as it sees itself, the segment begins there."""
-    if segment not in row or direction_of(row) != "causal":
-        return None
-    seen = (row[segment] > 0).any([axis for axis in row[segment].dims if axis != "query"]).values
-    return int(seen.argmax()) if seen.any() else None
+def _segments(row: xarray.Dataset) -> Shaped[np.ndarray, " key"]:
+    """Name of the segment of every key; "" for none, and where queries are no tokens of that text."""
+    if "key_segment" not in row.coords or direction_of(row) == "cross":
+        return np.full(row.sizes["key"], "")
+    return row["key_segment"].isel(batch=0).values
 
 
 def first_seen(row: xarray.Dataset) -> Int[np.ndarray, "layer query"] | None:
