@@ -7,7 +7,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from hypothesis import given, settings, strategies as st
 from oracle import capture, stock_of
 
@@ -135,7 +135,7 @@ def test_forwards_over_one_cache_have_a_median_each(ids):
     config = AttentionStatsConfig(statistics=(), norms=True)
     with torch.no_grad(), record(model, config) as recording:
         cache = model(ids[:, :20], use_cache=True).past_key_values
-        model(ids[:, 20:], past_key_values=cache)
+        model(ids[:, 20:], **{CACHE: cache})
     assert "hidden_layer_median" not in recording.stats
     assert recording.stats["hidden_top"].shape == (4, 2, 37, 8)
     whole = torch.cat([stats["hidden_top"] for stats in recording.forwards], 2)
@@ -144,7 +144,7 @@ def test_forwards_over_one_cache_have_a_median_each(ids):
     assert (first != second).all()
     with torch.no_grad(), record(model, AttentionStatsConfig(statistics=("entropy", NEW[2]))) as recording:
         cache = model(ids[:, :20], use_cache=True).past_key_values
-        model(ids[:, 20:], past_key_values=cache)
+        model(ids[:, 20:], **{CACHE: cache})
     with pytest.raises(
         ValueError, match=r"\['hidden_layer_median'\] are numbers of one forward, .* recording.forwards"
     ):
