@@ -90,7 +90,7 @@ def test_an_older_run_in_the_folder_is_replaced(llama, tmp_path):
     (out / "layer_3.png").touch()
     run("run", llama, "--prompt", TEXT, "--layers", "all", out=out / "other")
     _, said = run("run", llama, "--prompt", TEXT, "--layers", "1", out=out)
-    assert "8 files of an older run were in" in said
+    assert "pictures and pages of an older run were in" in said
     assert pictures(out / "other") == [f"layer_{layer}_attention.png" for layer in range(3)], "a run of its own"
     names = {str(path.relative_to(out)) for path in out.rglob("*") if "other" not in path.parts and path.is_file()}
     assert names == {"a/note", "layer_3.png", "layer_1_attention.png", "report.html", "stats.safetensors"}

@@ -14,6 +14,7 @@ from oracle import capture, stock_of
 from llama_attn import AttentionStats, AttentionStatsConfig, Statistic, record, register_statistic
 from llama_attn.analysis import compare, layer_evolution
 from llama_attn.stats.merge import merges
+from llama_attn.stats.recorder import Recorder
 from llama_attn.stats.table import statistics_table
 from llama_attn.viz import plot_layer_profile
 
@@ -207,3 +208,19 @@ def test_a_profile_without_tokens_has_no_spread(ids):
     np.testing.assert_allclose(line.get_ydata(), stats["hidden_layer_median"][:, 1], rtol=1e-6)
     assert not figure.axes[0].collections, "there is nothing to be spread over"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["hidden layer median"]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "streaming"])
+def test_outputs_are_measured_once(backend, ids, monkeypatch):
+    """A layer that says itself what takes its output: the projection that is seen to take it is not asked again."""
+    layers, measure = [], Recorder._measure_outputs
+
+    def counted(self, layer, *given):
+        layers.append(layer)
+        return measure(self, layer, *given)
+
+    monkeypatch.setattr(Recorder, "_measure_outputs", counted)
+    model = tiny_model(backend)
+    with torch.no_grad(), record(model, AttentionStatsConfig(norms=True)):
+        model(ids)
+    assert layers == [0, 1, 2]

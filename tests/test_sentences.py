@@ -118,7 +118,11 @@ def sinks(truth, finding, text, name):
                 truth.share[..., truth.first].mean(), truth.boost[..., truth.first].mean())  # fmt: skip
     by_layer = rates.mean(1)
     if rates.any():
-        text = says(text, f"The rate is highest in layer {truth.layers[by_layer.argmax()]} ({{}})", by_layer.max())
+        ties = np.isclose(by_layer, by_layer.max()).sum() - 1
+        more = f" and {ties} more" if ties else ""
+        text = says(
+            text, f"The rate is highest in layer {truth.layers[by_layer.argmax()]}{more} ({{}})", by_layer.max()
+        )
         over = [layer for layer, rate in zip(truth.layers, by_layer, strict=True) if rate > 0.5]
         text = says(text, f" and first exceeds one half in layer {over[0]}. " if over else ". ")
     shares = truth.share.mean((0, 1))
@@ -166,7 +170,7 @@ def layers(truth, finding, text, name):
     numbers = {
         "Mean entropy goes from {} to {} nat": truth.entropy().mean((1, 2)),
         "Mean distance to the attended keys goes from {} to {} tokens": (truth.weights * truth.distance).sum(-1).mean((1, 2)),
-        "Attention on the sink tokens goes from {} to {}": truth.weights[..., truth.first].mean((1, 2)),
+        "Attention on the first token goes from {} to {}": truth.weights[..., truth.first].mean((1, 2)),
         "The norm of the residual stream goes from {} to {}": np.array(
             [np.sqrt((state**2).sum(-1)).mean() for state in truth.states]
         ),
@@ -216,10 +220,12 @@ def activations(truth, finding, text, name):
     said = [f"enters layer {layer}" for layer in truth.layers] + ["leaves the last layer"]
     where = f"<{position}> at {position}, channel {truth.states[at][query].argmax()}, in what {said[at]}."
     assert says(finding.figure, "{}", peak) == ""
-    says(finding.caption, "largest magnitude in the residual stream, {} × the median", peak / medians[at])
+    median = "the median of the tokens' medians" if name == "generated" else "the median"
+    left = says(finding.caption, f"largest magnitude in the residual stream, {{}} × {median}", peak / medians[at])
+    assert left == "" or left.startswith("; measured")
     massive = truth.massive(medians)
     tokens = [i for i in np.argsort(-largest.max(0)) if any(each[i].any() for each in massive)]
-    bound = "(above 100 and at least 1,000 × the median magnitude)"
+    bound = f"(above 100 and at least 1,000 × {median})"
     if not tokens:
         return says(text, f"No activation is massive {bound}. The largest is {{}}, on {where}", peak)
     start = "One token has" if len(tokens) == 1 else f"{len(tokens)} tokens have"
@@ -228,10 +234,13 @@ def activations(truth, finding, text, name):
         inside = [number for number, each in enumerate(massive) if each[i].any()]
         channels = np.concatenate([np.flatnonzero(each[i]) for each in massive])
         numbers, counts = np.unique(channels, return_counts=True)
-        named = ", ".join(str(number) for number in numbers[np.argsort(-counts, kind="stable")][:3])
+        named = []
+        for channel in numbers[np.argsort(-counts, kind="stable")][:3]:
+            there = [said[number] for number, each in enumerate(massive) if each[i, channel]]
+            span = f"in what {there[0]}" if len(there) == 1 else f"from what {there[0]} to what {there[-1]}"
+            named.append(f"channel {channel} {span}")
         place = truth.positions[i]
-        text = says(text, f"<{place}> at {place}: channel{'s' if len(numbers) > 1 else ''} {named}, from what "
-                    f"{said[inside[0]]} to what {said[inside[-1]]}")  # fmt: skip
+        text = says(text, f"<{place}> at {place}: {', '.join(named)}")
         inner = [number for number in inside if number < len(truth.layers)]
         if inner and truth.seen[place] >= truth.needed:
             text = says(text, "; {} of the heads of these layers have their sink here",

@@ -67,8 +67,8 @@ def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataF
     Returns:
         One line per (layer, head), in the order of the dataset. ``role`` has the largest score relative to its
         threshold among those that exceed it, ``roles`` lists all of these, strongest first; ``score`` is that of the
-        role. Of both kinds of sinks, ``first_token_sink`` comes first where at least half of what is on sinks is on
-        the first tokens, as if its score were that of ``sink``. Where none does, the role is ``mixed``, with ``score``
+        role. Of both kinds of sinks, ``first_token_sink`` comes first where it passes and at least half of what is
+        on sinks is on the first tokens, as if its score were that of ``sink``. Where none does, the role is ``mixed``, with ``score``
         NaN; where there is no data, ``role`` is missing.
         Then one ``<role>_score`` each. ``attrs["part"]``: what was measured of the model, if not all of it.
 

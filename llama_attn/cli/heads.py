@@ -105,6 +105,12 @@ def _show(stats: AttentionStats, out: Path, second: slice) -> None:
         with complete_file(out / ROLES) as unfinished:
             frame.to_csv(unfinished, index=False)
         console.print(table_of_roles(frame))
+        say(
+            "heads that rest on another sink than the first token are among the mixed ones: sinks are those of all queries,"
+        )
+        say(
+            "and these roles of the second half; llama_attn.analysis.classify_heads without query_slice tells them apart"
+        )
         written.append(ROLES)
     if (how := how_to_draw()) is None:
         from llama_attn.viz import plot_head_roles

@@ -54,7 +54,7 @@ class Choice:
 
 
 def choose(layers: str | None, measure_layers: str) -> tuple[Choice, Choice]:
-    """What is drawn and what is measured. Ends the command if nothing that is drawn would be measured.
+    """What is drawn and what is measured. Ends the command for layers to draw that are not to be measured.
 
     Args:
         layers: What was asked to be drawn; None for the first ten, or for what is measured where that was said.
@@ -63,6 +63,7 @@ def choose(layers: str | None, measure_layers: str) -> tuple[Choice, Choice]:
     measured = Choice.parse("--measure-layers", measure_layers)
     seed = f"{SEED_LAYERS[0]}-{SEED_LAYERS[-1]}"
     drawn = Choice.parse("--layers", layers or (seed if measured.wanted is None else measure_layers))
-    if drawn.wanted is not None and measured.wanted is not None and not drawn.wanted & measured.wanted:
-        fail(f"--layers: {layers} names none of the layers that are measured, --measure-layers {measure_layers}")
+    if drawn.wanted is not None and measured.wanted is not None and (lost := sorted(drawn.wanted - measured.wanted)):
+        named = ", ".join(map(str, lost[:10])) + (", …" if len(lost) > 10 else "")
+        fail(f"--layers: {named} would not be measured, see --measure-layers {measure_layers}")
     return drawn, measured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,7 +106,10 @@ def compare(
         fail(f"--{next(iter(given))}: it is for the picture; name a file with --plot")
     runs = _load(a), _load(b)
     try:
-        frame = analysis.compare(*runs)
+        # What it warns of is printed below.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            frame = analysis.compare(*runs)
     except ValueError as error:
         fail(first_line(error))
     if statistic is not None:
@@ -125,7 +129,9 @@ def compare(
     shown = frame if statistic is None else frame[frame.statistic == statistic]
     console.print(_table(shown.head(top)))
     for name, value in frame.attrs.items():
-        say(f"{name}: {value}")
+        words = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if words:
+            say(f"{name}: {words}")
     say(f"{min(top, len(shown))} of {len(shown)} lines" + (f", all are in {out}" if out else ""))
 
 

@@ -47,14 +47,15 @@ def show(
     if about:
         say(about)
     if gone:
-        say(f"{gone} files of an older run were in {out}, and are gone or written anew")
+        say(f"pictures and pages of an older run were in {out}; all {gone} are gone or written anew")
     if lacking:
         say(f"{STATS} is in {out}; {lacking}, then llama-attn report {out / STATS}")
         return
     per_row = "report.html for each file" if rows else "report.html"
     say(f"{pictures} pictures, {per_row} and {STATS} are in {out}")
     if undrawn := len(stats.layers) - len(layers):
-        say(f"pictures are of {named_layers(layers)}; {undrawn} more were measured, and --layers all draws them too")
+        verb = "was" if undrawn == 1 else "were"
+        say(f"pictures are of {named_layers(layers)}; {undrawn} more {verb} measured, and --layers all draws all")
 
 
 def part_of(stats: AttentionStats) -> str:
@@ -103,7 +104,9 @@ def _table_of_layers(stats: AttentionStats, row: int) -> Table:
     def at(position: int) -> str:
         return str(position) if tokens is None else f"{position} {readable(tokens[position])}"
 
-    last = "largest activation,\n× median, token"
+    # The steps of generating have no median in common.
+    median = "median" if "hidden_layer_median" in stats else "median of tokens' medians"
+    last = f"largest activation,\n× {median}, token"
     strongest = "strongest key: share of all,\n× uniform, queries"
     table = new_table("layer", "sink mass", strongest, last, fold=last, title=part_of(stats))
     for layer, line in summarize_layers(stats, batch=row).iterrows():

@@ -83,11 +83,14 @@ def _layer_median(
 def _value_output_norm(
     value: Float[Tensor, "batch kv_head key channel"], output_weight: Float[Tensor, "head hidden channel"]
 ) -> Float[Tensor, "batch head key"]:
-    # ‖W v‖ = ‖R v‖ with W = QR: a channel × channel product per key in place of one with the whole hidden size.
-    triangles = torch.linalg.qr(output_weight, mode="r").R
-    groups = triangles.shape[0] // value.shape[1]
-    triangles = triangles.unflatten(0, (value.shape[1], groups))
-    norms = [_l2(torch.matmul(value, triangles[:, group].mT)) for group in range(groups)]
+    factors = output_weight
+    if value.shape[2] > 2 * value.shape[3]:
+        # ‖W v‖ = ‖R v‖ with W = QR: a channel × channel product per key in place of one with the whole hidden size. Of few
+        # keys, as of a decoded token, the decomposition itself would take longer.
+        factors = torch.linalg.qr(output_weight, mode="r").R
+    groups = factors.shape[0] // value.shape[1]
+    factors = factors.unflatten(0, (value.shape[1], groups))
+    norms = [_l2(torch.matmul(value, factors[:, group].mT)) for group in range(groups)]
     return torch.stack(norms, dim=2).flatten(1, 2)
 
 

@@ -250,7 +250,8 @@ class Recorder:
         value = value.detach()[:, :, max(0, self.step.first - visibility.offset) : visibility.num_keys]
         with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
             for statistic in self.sight(visibility).statistics:
-                if statistic.observes == "value_output":
+                # A layer that says itself what takes its output has been measured with its attention.
+                if statistic.observes == "value_output" and not self.records.has(statistic.name, layer):
                     self._measure_outputs(layer, statistic, value, self._chosen(layer), output_weight)
 
     def _measure_outputs(

@@ -128,9 +128,10 @@ def plot_head_roles(
     heat_map(axes, cells, cmap=ListedColormap(list(ROLE_COLOURS.values())), norm=BoundaryNorm(bounds, len(names)))
     label_grid(axes, layers, heads, "head", of_layers(dataset))
     counts = frame.role.value_counts()
+    # Sinks of the run, for example, are those of all queries: of some of them there is no score.
+    known = [name for name in ROLE_COLOURS if name == "mixed" or frame[f"{name}_score"].notna().any()]
     patches = [
-        Patch(color=colour, label=f"{name.replace('_', ' ')}: {counts.get(name, 0)}")
-        for name, colour in ROLE_COLOURS.items()
+        Patch(color=ROLE_COLOURS[name], label=f"{name.replace('_', ' ')}: {counts.get(name, 0)}") for name in known
     ]
     if np.isnan(cells).any():
         patches.append(Patch(color=NO_DATA, label="no data"))

@@ -113,7 +113,9 @@ def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
     if len(by_layer) > 1 and rate > 0:
         peak = by_layer[int(by_layer.argmax("layer"))]
         half = by_layer.layer.values[by_layer.values > 0.5]
-        words.append(f"The rate is highest in layer {int(peak.layer)} ({_percent(peak)})")
+        ties = int((by_layer == peak).sum()) - 1
+        more = f" and {ties} more" if ties else ""
+        words.append(f"The rate is highest in layer {int(peak.layer)}{more} ({_percent(peak)})")
         words.append(f" and first exceeds one half in layer {int(half[0])}. " if len(half) else ". ")
     words += _other_sinks(found, first)
     if strongest != first:
@@ -202,7 +204,7 @@ def _layers(row: xarray.Dataset) -> tuple[str, str, Words]:
     asked = {
         "entropy": ("Mean entropy", " nat"),
         "mean_distance": ("Mean distance to the attended keys", " tokens"),
-        "sink_mass": ("Attention on the sink tokens", ""),
+        "sink_mass": (f"Attention on the first {_tokens(measured_with(row, 'sink_tokens'))}", ""),
         "hidden_norm": ("The norm of the residual stream", ""),
     }
     names = [name for name in asked if name in row]
@@ -260,9 +262,11 @@ def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
     where: Words = [{"token": int(peak["query"])}, f" at {int(peak['query'])}, channel {int(peak.channel)}, "]
     where.append(f"in what {_enters(row, int(peak.hidden_layer))}.")
     tokens = np.flatnonzero(found.massive.any("hidden_layer").values)
-    ratio = f"{_number(peak.ratio)} × the median"
+    # The steps of generating have no median in common.
+    median = "the median" if "hidden_layer_median" in row else "the median of the tokens' medians"
+    ratio = f"{_number(peak.ratio)} × {median}"
     figure, caption = _number(peak.magnitude), f"largest magnitude in the residual stream, {ratio}"
-    bound = f"above {MAGNITUDE:g} and at least {RATIO:,.0f} × the median magnitude"
+    bound = f"above {MAGNITUDE:g} and at least {RATIO:,.0f} × {median}"
     if not len(tokens):
         words = [f"No activation is massive ({bound}). The largest is {_number(peak.magnitude)}, on ", *where]
         return figure, caption, words
@@ -270,9 +274,7 @@ def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
     for at in tokens[np.argsort(-found.magnitude.max("hidden_layer").values[tokens])][:EXAMPLES]:
         token = found.isel(query=at)
         inside = token.massive.values
-        words += [{"token": int(token["query"])}, f" at {int(token['query'])}: {_channels(token)}"]
-        last = int(token.hidden_layer.values[inside][-1])
-        words.append(f", from what {_enters(row, int(token.appears))} to what {_enters(row, last)}")
+        words += [{"token": int(token["query"])}, f" at {int(token['query'])}: {_channels(row, token)}"]
         if "sink_heads" in found:
             layers = [layer for layer in token.hidden_layer.values[inside] if layer in row["layer"].values]
             share = token.sink_heads.sel(layer=layers).mean()
@@ -302,15 +304,26 @@ def _segments(row: xarray.Dataset) -> tuple[str, str, Words]:
     return _percent(shares[order[0]]), f"of all attention goes to {names[0]}", words
 
 
-def _channels(token: xarray.Dataset) -> str:
-    """The channels of a token's massive activations, those first that are massive in most layers."""
+def _channels(row: xarray.Dataset, token: xarray.Dataset) -> str:
+    """The channels of a token's massive activations and where, those first that are massive in most layers."""
     listed = token.channels.values
     numbers, counts = np.unique(listed[listed >= 0], return_counts=True)
-    shown = [str(number) for number in numbers[np.argsort(-counts, kind="stable")][:EXAMPLES]]
-    more = "" if len(numbers) == len(shown) else f" and {len(numbers) - len(shown)} more"
+    words = []
+    for number in numbers[np.argsort(-counts, kind="stable")][:EXAMPLES]:
+        layers = token.hidden_layer.values[(listed == number).any(-1)]
+        first, last = (_enters(row, int(layers[end])) for end in (0, -1))
+        words.append(
+            f"channel {number} " + (f"in what {first}" if first == last else f"from what {first} to what {last}")
+        )
+    if len(numbers) > len(words):
+        words.append(f"{len(numbers) - len(words)} more")
     # Where everything that was measured of the token is massive, more may be.
     unknown = "" if token.complete.all() else ", and perhaps others that were not measured"
-    return f"channel{'s' if len(numbers) > 1 else ''} {', '.join(shown)}{more}{unknown}"
+    return f"{', '.join(words)}{unknown}"
+
+
+def _tokens(count: int) -> str:
+    return "token" if count == 1 else f"{count} tokens"
 
 
 def _enters(row: xarray.Dataset, layer: int) -> str:
