@@ -237,6 +237,18 @@ def test_every_file_has_its_pictures(zoo, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_model_that_ends_by_itself(zoo, tmp_path):
+    folder = shutil.copytree(zoo("llama"), tmp_path / "model")
+    stats, said = run(folder, "--prompt", TEXT, "--generate", 4, out=tmp_path / "out")
+    assert "ended by itself" not in said
+    (second,) = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(stats.tokens[0][-2:-1])
+    settings = folder / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": second}))
+    _, said = run(folder, "--prompt", TEXT, "--generate", 4, out=tmp_path / "out")
+    assert "the model ended by itself, after 2 of 4 tokens" in said
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_rows_generate_what_they_would_alone(zoo, tmp_path):
     folder, long, short = zoo("gpt2"), "Once upon a time there was a parrot", "Ahoy, me"
     stats, _ = run(folder, *texts(tmp_path, long=long, short=short), "--generate", 3, out=tmp_path / "out")

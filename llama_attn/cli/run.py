@@ -167,12 +167,16 @@ def _measure(
     if has_documents:
         console.print(table_of_documents(stats, tokens.length))
     if generate is not None:
-        _print_generated(ids, 0 if chosen.config.is_encoder_decoder else tokens.length, tokens, tokenizer)
+        # A decoder behind an encoder begins with a token of its own.
+        start = 1 if chosen.config.is_encoder_decoder else tokens.length
+        _print_generated(ids, start, generate, tokens, tokenizer)
     if (hint := how_to_be_faster(stats, subject.device)) is not None:
         say(hint)
 
 
-def _print_generated(ids: Tensor, start: int, tokens: Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
+def _print_generated(ids: Tensor, start: int, asked: int, tokens: Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
     for at, row in enumerate(ids[:, start:].tolist()):
         whose = f"{tokens.names[at]}, " if tokens.names else ""
-        console.print(f"{whose}generated: {tokenizer.decode(row, skip_special_tokens=True)}")
+        console.print(f"{whose}generated: {tokenizer.decode(row, skip_special_tokens=True).strip()}")
+    if (written := ids.shape[1] - start) < asked:
+        say(f"the model ended by itself, after {written} of {asked} tokens")

@@ -40,8 +40,9 @@ function ownWords() {
 
 function wordsTo() {
   const lists = `From the most attended keys of each query${ofHeads()}`;
-  if (allKeepLists()) return `${lists}.`;
-  return `${lists}: ${ownWords()}${poolWidth() > 1 ? `, the others are means over ${poolWidth()} queries` : poolWidth() ? "" : ", the others were left out to keep the file small"}.`;
+  const others = "Queries whose list leaves the token out may give it something too, and more than the last ones here.";
+  if (allKeepLists()) return `${lists}. ${others}`;
+  return `${lists}: ${ownWords()}${poolWidth() > 1 ? `, the others are means over ${poolWidth()} queries` : poolWidth() ? "" : ", the others were left out to keep the file small"}. ${others}`;
 }
 
 async function linksOfMap(position, direction) {

@@ -101,13 +101,16 @@ function pooledWords() {
 }
 
 // What was rounded, pooled, left out and not measured.
+// Less than the last digit that is shown anywhere is nothing.
+const rounded = ({ rounding }) => (rounding < 1e-6 ? "" : `, ± ${Number((100 * rounding).toPrecision(2))}%`);
+
 function buildMethod() {
   const body = $("method-body");
   const detail = (name) => {
     const about = report.arrays[name];
     if (!about) return null;
     const bins = about.width > 1 ? `bins of ${about.width} tokens` : "every token";
-    return `${bins}, ± ${Number((100 * about.rounding).toPrecision(2))}%`;
+    return `${bins}${rounded(about)}`;
   };
   const rows = report.statistics.map(({ name, unit, headAxis, meaning, source }) => [
     plain(name), unit, detail(`mean ${name}`), headAxis === null ? "–" : detail(`heads ${name}`) || "left out", [...new Set([meaning, source])].filter(Boolean).join("; "),
@@ -115,7 +118,7 @@ function buildMethod() {
   const map = report.arrays.weights_map;
   if (map) rows.push(["weights map", "probability", map.shape[1] === 1 ? detail("weights_map") : "–", map.shape[1] === 1 && report.heads.length > 1 ? "left out" : detail("weights_map"), "attention weight of a bin of queries on a bin of keys"]);
   const listed = ["topk_weight", "topk_position"].some((name) => report.missing.includes(name));
-  const listDetail = (name, whose) => (name in report.arrays ? `${report.arrays[name].shape[3]} keys of ${whose}, ± ${Number((100 * report.arrays[name].rounding).toPrecision(2))}%` : null);
+  const listDetail = (name, whose) => (name in report.arrays ? `${report.arrays[name].shape[3]} keys of ${whose}${rounded(report.arrays[name])}` : null);
   const each = allKeepLists() ? "every query" : `${ownQueries.length.toLocaleString("en")} queries`;
   const kept = [listDetail("topk_weight", each), listDetail("pooled_weight", poolWidth() > 1 ? `bins of ${poolWidth()} queries` : "every query")].filter(Boolean);
   if (!listed) rows.push(["most attended keys", "probability", "–", kept.join("; ") || "left out", "the keys with the largest weights of each query"]);
