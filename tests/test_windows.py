@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -319,7 +320,7 @@ def test_report(name, tmp_path):
     assert np.isnan(received[:, : model.text.dropped]).all()
     found = locality(ds)
     assert f"{float(found.uniform_distance.mean()):#.3g} if attention were uniform" in said[1]
-    assert "channels 7, 30, from what" in said[4]
+    assert re.search(r"channel 7 from what (.+) to what (.+), channel 30 from what \1 to what \2;", said[4])
     limits = {
         "windowed": "In every layer a query sees at most 5 tokens. ",
         "hybrid": "In layer 3 a query sees at most 4 tokens. In layer 7 a query sees at most 6 tokens. ",
