@@ -57,6 +57,7 @@ def test_the_lists_that_matter_are_exact(run, small):
     last = weights.shape[2]
     assert {*ASKED, *range(PROMPT, last), *range(PROMPT - LAST_OF_PROMPT, PROMPT)} <= set(own), "as far as they fit"
     assert SEGMENT_ENDS - 1 in own
+    assert page.about["findings"][-1]["question"] == "Which part of the text gets the attention?"
     assert len(own) < last / 2
     listed, allowed = page.array("topk_weight")
     position = page.array("topk_position")[0].astype(int) - 1

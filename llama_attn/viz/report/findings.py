@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Words, and tokens as {"token": position}.
 Words = list[str | dict[str, int]]
+# Those of a dataset may stand in any order.
+AXES = ("layer", "hidden_layer", "batch", "head", "kv_head", "query", "key")
 # So many examples of one kind are named.
 EXAMPLES = 3
 
@@ -58,6 +60,7 @@ def findings(row: xarray.Dataset) -> list[Finding]:
     """
     # "From the first to the last layer" is along the model.
     row = row.sortby([axis for axis in ("layer", "hidden_layer") if axis in row.coords])
+    row = row.transpose(*AXES, ..., missing_dims="ignore")
     part = measured_part(row)
     questions: list[tuple[str, tuple[str, ...], Callable[[xarray.Dataset], tuple[str, str, Words]]]] = [
         ("Where are the attention sinks?", ("received",), _sinks),

@@ -111,7 +111,9 @@ def report(
     row = one_row(dataset, batch)
     asked = asked_queries(row, exact)
     with complete_file(path) as unfinished:
-        about = _about(row) | {"row": int(batch), "rows": dataset.sizes["batch"]}
+        # In words, segments are parts of one statistic.
+        found = [asdict(finding) for finding in findings(dataset.sel(batch=[batch]))]
+        about = _about(row) | {"findings": found, "row": int(batch), "rows": dataset.sizes["batch"]}
         plotly = embed(np.frombuffer(get_plotlyjs().encode(), np.uint8))
         parts = parts_of(from_the_first_token(row), asked)
         unfinished.write_text(_fitting_page(about, plotly, parts, int(max_megabytes * MEGABYTE)), "utf-8")
@@ -186,7 +188,6 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "direction": direction_of(row),
         "generated": first_generated(row),
         "topK": row.sizes.get("rank", 0),
-        "findings": [asdict(finding) for finding in findings(row)],
         "statistics": [described(row, name) for name in along_text(row)],
         "distances": row["distance_bin"].values.tolist() if HISTOGRAM in row else [],
         "roles": _roles(row),
