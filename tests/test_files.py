@@ -42,12 +42,19 @@ def _save_in_a_process(source, path, queue):
     queue.put(failures)
 
 
-def _load_while(alive, path, stats):
+def _load_beside(writers, path, stats):
+    """Load as often as there is time while the writers run, each time a whole file; how often that was."""
     loads = 0
-    while alive():
-        loaded = AttentionStats.load(path)
-        assert torch.equal(loaded["entropy"], stats["entropy"])
-        loads += 1
+    for writer in writers:
+        writer.start()
+    try:
+        while any(writer.is_alive() for writer in writers):
+            loaded = AttentionStats.load(path)
+            assert torch.equal(loaded["entropy"], stats["entropy"])
+            loads += 1
+    finally:
+        for writer in writers:
+            writer.join()
     return loads
 
 
@@ -55,13 +62,7 @@ def test_threads_that_save_the_same_path(stats, tmp_path):
     path, failures = tmp_path / "run.safetensors", []
     stats.save(path)
     writers = [threading.Thread(target=_save_for_a_while, args=(stats, path, failures)) for _ in range(WRITERS)]
-    for writer in writers:
-        writer.start()
-    try:
-        assert _load_while(lambda: any(writer.is_alive() for writer in writers), path, stats) > 3
-    finally:
-        for writer in writers:
-            writer.join()
+    assert _load_beside(writers, path, stats) > 3
     assert failures == []
     assert list(tmp_path.iterdir()) == [path]
 
@@ -74,13 +75,7 @@ def test_processes_that_save_the_same_path(stats, tmp_path):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     writers = [context.Process(target=_save_in_a_process, args=(source, path, queue)) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    try:
-        assert _load_while(lambda: any(writer.is_alive() for writer in writers), path, stats) > 3
-    finally:
-        for writer in writers:
-            writer.join()
+    assert _load_beside(writers, path, stats) > 3
     assert [queue.get(timeout=10) for _ in writers] == [[], []]
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert list(path.parent.iterdir()) == [path]
