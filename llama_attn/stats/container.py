@@ -61,6 +61,7 @@ class AttentionStats(HubMixin):
         length: Positions that the bins of maps are laid out for [token]; 0 for those of the keys.
         without_attention: Layers of the model that have no attention, and so no numbers.
         selected_queries: Positions of the queries that `select` has left [token]; None for all that were measured.
+        rows: Positions of the queries of ``row_weights`` [token].
     """
 
     values: dict[str, Tensor]
@@ -83,6 +84,7 @@ class AttentionStats(HubMixin):
     length: int = 0
     without_attention: tuple[int, ...] = ()
     selected_queries: tuple[int, ...] | None = None
+    rows: tuple[int, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -205,6 +207,7 @@ class AttentionStats(HubMixin):
             "batch": range(self.batch),
             "head": self.heads,
             "query": self.queries,
+            "row": self.rows,
             "key": self.keys,
             "query_bin": edges,
             "key_bin": edges,
