@@ -41,6 +41,8 @@ Forward<T>::Forward(const Call& call)
   const int64_t slots = call.batch * call.heads * stripes_.count;
   if (call.received.data != nullptr) received_ = zeros<T>(slots * slot_keys_);
   if (call.distance_histogram.data != nullptr) histogram_ = zeros<T>(slots * call.distance_histogram.size[2]);
+  if (bins_weights()) numbers_ = zeros<double>(slots * kWeightBins), masses_ = zeros<double>(slots * kWeightBins);
+  if (call.kept_mass != 0) kept_ = allocate<T>(call.batch * call.kv_heads * slot_keys_);
   if (call.sink_mass == 0 || call.rank.data == nullptr) return;
   const int64_t *rank = data_of<int64_t>(call.rank), panels = slot_keys_ / kPanel<T>;
   const uint8_t* real = data_of<uint8_t>(call.real_keys);
@@ -94,6 +96,8 @@ void Forward<T>::run() {
       reduce(call_.received, received_, slot_keys_, call_.num_keys, head);
       reduce(call_.distance_histogram, histogram_, call_.distance_histogram.size[2], call_.distance_histogram.size[2],
              head);
+      reduce(call_.weight_count, numbers_, kWeightBins, kWeightBins, head);
+      reduce(call_.weight_mass, masses_, kWeightBins, kWeightBins, head);
     }
   }
 }
@@ -102,6 +106,11 @@ template <class T>
 void Forward<T>::prepare(int64_t head, int64_t first, T* rows) {
   if (packs()) keys_.pack(call_, call_.key, head, first, keys_.at(head, first), rows);
   if (call_.value.data != nullptr) values_.fill(call_, call_.value, head, first);
+  if (kept_ == nullptr) return;
+  T* marks = kept_.get() + head * slot_keys_ + first;
+  const int64_t there = std::min(kPanel<T>, call_.num_keys - first);
+  read(call_.kept, head * call_.num_keys + first, 1, there, marks);
+  std::fill(marks + there, marks + kPanel<T>, T{0});
 }
 
 template <class T>
@@ -110,7 +119,7 @@ void Forward<T>::walk(const Tile& tile, int64_t stripe, Scratch& scratch) const 
   const int64_t rows = tile.rows(), width = round_up(call_.value_channels, kLanes<T>);
   gather(call_.query, call_.query.stride[1], call_.query.stride[2], tile, call_.channels,
          static_cast<T>(call_.scaling), scratch.queries.get(), depth_);
-  std::fill_n(scratch.sums.begin(), rows, RowSums<T>{{}, {}, {}, {}, hidden, 0, 0, 0});
+  std::fill_n(scratch.sums.begin(), rows, RowSums<T>{{}, {}, {}, {}, hidden, 0, 0, 0, 0});
   if (call_.value.data != nullptr) std::fill_n(scratch.output.get(), rows * width, T{0});
   scratch.blocks.clear();
   const Span seen = sight_.span(tile);
@@ -165,6 +174,7 @@ void Forward<T>::block(const Tile& tile, Span keys, T* scores, Scratch& scratch)
       const int64_t stop = std::min(keys.stop, position + call_.window);
       if (first < stop) sums.local += sum_of(mine + first - keys.first, stop - first);
     }
+    if (kept_ != nullptr) sums.kept += dot(mine, kept_.get() + kv_head * slot_keys_ + keys.first, width);
   }
   if (call_.value.data != nullptr)
     multiply<T>(rows, value_width, keys.stop - keys.first, {scores, stride, 1}, values_.at(kv_head, keys.first),
@@ -234,6 +244,7 @@ void Forward<T>::finish(const Tile& tile, Scratch& scratch) const {
     put(call_, call_.sink_mass, index, sums.sink * inverse + none);
     put(call_, call_.local_mass, index, sums.local * inverse + none);
     put(call_, call_.mean_distance, index, sum<T>(sums.distance) * inverse + none);
+    put(call_, call_.kept_mass, index, sums.kept * inverse + none);
     put(call_, call_.learned_sink_mass, index, sums.learned * inverse + none);
   }
 }
@@ -250,7 +261,7 @@ void Forward<T>::receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch
     const T* maxima = scratch.maxima.get() + static_cast<int64_t>(slot) * rows;
     for (int64_t member = 0; member < tile.group; ++member) {
       const int64_t head = tile.batch * call_.heads + tile.kv_head * tile.group + member;
-      const int64_t first_row = member * tile.queries;
+      const int64_t first_row = member * tile.queries, place = head * stripes_.count + stripe;
       for (int64_t i = 0; i < tile.queries; ++i) {
         const T most = scratch.sums[static_cast<size_t>(first_row + i)].most;
         const T missing = maxima[first_row + i] == most ? T{1} : std::exp(maxima[first_row + i] - most);
@@ -258,12 +269,16 @@ void Forward<T>::receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch
       }
       const T* weights = exponentials + first_row * stride;
       if (call_.received.data != nullptr) {
-        T* to = received_.get() + (head * stripes_.count + stripe) * slot_keys_ + keys.first;
+        T* to = received_.get() + place * slot_keys_ + keys.first;
         // One row of factors times the block.
         multiply<T>(1, width, tile.queries, {factors, 0, 1}, weights, stride, to, 0, true);
       }
+      if (bins_weights()) {
+        for (int64_t i = 0; i < tile.queries; ++i) scratch.bins.add(weights + i * stride, width, factors[i]);
+        scratch.bins.flush(numbers_.get() + place * kWeightBins, masses_.get() + place * kWeightBins);
+      }
       if (call_.distance_histogram.data == nullptr) continue;
-      T* bins = histogram_.get() + (head * stripes_.count + stripe) * bins_per_slot;
+      T* bins = histogram_.get() + place * bins_per_slot;
       for (int64_t i = 0; i < tile.queries; ++i)
         bin_distances(factors[i], weights + i * stride, keys, sight_.position(tile.first_row + i), bins);
     }
@@ -288,13 +303,15 @@ void Forward<T>::bin_distances(T factor, const T* weights, Span keys, int64_t po
 
 // Adds the slots of one head in their order.
 template <class T>
-void Forward<T>::reduce(const Tensor& to, const Buffer<T>& slots, int64_t slot_size, int64_t size, int64_t head) const {
+template <class From>
+void Forward<T>::reduce(const Tensor& to, const Buffer<From>& slots, int64_t slot_size, int64_t size,
+                        int64_t head) const {
   if (to.data == nullptr) return;
   T* totals = data_of<T>(to) + head * size;
   std::fill_n(totals, size, T{0});
   for (int64_t stripe = 0; stripe < stripes_.count; ++stripe) {
-    const T* slot = slots.get() + (head * stripes_.count + stripe) * slot_size;
-    for (int64_t i = 0; i < size; ++i) totals[i] += slot[i];
+    const From* slot = slots.get() + (head * stripes_.count + stripe) * slot_size;
+    for (int64_t i = 0; i < size; ++i) totals[i] += static_cast<T>(slot[i]);
   }
 }
 
