@@ -139,7 +139,9 @@ def walk(
     for statistic in wanted.statistics if wanted else ():
         if statistic.per_query and num_queries:
             taken, none = raw[statistic.name], torch.nan if statistic.dtype is None else -1
-            taken.masked_fill_(~sees.view(*sees.shape, *[1] * (taken.ndim - sees.ndim)), none)
+            # Of padding, keys that its block did not meet would otherwise be zero.
+            shown = sees & visibility.real_queries[:, None] if "row" in statistic.dims else sees
+            taken.masked_fill_(~shown.view(*sees.shape, *[1] * (taken.ndim - sees.ndim)), none)
     return Walk(output, logsumexp, raw)
 
 

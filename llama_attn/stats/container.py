@@ -24,6 +24,7 @@ from llama_attn.stats.labels import SEGMENT_LABELS, VISIBILITY_LABELS, Label
 from llama_attn.stats.part import part_of
 from llama_attn.stats.token_ids import read_ids, token_strings
 from llama_attn.stats.token_text import printable
+from llama_attn.stats.weight_bins import NUM_WEIGHT_BINS
 
 if TYPE_CHECKING:
     import xarray
@@ -212,6 +213,7 @@ class AttentionStats(HubMixin):
             "query_bin": edges,
             "key_bin": edges,
             "distance_bin": [2**b - 1 for b in range(length.bit_length())],
+            "weight_bin": range(NUM_WEIGHT_BINS),
             "rank": range(self.config.top_k),
         }
         if self.segments is not None:

@@ -203,7 +203,9 @@ class Run:
         if "row" in statistic.dims:
             (sight,), first, last = group.sights, total.sights[0], total.sights[-1]
             front = sight.offset - first.offset
-            return pad(raw, (front, last.offset + last.num_keys - first.offset - front - raw.shape[-1]))
+            behind = last.offset + last.num_keys - first.offset - front - raw.shape[-1]
+            # A row of padding is NaN everywhere.
+            return pad(raw, (front, behind)).masked_fill_(raw[..., :1].isnan(), torch.nan)
         if statistic.dims[-1] != "segment":
             return raw
         most = max(g.raw[statistic.name].shape[-1] for rows in self._rows for g in rows if statistic.name in g.raw)

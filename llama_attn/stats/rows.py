@@ -139,10 +139,6 @@ def _kept_mass_textbook(reference: Reference) -> Tensor:
     return (reference.weights * keep[:, :, None]).sum(-1)
 
 
-def _row_weights(block: Block) -> Float[Tensor, "batch head row key"]:
-    return block.weights.masked_fill(~block.real_rows[:, None, :, None], torch.nan)
-
-
 def _beyond_visible(reference: Reference) -> Tensor:
     """Scores with hidden keys at −inf, where a row that sees nothing gives 0 and not NaN."""
     return torch.where(reference.scores.isinf().all(-1, keepdim=True), 0, reference.scores)
@@ -222,7 +218,7 @@ STATISTICS = (
     ),
     Statistic(
         "row_weights", ("layer", "batch", "head", "row", "key"), "probability", "attention weights of single queries",
-        stream=_row_weights, needs="rows", meaning="attention weights of the chosen queries",
+        stream=lambda block: block.weights, needs="rows", meaning="attention weights of the chosen queries",
         textbook=lambda reference: reference.weights.masked_fill(
             ~reference.real_queries[:, None, :, None], torch.nan
         ),
