@@ -117,7 +117,9 @@ def walk(
             if name in names:
                 raw[name] = logsumexp.new_empty(batch, heads, NUM_WEIGHT_BINS)
                 call.put(name, raw[name])
-        if "kept_mass" in raw and wanted.keep is not None:
+        if "kept_mass" in raw:
+            if wanted.keep is None:
+                raise ValueError("kept_mass: needs `keep` in the AttentionStatsConfig")
             held.append(wanted.keep.expand(batch, key.shape[1], -1).contiguous())
             call.put("kept", held[-1])
         call.sink_tokens = min(wanted.config.sink_tokens, _BEYOND)

@@ -69,6 +69,7 @@ typename Forward<T>::Scratch Forward<T>::make_scratch() const {
   scratch.output = allocate<T>(rows * round_up(call_.value_channels, kLanes<T>));
   scratch.row = allocate<T>(std::max({call_.block_keys, rows, Panels<T>::scratch_size(call_.channels)}));
   scratch.factors = allocate<T>(rows);
+  if (bins_weights()) scratch.bins.prepare();
   scratch.sums.resize(static_cast<size_t>(rows));
   scratch.blocks.reserve(static_cast<size_t>((call_.num_keys + call_.block_keys - 1) / call_.block_keys));
   return scratch;
@@ -133,7 +134,9 @@ void Forward<T>::walk(const Tile& tile, int64_t stripe, Scratch& scratch) const 
     scratch.blocks.push_back(first);
   }
   finish(tile, scratch);
-  if (keeps_blocks()) receive(tile, stripe, seen.stop, scratch);
+  if (call_.received.data != nullptr || call_.distance_histogram.data != nullptr)
+    receive(tile, stripe, seen.stop, scratch);
+  if (bins_weights()) bin_weights(tile, stripe, seen.stop, scratch);
 }
 
 // The scores of one block, their exponentials, and what these add to every row.
@@ -249,6 +252,14 @@ void Forward<T>::finish(const Tile& tile, Scratch& scratch) const {
   }
 }
 
+// What makes final weights of the exponentials of a row in one block.
+template <class T>
+T Forward<T>::factor_of(int64_t row, size_t slot, int64_t rows, const Scratch& scratch) {
+  const T then = scratch.maxima[static_cast<int64_t>(slot) * rows + row];
+  const T most = scratch.sums[static_cast<size_t>(row)].most;
+  return scratch.factors[row] * (then == most ? T{1} : std::exp(then - most));
+}
+
 // Final weights: the kept exponentials times what their block lacks.
 template <class T>
 void Forward<T>::receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const {
@@ -258,30 +269,38 @@ void Forward<T>::receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch
     const Span keys{scratch.blocks[slot], std::min(scratch.blocks[slot] + stride, stop)};
     const int64_t width = round_up(keys.stop - keys.first, kLanes<T>);
     const T* exponentials = scratch.scores.get() + static_cast<int64_t>(slot) * rows * stride;
-    const T* maxima = scratch.maxima.get() + static_cast<int64_t>(slot) * rows;
     for (int64_t member = 0; member < tile.group; ++member) {
       const int64_t head = tile.batch * call_.heads + tile.kv_head * tile.group + member;
       const int64_t first_row = member * tile.queries, place = head * stripes_.count + stripe;
-      for (int64_t i = 0; i < tile.queries; ++i) {
-        const T most = scratch.sums[static_cast<size_t>(first_row + i)].most;
-        const T missing = maxima[first_row + i] == most ? T{1} : std::exp(maxima[first_row + i] - most);
-        factors[i] = scratch.factors[first_row + i] * missing;
-      }
+      for (int64_t i = 0; i < tile.queries; ++i) factors[i] = factor_of(first_row + i, slot, rows, scratch);
       const T* weights = exponentials + first_row * stride;
       if (call_.received.data != nullptr) {
         T* to = received_.get() + place * slot_keys_ + keys.first;
         // One row of factors times the block.
         multiply<T>(1, width, tile.queries, {factors, 0, 1}, weights, stride, to, 0, true);
       }
-      if (bins_weights()) {
-        for (int64_t i = 0; i < tile.queries; ++i) scratch.bins.add(weights + i * stride, width, factors[i]);
-        scratch.bins.flush(numbers_.get() + place * kWeightBins, masses_.get() + place * kWeightBins);
-      }
       if (call_.distance_histogram.data == nullptr) continue;
       T* bins = histogram_.get() + place * bins_per_slot;
       for (int64_t i = 0; i < tile.queries; ++i)
         bin_distances(factors[i], weights + i * stride, keys, sight_.position(tile.first_row + i), bins);
     }
+  }
+}
+
+// The final weights of one head after the other, so that sums over all its blocks are made once.
+template <class T>
+void Forward<T>::bin_weights(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const {
+  const int64_t rows = tile.rows(), stride = call_.block_keys;
+  for (int64_t member = 0; member < tile.group; ++member) {
+    for (size_t slot = 0; slot < scratch.blocks.size(); ++slot) {
+      const int64_t at = static_cast<int64_t>(slot) * rows, first = scratch.blocks[slot];
+      const int64_t width = round_up(std::min(stride, stop - first), kLanes<T>);
+      for (int64_t row = member * tile.queries; row < (member + 1) * tile.queries; ++row)
+        scratch.bins.add(scratch.scores.get() + (at + row) * stride, width, factor_of(row, slot, rows, scratch));
+    }
+    const int64_t head = tile.batch * call_.heads + tile.kv_head * tile.group + member;
+    const int64_t place = (head * stripes_.count + stripe) * kWeightBins;
+    scratch.bins.flush(numbers_.get() + place, masses_.get() + place);
   }
 }
 

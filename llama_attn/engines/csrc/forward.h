@@ -88,6 +88,8 @@ class Forward {
   void add_learned_sink(const Tile& tile, int64_t row, Scratch& scratch) const;
   void finish(const Tile& tile, Scratch& scratch) const;
   void receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const;
+  static T factor_of(int64_t row, size_t slot, int64_t rows, const Scratch& scratch);
+  void bin_weights(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const;
   void bin_distances(T factor, const T* weights, Span keys, int64_t position, T* bins) const;
   template <class From>
   void reduce(const Tensor& to, const Buffer<From>& slots, int64_t slot_size, int64_t size, int64_t head) const;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "memory.h"
 #include "vector.h"
 
 namespace llama_attn {
@@ -17,6 +18,8 @@ constexpr int64_t kWeightBins = 31;
 template <class T>
 class WeightBins {
  public:
+  void prepare() {}
+
   // Adds the weights factor · exponentials[0 … width); width is a multiple of the lanes.
   void add(const T* exponentials, int64_t width, T factor) {
     for (int64_t j = 0; j < width; ++j) {
@@ -47,81 +50,128 @@ class WeightBins {
 };
 
 // In float32 sums are integers, exact whatever the order: of every weight the 23 bits behind the leading one, and above
-// them a one that counts. Adding to a table entry by entry would take three times as long: what was just written is slow
-// to be read again.
+// them a one that counts.
+//
+// A pair of weights is added in one step, to a table that has a row for each bin of the first and a column for each of
+// the second, and to two such tables in turn: what was just written is slow to be read again.
 template <>
 class WeightBins<float> {
  public:
-  // Adds the weights factor · exponentials[0 … width); width is a multiple of the lanes.
+  void prepare() {
+    table_ = allocate<uint64_t>(kTables * kSide * kRow);
+    std::fill_n(table_.get(), kTables * kSide * kRow, 0);
+  }
+
   void add(const float* exponentials, int64_t width, float factor) {
     if (factor != factor) {
       spoiled_ = true;
       return;
     }
-    for (int64_t j = 0; j < width; j += kChunk * kLanes<float>)
-      add_chunk(exponentials + j, std::min(kChunk, (width - j) / kLanes<float>), factor);
+    for (int64_t j = 0; j < width; j += kChunk) add_chunk(exponentials + j, std::min(kChunk, width - j), factor);
   }
 
   void flush(double* counts, double* masses) {
+    settle();
     for (int64_t bin = 0; bin < kWeightBins; ++bin) {
-      double number = 0, rest = 0;
-      for (int64_t lane = 0; lane < kLanes<float>; ++lane) number += static_cast<uint32_t>(numbers_[bin][lane]);
-      for (int64_t lane = 0; lane < kLanes<float> / 2; ++lane) rest += static_cast<double>(fractions_[bin][lane]);
+      const double number = static_cast<double>(numbers_[bin]);
       // Numbers one unit below were summed.
-      rest += number;
+      const double rest = std::ldexp(static_cast<double>(fractions_[bin]) + number, -kFractionBits);
       counts[bin] += number;
-      masses[bin] += bin < kWeightBins - 1 ? std::ldexp(number + std::ldexp(rest, -kFractionBits), -1 - static_cast<int>(bin))
-                                           : std::ldexp(rest, -30 - kFractionBits);
-      numbers_[bin] = Words{}, fractions_[bin] = Wide{};
+      masses[bin] += bin < kWeightBins - 1 ? std::ldexp(number + rest, -1 - static_cast<int>(bin))
+                                           : std::ldexp(rest, -static_cast<int>(bin));
+      numbers_[bin] = fractions_[bin] = 0;
     }
     if (spoiled_) counts[0] = masses[0] = std::numeric_limits<double>::quiet_NaN();
     spoiled_ = false;
   }
 
  private:
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
   typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
   typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
-  static constexpr int kFractionBits = 23, kCountBit = 27;
-  // As many fractions as fit below the count, and the count above, which may be all of them.
-  static constexpr int64_t kChunk = 1 << (kCountBit - kFractionBits), kTogether = 4;
+  typedef uint64_t Pair __attribute__((vector_size(16)));
+  static constexpr int64_t kTables = 2, kSide = kWeightBins + 1, kRow = 2 * kSide, kChunk = 512;
+  static constexpr int kFractionBits = 23, kCountBit = 43;
+  static constexpr uint64_t kOne = uint64_t{1} << kCountBit, kFraction = (uint64_t{1} << kFractionBits) - 1;
+  // As many fractions as fit below the count.
+  static constexpr int64_t kMost = int64_t{1} << (kCountBit - kFractionBits);
 
   // Bits of the number just below, so that a power of two is the last of its bin. Small weights are moved to the one
   // octave that is left for all of them, (2^−31, 2^−30], as fractions of it; zero becomes its lower end, in bin 31.
-  static Words places_of(Vector<float> weights) {
-    constexpr float kSmall = 0x1p-30f;
-    const Vector<float> moved = weights * 0.5f + 0.5f * kSmall;
-    return reinterpret_cast<Words>(weights > kSmall ? weights : moved) - 1;
+  static Words places_of(Vector<float> exponentials, float factor) {
+    const Vector<float> weights = exponentials * factor, moved = exponentials * (0.5f * factor) + 0x1p-31f;
+    return reinterpret_cast<Words>(weights > moved ? weights : moved) - 1;
   }
 
-  void add_chunk(const float* exponentials, int64_t count, float factor) {
-    constexpr uint32_t kBias = 126, kOne = uint32_t{1} << kCountBit, kFraction = (uint32_t{1} << kFractionBits) - 1;
-    Words bins[kChunk], values[kChunk], found{};
-    for (int64_t i = 0; i < count; ++i) {
-      const Words places = places_of(load(exponentials + i * kLanes<float>) * factor);
-      bins[i] = kBias - (places >> kFractionBits);
-      values[i] = (places & kFraction) | kOne;
-      found |= (Words{} + 1) << bins[i];
-    }
-    uint32_t present = 0;
-    for (int64_t lane = 0; lane < kLanes<float>; ++lane) present |= found[lane];
-    for (uint32_t first = 0; first < kWeightBins; first += kTogether) {
-      if ((present >> first & ((1 << kTogether) - 1)) == 0) continue;
-      Words totals[kTogether] = {};
-      for (int64_t i = 0; i < count; ++i)
-#pragma GCC unroll 4
-        for (uint32_t k = 0; k < kTogether; ++k)
-          totals[k] += bins[i] == first + k ? values[i] : Words{};
-#pragma GCC unroll 4
-      for (uint32_t k = 0; k < kTogether; ++k) {
-        numbers_[first + k] += totals[k] >> kCountBit;
-        const Wide pairs = reinterpret_cast<Wide>(totals[k] & (kOne - 1));
-        fractions_[first + k] += (pairs & 0xffffffff) + (pairs >> 32);
-      }
-    }
+  // The numbers of both in even, or in odd lanes, side by side.
+  template <int kOdd, int... Lane>
+  static Wide beside(Wide first, Wide second, std::integer_sequence<int, Lane...>) {
+    constexpr int kCount = sizeof...(Lane);
+    return __builtin_shufflevector(first, second, ((Lane & ~1) + kOdd + (Lane & 1) * kCount)...);
   }
 
-  Words numbers_[kWeightBins + 1] = {};
-  Wide fractions_[kWeightBins + 1] = {};
+  void add_chunk(const float* exponentials, int64_t width, float factor) {
+    constexpr int64_t kLanesHere = kLanes<float>, kStep = 2 * kLanesHere;
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes<float> / 2>{};
+    alignas(64) uint64_t values[2 * kChunk + 4 * kLanesHere];
+    alignas(64) uint32_t places[kChunk];
+    if ((held_ += kChunk) > kMost) settle(), held_ = kChunk;
+    int64_t pairs = 0;
+    for (int64_t j = 0; j < width; j += kStep, pairs += kLanesHere) {
+      const bool both = j + kLanesHere < width;
+      const Words first = places_of(load(exponentials + j), factor);
+      const Words second = places_of(both ? load(exponentials + j + kLanesHere) : Vector<float>{}, factor);
+      // The last five bits of the exponent, with the larger ones for the larger weights, times the size of an entry.
+      const Words where = (first >> (kFractionBits - 6) & 31 << 6) | (second >> (kFractionBits - 1) & 31 << 1);
+      std::memcpy(places + pairs, &where, sizeof(where));
+      const Wide a = reinterpret_cast<Wide>(first), b = reinterpret_cast<Wide>(second);
+      const Wide even_a = (a & kFraction) | kOne, even_b = (b & kFraction) | kOne;
+      const Wide odd_a = (a >> 32 & kFraction) | kOne, odd_b = (b >> 32 & kFraction) | kOne;
+      // Of every four lanes, the first, second, third and last.
+      const Wide parts[4] = {beside<0>(even_a, even_b, lanes), beside<0>(odd_a, odd_b, lanes),
+                             beside<1>(even_a, even_b, lanes), beside<1>(odd_a, odd_b, lanes)};
+      std::memcpy(values + 2 * pairs, parts, sizeof(parts));
+    }
+    uint64_t* const table = table_.get();
+    for (int64_t first = 0; first < pairs; first += kLanesHere)
+#pragma GCC unroll 4
+      for (int64_t quad = 0; quad < kLanesHere / 4; ++quad)
+#pragma GCC unroll 4
+        for (int64_t part = 0; part < 4; ++part) {
+          uint64_t* const entry = table + part % kTables * kSide * kRow + places[first + 4 * quad + part];
+          Pair sums, value;
+          std::memcpy(&sums, entry, sizeof(sums));
+          std::memcpy(&value, values + 2 * (first + part * (kLanesHere / 4) + quad), sizeof(value));
+          sums += value;
+          std::memcpy(entry, &sums, sizeof(sums));
+        }
+  }
+
+  // Adds up rows and columns of the tables, and empties them.
+  void settle() {
+    uint64_t columns[kRow] = {};
+    uint64_t sums[kSide] = {};
+    for (int64_t row = 0; row < kTables * kSide; ++row) {
+      uint64_t* const entries = table_.get() + row * kRow;
+      uint64_t firsts = 0;
+      for (int64_t i = 0; i < kRow; i += 2) firsts += entries[i];
+      for (int64_t i = 0; i < kRow; ++i) columns[i] += entries[i];
+      std::fill_n(entries, kRow, 0);
+      sums[row % kSide] += firsts;
+    }
+    for (int64_t exponent = 0; exponent < kSide; ++exponent) {
+      // 126, the exponent of the first bin, ends in 30.
+      const int64_t bin = (30 - exponent) & 31;
+      const uint64_t sum = sums[exponent] + columns[2 * exponent + 1];
+      numbers_[bin] += sum >> kCountBit;
+      fractions_[bin] += sum & (kOne - 1);
+    }
+    held_ = 0;
+  }
+
+  Buffer<uint64_t> table_;
+  uint64_t numbers_[kSide] = {}, fractions_[kSide] = {};
+  int64_t held_ = 0;
   bool spoiled_ = false;
 };
 
