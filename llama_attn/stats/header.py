@@ -158,7 +158,7 @@ def _positions(name: str, value: Any) -> tuple[int, ...] | None:
     return None if value is None else tuple(_integer(name, number) for number in _list(name, value))
 
 
-def _indices_of_rows(name: str, value: Any) -> tuple[int, ...]:
+def _row_positions(name: str, value: Any) -> tuple[int, ...]:
     return tuple(_integer(name, number) for number in _list(name, value))
 
 
@@ -221,6 +221,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "first_query": _integer, "tokens": _tokens, "segments": _segments, "backend": _text, "engine": _text,
     "model": _text, "replayed": _flag, "first_key": _integer, "stack": _text, "paths": _texts,
     "direction": _direction, "length": _integer, "without_attention": _indices,
-    "selected_queries": _positions, "rows": _indices_of_rows,
+    "selected_queries": _positions, "rows": _row_positions, "num_heads": _index,
+    "num_kv_heads": _index,
 }  # fmt: skip
 _OPTIONAL = set(_READERS) - _REQUIRED
