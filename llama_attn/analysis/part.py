@@ -43,8 +43,12 @@ def measured_layers(dataset: xarray.Dataset) -> str:
     if not layers:
         # Of the residual stream the last is the output.
         layers = [int(layer) for layer in dataset.coords.get("hidden_layer", ())][:-1]
-    total = int(dataset.attrs.get("num_layers", 0))
-    missing = {*range(total)} - {*layers, *without_attention(dataset)}
+    return part_of_layers(layers, int(dataset.attrs.get("num_layers", 0)), without_attention(dataset))
+
+
+def part_of_layers(layers: Sequence[int], total: int, without: Sequence[int] = ()) -> str:
+    """``layers 0–9 of 30``; empty for all of them but those without attention."""
+    missing = {*range(total)} - {*layers, *without}
     return f"{named_layers(layers)} of {total}" if layers and missing else ""
 
 

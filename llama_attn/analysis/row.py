@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import xarray
     from jaxtyping import Bool, Int
 
-MAP_AXES = {"query": "query_bin", "key": "key_bin"}
+MAP_AXES: dict[Literal["query", "key"], str] = {"query": "query_bin", "key": "key_bin"}
 
 
 def row_alone(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
@@ -45,7 +45,7 @@ def row_alone(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
         ends = {axis: _ends(row[axis].values, real_tokens(row, axis).isel(batch=0).values) for axis in MAP_AXES}
     else:
         ends = dict.fromkeys(MAP_AXES, _ends_of_text(row))
-    widths = {bins: _bin_width(row, axis, bins) for axis, bins in MAP_AXES.items() if bins in row.coords}
+    widths = {bins: _bin_width(row, bins) for bins in MAP_AXES.values() if bins in row.coords}
     if any(end is not None for end in ends.values()):
         row = _cut(row, ends, widths)
     return row.assign_coords({bins: (bins, row[bins].values, {"width": width}) for bins, width in widths.items()})
@@ -85,7 +85,9 @@ def _seen_twice(row: xarray.Dataset, key: int) -> bool:
     return key in row["key"].values and bool((counts.sel(key=key) > 1).any())
 
 
-def _cut(row: xarray.Dataset, ends: dict[str, tuple[int, int] | None], widths: dict[str, int]) -> xarray.Dataset:
+def _cut(
+    row: xarray.Dataset, ends: dict[Literal["query", "key"], tuple[int, int] | None], widths: dict[str, int]
+) -> xarray.Dataset:
     for axis, bins in MAP_AXES.items():
         if (end := ends[axis]) is None:
             continue
@@ -105,7 +107,7 @@ def _cut(row: xarray.Dataset, ends: dict[str, tuple[int, int] | None], widths: d
     return row
 
 
-def _bin_width(row: xarray.Dataset, axis: str, bins: str) -> int:
+def _bin_width(row: xarray.Dataset, bins: str) -> int:
     """Tokens per bin."""
     coordinate = row[bins]
     if "width" in coordinate.attrs:
