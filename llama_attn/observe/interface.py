@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +25,8 @@ from llama_attn.backends.registry import Backend, rule_of
 from llama_attn.engines import choose_engine
 from llama_attn.engines._fused import fused
 from llama_attn.observe import compiled
-from llama_attn.stats.recorder import Share
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.sight import Share
 from llama_attn.stats.visibility import Visibility
 
 # The interfaces that models use whose files have none of their own.
@@ -61,6 +62,16 @@ class CallObserver(Protocol):
         """Measure the call, beside its backend what the backend has not."""
 
 
+class Change(Protocol):
+    """What changes attention calls."""
+
+    def mask(self, call: AttentionCall, backend: Backend, name: str) -> Any:
+        """The mask that the call gets."""
+
+    def output(self, call: AttentionCall, backend: Backend, output: Tensor) -> Tensor:
+        """What the call gives, (batch, query, head, value_channel)."""
+
+
 class Observer(Protocol):
     """What watches attention layers."""
 
@@ -81,6 +92,8 @@ class Observer(Protocol):
 
 # By identity: Dynamo would look into keys that are modules. `compiled.modules` keeps them alive.
 _watched: dict[int, tuple[Observer, ...]] = {}
+# By identity of the layer; these keep it alive, with the layer.
+_changed: dict[int, tuple[nn.Module, tuple[Change, ...]]] = {}
 _cross: dict[int, None] = {}
 # Those who are shown hidden states.
 _seeing: dict[int, Observer] = {}
@@ -142,11 +155,7 @@ def watch(
         _cross[id(module)] = None
     if observer.sees_states:
         _seeing[id(observer)] = observer
-    for interface in interfaces:
-        _, users = _shadowed.get(id(interface), (None, 0))
-        if not users:
-            _shadow(interface)
-        _shadowed[id(interface)] = interface, users + 1
+    _hold(interfaces)
 
 
 def unwatch(modules: Iterable[nn.Module], observer: Observer, interfaces: Iterable[Any]) -> None:
@@ -158,8 +167,52 @@ def unwatch(modules: Iterable[nn.Module], observer: Observer, interfaces: Iterab
             _watched[id(module)] = left
         else:
             _watched.pop(id(module), None)
-            _cross.pop(id(module), None)
             compiled.modules.pop(id(module), None)
+        _forget_cross(module)
+    _release(interfaces)
+
+
+def change(
+    modules: Iterable[nn.Module], intervention: Change, interfaces: Iterable[Any], cross: Iterable[nn.Module] = ()
+) -> None:
+    """Let ``intervention`` change the attention calls of ``modules``; the arguments are those of `watch`."""
+    for module in modules:
+        _, others = _changed.get(id(module), (module, ()))
+        _changed[id(module)] = module, (*others, intervention)
+    for module in cross:
+        _cross[id(module)] = None
+    _hold(interfaces)
+
+
+def unchange(modules: Iterable[nn.Module], intervention: Change, interfaces: Iterable[Any]) -> None:
+    """Take back what `change` did."""
+    for module in modules:
+        _, found = _changed[id(module)]
+        left = tuple(other for other in found if other is not intervention)
+        if left:
+            _changed[id(module)] = module, left
+        else:
+            del _changed[id(module)]
+        _forget_cross(module)
+    _release(interfaces)
+
+
+def _forget_cross(module: nn.Module) -> None:
+    if id(module) not in _watched and id(module) not in _changed:
+        _cross.pop(id(module), None)
+
+
+def _hold(interfaces: Iterable[Any]) -> None:
+    """Shadow the interfaces, if nobody has yet."""
+    for interface in interfaces:
+        _, users = _shadowed.get(id(interface), (None, 0))
+        if not users:
+            _shadow(interface)
+        _shadowed[id(interface)] = interface, users + 1
+
+
+def _release(interfaces: Iterable[Any]) -> None:
+    """Take the shadow away, if nobody needs it any more."""
     for interface in interfaces:
         _, users = _shadowed[id(interface)]
         if users == 1:
@@ -188,7 +241,7 @@ def _shadow(interface: Any) -> None:
 
     def get_interface(name: str | None, default: Callable[..., Any]) -> Callable[..., Any]:
         attend = given(name, default)
-        if not _watched:
+        if not _watched and not _changed:
             return attend
 
         def observed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -200,9 +253,10 @@ def _shadow(interface: Any) -> None:
                 everyone = tuple(observer for observer in everyone if observer.is_traced)
             asked = [observer.for_call(module) for observer in everyone]
             observers = [observer for observer in asked if observer is not None]
-            if not observers and not outside:
+            _, changes = _changed.get(id(module), (module, ()))
+            if not observers and not outside and not changes:
                 return attend(module, *args, **kwargs)
-            return _observe(observers, attend, name or "eager", module, args, kwargs, outside)
+            return _observe(observers, attend, name or "eager", module, args, kwargs, outside, changes)
 
         return observed
 
@@ -273,8 +327,12 @@ def _observe(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     outside: bool,
+    changes: Sequence[Change] = (),
 ) -> Any:
-    """Run the backend unchanged, and measure what it was given; ``outside`` of the graph there is somebody too."""
+    """Run the backend, and measure what it was given; ``outside`` of the graph there is somebody too.
+
+    Without ``changes`` it is called as it would have been.
+    """
     options = dict(kwargs)
     if len(args) == len(TENSORS):
         query, key, value, mask = args
@@ -284,6 +342,12 @@ def _observe(
     backend = rule_of(name)
     cross = is_cross(module)
     first = observers[0] if observers else None
+    options = {name: option for name, option in options.items() if name not in TENSORS}
+    if changes:
+        _refuse(module, name, options)
+        mask = _changed_mask(
+            changes, AttentionCall(module, query, key, value, mask, options, cross=cross), backend, name
+        )
     if backend.is_streaming:
         call = streaming_call(module, query, key, value, mask, cross=cross, **options)
         visibility = (first and first.visibility(call, backend)) or backend.sees(call)
@@ -296,14 +360,18 @@ def _observe(
         if first and share:
             first.put(call, visibility, raw, engine)
             observers = observers[1:] if is_all else observers
-        result: Any = output, None
+        result: Any = _changed_output(changes, call, backend, output), None
     else:
         _refuse(module, name, options)
         request = _request_of(mask, module, query.shape[2], key.shape[2])
         call = AttentionCall(module, query, key, value, mask, options, request, cross)
         # Before anything has run, so that what cannot be measured is refused at once.
-        known = first.visibility(call, backend) if first else backend.sees(call)
-        result = attend(module, *args, **kwargs)
+        known = first.visibility(call, backend) if first else backend.sees(call) if outside else None
+        if changes:
+            result = attend(module, query, key, value, mask, **options)
+            result = _changed_output(changes, call, backend, result[0]), *result[1:]
+        else:
+            result = attend(module, *args, **kwargs)
         if known is None:
             return result
         visibility, prefer = known, None
@@ -313,6 +381,23 @@ def _observe(
     if outside:
         compiled.observe(call, name, visibility, scores, result[0], prefer)
     return result
+
+
+def _changed_mask(changes: Sequence[Change], call: AttentionCall, backend: Backend, name: str) -> Any:
+    """The mask of a call after all changes, one after the other."""
+    if torch.compiler.is_compiling():
+        raise ValueError("ablate_heads, block_keys: a compiled graph would keep the change; use the model uncompiled")
+    for intervention in changes:
+        request = _request_of(call.mask, call.module, call.num_queries, call.num_slots)
+        call = replace(call, request=request)
+        call = replace(call, mask=intervention.mask(call, backend, name))
+    return call.mask
+
+
+def _changed_output(changes: Sequence[Change], call: AttentionCall, backend: Backend, output: Tensor) -> Tensor:
+    for intervention in changes:
+        output = intervention.output(call, backend, output)
+    return output
 
 
 def _tell(call: AttentionCall, name: str, scores: Scoring, output: Tensor, prefer: str | None) -> None:
