@@ -131,7 +131,7 @@ def test_without_packages_for_pictures_the_numbers_are_saved(command, packages, 
         "xarray, pandas", "pandas, xarray"
     )
     assert "[viz]'" in said
-    assert ("sink mass" in said or "strongest: layer" in said) == table
+    assert ("strongest key" in said or "strongest: layer" in said) == table
     result = invoke("report", tmp_path / "out" / "stats.safetensors")
     assert result.exit_code == 2, "where there is nothing but a picture to make"
 

@@ -35,7 +35,7 @@ def batch_of(ids, side):
 def test_a_row_is_what_its_text_is_alone(side, ids):
     mask, text = batch_of(ids, side)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    config = AttentionStatsConfig(statistics="all", norms=True, map_size=64)
+    config = AttentionStatsConfig(statistics="all", norms=True, rows=slice(0, None))
     with torch.no_grad():
         both = tiny_model()(ids, attention_mask=mask, position_ids=positions, output_attention_stats=config)
         alone = tiny_model()(text, output_attention_stats=config).attention_stats.to_xarray()
@@ -156,6 +156,19 @@ def test_the_page_counts_from_the_first_token(ids, tmp_path):
     assert {"token": 0} in page.about["findings"][0]["words"]
     with pytest.raises(ValueError, match="exact: 20 is no measured query; there are 11, from 0 to 10"):
         report(measured(ids, mask), tmp_path / "row.html", exact=20)
+
+
+def test_a_number_that_is_not_there_is_a_dash(ids, open_page, tmp_path):
+    """Of a token that is no measured query the page has what is of keys; the rest is not passed over in silence."""
+    page = open_page(report(measured(ids, query_stride=2), tmp_path / "row.html"))
+    page.locator("#token summary, #tokens .token").first.wait_for()
+    token(page, 7).click()
+    page.locator("#token h3", has_text="Token 7 ").wait_for()
+    page.locator("#token dd").first.wait_for(state="attached")
+    names, said = (page.locator(f"#token {part}").all_text_contents() for part in ("dt", "dd"))
+    numbers = dict(zip(names, said, strict=True))
+    assert numbers["entropy"] == numbers["hidden norm"] == "–"
+    assert numbers["received"].endswith(" probability")
 
 
 @pytest.mark.parametrize("generate", [(), ("--generate", "3")])

@@ -16,7 +16,7 @@ ORDINALS = {1: "st", 2: "nd", 3: "rd"}
 
 
 def measured_part(dataset: xarray.Dataset) -> str:
-    """What a statement about a run rests on, if not on all of it: ``layers 0–9 of 30, every 3rd query``.
+    """What a statement about a run rests on, if not on all of it: ``layers 0–9 of 30, heads 0–3 of 9``.
 
     Empty for the whole: all layers of the model that have attention, all heads, and all queries from the first key on.
     """
@@ -24,7 +24,10 @@ def measured_part(dataset: xarray.Dataset) -> str:
     config = json.loads(dataset.attrs.get("config", "{}"))
     if "head" in dataset.coords:
         heads = sorted(int(head) for head in dataset["head"].values)
-        if config.get("heads") is not None or heads != list(range(len(heads))):
+        if total := int(dataset.attrs.get("num_heads", 0)):
+            parts += [f"{named_range('head', heads)} of {total}"] if len(heads) < total else []
+        elif config.get("heads") is not None or heads != list(range(len(heads))):
+            # An older file does not say of how many.
             parts.append(named_range("head", heads))
     if (stride := int(config.get("query_stride", 1))) > 1:
         ending = "th" if stride % 100 in (11, 12, 13) else ORDINALS.get(stride % 10, "th")

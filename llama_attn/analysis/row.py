@@ -99,6 +99,11 @@ def _cut(
             edges = row[bins].values
             row = row.isel({bins: slice(*np.searchsorted(edges, [start - widths[bins] + 1, stop]))})
             row = row.assign_coords({bins: row[bins].values - start})
+        if axis == "query" and "row" in row.coords:
+            # Those whose weights were measured one by one.
+            rows = row["row"].values
+            row = row.isel(row=(rows >= start) & (rows < stop))
+            row = row.assign_coords(row=row["row"].values - start)
         if axis == "key" and "topk_position" in row and start:
             places = row["topk_position"]
             row = row.assign(topk_position=places.where(places < 0, places - start).assign_attrs(places.attrs))

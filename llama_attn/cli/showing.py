@@ -97,10 +97,9 @@ def _print_layers(stats: AttentionStats, rows: Sequence[str]) -> None:
 def _table_of_layers(row: xarray.Dataset, name: str) -> Table:
     """A line per layer; tokens are cut until it is no wider than the terminal."""
     from llama_attn.analysis import summarize_layers
-    from llama_attn.viz.style import tokens_of
 
     lines = summarize_layers(row, batch=int(row["batch"].values[0]))
-    tokens = tokens_of(row.isel(batch=0), "key")
+    tokens = row["key_token"].isel(batch=0).values.tolist() if "key_token" in row.coords else None
     first = int(row["key"].values[0])
     # The steps of generating have no median in common.
     median = "× median" if "hidden_layer_median" in row else "× median of tokens'\nmedians"

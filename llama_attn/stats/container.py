@@ -61,6 +61,7 @@ class AttentionStats(HubMixin):
         direction: ``"causal"``, ``"bidirectional"``, or ``"cross"`` for keys of another sequence.
         length: Positions that the bins of maps are laid out for [token]; 0 for those of the keys.
         without_attention: Layers of the model that have no attention, and so no numbers.
+        num_heads: Query heads of the model's layers; 0 where an older file does not say.
         selected_queries: Positions of the queries that `select` has left [token]; None for all that were measured.
         rows: Positions of the queries of ``row_weights`` [token].
     """
@@ -85,6 +86,7 @@ class AttentionStats(HubMixin):
     length: int = 0
     without_attention: tuple[int, ...] = ()
     selected_queries: tuple[int, ...] | None = None
+    num_heads: int = 0
     rows: tuple[int, ...] = ()
 
     @property
@@ -260,6 +262,7 @@ class AttentionStats(HubMixin):
             "engine": self.engine,
             "model": self.model,
             "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
             "replayed": int(self.replayed),
             "stack": self.stack,
             "paths": json.dumps(self.paths),

@@ -85,6 +85,7 @@ def label(
         layers=layers,
         heads=sheet.heads,
         num_layers=origin.num_layers,
+        num_heads=sheet.num_heads,
         first_query=widest.first_position,
         first_key=sheet.first_key,
         segments=segments,

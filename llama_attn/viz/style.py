@@ -12,7 +12,7 @@ import numpy as np
 from llama_attn.analysis.dataset import real_tokens, require, without_attention
 from llama_attn.analysis.part import measured_layers, named_layers, named_range
 from llama_attn.analysis.row import row_alone
-from llama_attn.stats.token_text import readable
+from llama_attn.stats.token_text import drawn, readable
 
 if TYPE_CHECKING:
     import xarray
@@ -117,8 +117,7 @@ def drawable(token: str) -> str:
 
 def written(text: str, longest: int = LONGEST_NAME) -> str:
     """A name, unit or text from a file as it is drawn: on one line, control characters as dots, a long one cut."""
-    text = "".join(character if character.isprintable() else "·" for character in text)
-    return _in_fonts(text if len(text) <= longest else text[: longest - 1] + "…")
+    return _in_fonts(drawn(text, longest))
 
 
 def _in_fonts(text: str) -> str:

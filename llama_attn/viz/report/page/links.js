@@ -80,15 +80,16 @@ async function showToken() {
 // Every statistic of the token, in the chosen layer and head.
 async function numbersOf(position) {
   const list = element("dl", { class: "numbers-of" });
+  let known = 0;
   for (const statistic of report.statistics) {
     const { values, source, layer, poolsHeads } = await along(statistic);
     const value = values[position];
-    if (!Number.isFinite(value)) continue;
     list.append(element("dt", {}, plain(statistic.name)), element("dd", {
-      "data-statistic": statistic.name, "data-value": value, "data-error": source.error(layer, value),
-    }, withUnit(value, statistic.unit), ...[poolsHeads && ", mean over heads", source.width > 1 && `, mean over ${source.width} tokens`].filter(Boolean)));
+      "data-statistic": statistic.name, ...(Number.isFinite(value) && { "data-value": value, "data-error": source.error(layer, value) }),
+    }, Number.isFinite(value) ? withUnit(value, statistic.unit) : "–", ...Number.isFinite(value) ? [poolsHeads && ", mean over heads", source.width > 1 && `, mean over ${source.width} tokens`].filter(Boolean) : []));
+    known += Number.isFinite(value);
   }
-  const missing = list.children.length ? null : element("p", { class: "muted small" }, "No data: padding, or no measured query.");
+  const missing = known ? null : element("p", { class: "muted small" }, "No data: padding, or no measured query.");
   return element("details", {}, element("summary", {}, `Numbers of this token, layer ${layerName()}, ${headName()}`), list, missing);
 }
 
