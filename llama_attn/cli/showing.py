@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Of a token in the table, as few characters as tell tokens apart.
 SHORTEST = 3
+# More columns than any table has.
+WIDEST = 1000
 ACTIVATIONS = ("hidden_max", "hidden_max_channel", "hidden_median")
 
 
@@ -120,7 +122,8 @@ def _table_of_layers(row: xarray.Dataset, name: str) -> Table:
                 f"{number(line.activation)}, {number(line.activation_over_median)} ×, "
                 f"{at(int(line.activation_position))}",
             )
-        if console.measure(table).maximum <= console.width:
+        # As wide as it would like to be; by itself a table is never wider than the terminal.
+        if console.measure(table, options=console.options.update(max_width=WIDEST)).maximum <= console.width:
             break
     return table
 
