@@ -346,7 +346,11 @@ def _percent(share: Any) -> str:
     share = float(share)
     if not np.isfinite(share):
         return "–"
-    return f"{share:.0%}" if share == 0 or share >= 0.095 else f"{share:.1%}"
+    # What is almost all is not all.
+    digits = 0 if share == 0 or share >= 0.095 else 1
+    while share < 1 and digits < 4 and f"{share:.{digits}%}" == f"{1:.{digits}%}":
+        digits += 1
+    return f"{share:.{digits}%}"
 
 
 def _times(ratio: float) -> str:
