@@ -55,6 +55,9 @@ def read_header(text: str, values: Mapping[str, Tensor]) -> dict[str, Any]:
     read: dict[str, Any] = {name: _READERS[name](name, value) for name, value in header.items()}
     _keys("labels", read["labels"], set(values), set())
     highest, layers, paths = read["num_layers"] - 1, read["layers"], read.get("paths", ())
+    # Of an older file nobody knows.
+    if (heads := read.get("num_heads", 0)) and any(head >= heads for head in read["heads"]):
+        raise ValueError(f"heads: expected heads 0 to {heads - 1}, since num_heads is {heads}")
     for name in ("layers", "without_attention"):
         if any(layer > highest for layer in read.get(name, ())):
             raise ValueError(f"{name}: expected layers 0 to {highest}, since num_layers is {highest + 1}")

@@ -85,6 +85,7 @@ def label(
         layers=layers,
         heads=sheet.heads,
         num_layers=origin.num_layers,
+        num_heads=sheet.num_heads,
         first_query=widest.first_position,
         first_key=sheet.first_key,
         segments=segments,
@@ -97,7 +98,6 @@ def label(
         without_attention=origin.without_attention,
         length=sheet.length,
         rows=measured.rows,
-        num_heads=sheet.num_heads,
         num_kv_heads=sheet.num_kv_heads,
     )
 
