@@ -52,6 +52,7 @@ def about_answer(row: xarray.Dataset) -> dict[str, Any] | None:
     return {
         "queries": positions.tolist(),
         "segments": [{"name": name, "tokens": int((labels == name).sum())} for name in names],
+        "unnamed": int(real.sum() - np.isin(labels, names).sum()),
         # Where the segment changes, and to which; −1 for none.
         "runs": [[int(keys[i]), names.index(labels[i]) if labels[i] in names else -1] for i in starts],
         "sink": _sink(row, names),

@@ -93,7 +93,7 @@ async function showShares(at) {
   const mine = ++sharesRequest;
   const found = await sharesOf(at);
   if (mine !== sharesRequest) return;
-  const { segments, sink, learned } = report.answer;
+  const { segments, sink, unnamed, learned } = report.answer;
   const values = [...found.shares].slice(0, segments.length + 1);
   const ofSink = found.shares[segments.length + 1];
   const sinkPlace = sink && (sink.segment < 0 ? segments.length : sink.segment);
@@ -102,9 +102,8 @@ async function showShares(at) {
   const most = Math.max(...values.filter(Number.isFinite), 1e-9);
   const card = (value, i) => {
     const segment = segments[i];
-    // Rounding leaves less than this where there is nothing.
-    if (!segment && !(value > 0.0005)) return null;
-    const size = segment ? (segment.tokens === 1 ? "1 token" : `${segment.tokens.toLocaleString("en")} tokens`) : learned ? "tokens of no segment, and the learned sink" : "tokens of no segment";
+    if (!segment && !unnamed && !learned) return null;
+    const size = segment ? (segment.tokens === 1 ? "1 token" : `${segment.tokens.toLocaleString("en")} tokens`) : [unnamed && `${unnamed.toLocaleString("en")} tokens`, learned && "the learned sink"].filter(Boolean).join(" and ");
     const ofThem = sink && i === sinkPlace && !without ? `, ${percent(ofSink)} on the sink` : "";
     return element("button", { type: "button", class: "card share", "data-segment": segment ? segment.name : "", "data-share": value, onclick: segment && (() => leadTo(i)), disabled: !segment },
       element("bdi", { class: "name" }, segment ? segment.name : "no segment"), element("strong", {}, percent(value)),
@@ -161,6 +160,7 @@ async function shadeAnswer() {
   const partial = those.some((each) => !each);
   const named = found.whole ? wholeWords() : isLast(picked.token) ? "The last token" : `Token ${written(picked.token)}`;
   answerShade = { values, scale: scaleOf(others, "probability"), table: found.table, layer: found.layer, left, last, without, partial, width };
+  const stronger = sink && !without && sink.keys.some((key) => values[key] > answerShade.scale.high);
   const total = found.numbers.reduce((sum, value, i) => sum + (Number.isFinite(value) ? value * Math.min(width, report.length - i * width) : 0), 0);
   const lists = `${report.topK} strongest keys of each head`;
   const sources = those.every(Boolean) ? "From the exact weights of every key"
@@ -171,7 +171,7 @@ async function shadeAnswer() {
     found.leftOut.length ? `Left out to keep the file small: weights of ${found.leftOut.join(" and of ")}.` : "",
     width > 1 ? `Each shade is the mean over ${width} tokens.` : "",
     without ? `Without ${sinkTokens()}; shares of the rest.` : "",
-    Number.isFinite(answerShade.scale.high) ? `The darkest shade is ${number(answerShade.scale.high)} probability${sink && !without ? ", and the sink" : ""}; square-root scale.` : "",
+    Number.isFinite(answerShade.scale.high) ? `The darkest shade is ${number(answerShade.scale.high)} probability${stronger ? ", and the sink has more" : ""}; square-root scale.` : "",
   ].filter(Boolean).join(" ");
   paintAnswer();
 }
