@@ -151,7 +151,7 @@ def test_a_row_behind_padding(tmp_path):
     for batch in (0, 1):
         row = one_row(stats.to_xarray(), batch)
         assert len(writers(row)) == NEW
-        weights = np.nan_to_num(AnswerRows(row).heads(1))
+        weights = np.stack([np.nan_to_num(AnswerRows(row).head(1, head)) for head in range(6)])
         labels = row.key_segment.isel(batch=0).values
         sums = np.stack([weights[..., labels == name].sum(-1) for name in SEGMENTS], -1)
         np.testing.assert_allclose(answer_shares(row)[1][..., :3], sums, atol=1e-6)
@@ -191,10 +191,9 @@ def state(page):
 
 
 def shaded(line, last, out=()):
-    """Shades that a line of weights should have: beside the sink, which would leave the others without any."""
+    """Shades that a line of weights should have: darkest where the prompt has most, beside the sink."""
     line = line[: last + 1]
-    others = np.delete(line, 0)
-    shades = np.minimum(100, 100 * np.sqrt(line / others.max()))
+    shades = np.minimum(100, 100 * np.sqrt(line / line[1:PROMPT].max()))
     shades[list(out)] = 0
     return np.append(shades, np.zeros(PROMPT + NEW - 1 - len(shades)))
 

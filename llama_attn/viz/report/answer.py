@@ -23,7 +23,7 @@ ROWS = "row_weights"
 OF_SEGMENT = "segment_mass "
 # How many times the size of another part these may have before they lose detail first: shares, which are small; the
 # text shaded by the mean over layers and heads, by the mean over the heads of a layer, and by single heads.
-WORTH_OF_SHARES, WORTH_OF_MEAN, WORTH_OF_LAYERS, WORTH_OF_HEADS = 32, 16, 4, 1
+WORTH_OF_SHARES, WORTH_OF_MEAN, WORTH_OF_LAYERS, WORTH_OF_HEADS = 32, 16, 12, 2
 
 
 def writers(row: xarray.Dataset) -> Int[np.ndarray, " writer"]:
@@ -144,12 +144,8 @@ class AnswerRows:
         """Whether there are weights of any query."""
         return self._rows is not None or self._lists is not None
 
-    def heads(self, layer: int) -> Float[np.ndarray, "head writer key"]:
-        """The weights of a layer: 0 at keys that are not listed, NaN where nothing is known of a query."""
-        return np.stack([self.head(layer, head) for head in range(self.shape[1])])
-
     def head(self, layer: int, head: int) -> Float[np.ndarray, "writer key"]:
-        """The weights of one head."""
+        """The weights of one head: 0 at keys that are not listed, NaN where nothing is known of a query."""
         weights = np.full(self.shape[2:], np.nan, np.float32)
         if self._rows is not None:
             weights[self.exact] = self._rows[layer, head]
@@ -163,7 +159,10 @@ class AnswerRows:
 
     def layer(self, layer: int) -> Float[np.ndarray, "writer key"]:
         """The mean over the heads of a layer."""
-        return mean_of_made(lambda head: self.head(layer, head), self.shape[1])
+        total = self.head(layer, 0)
+        for head in range(1, self.shape[1]):
+            total += self.head(layer, head)
+        return total / self.shape[1]
 
     def means(self) -> tuple[Float[np.ndarray, "one_and_layers key"], Float[np.ndarray, "one writer key"]]:
         """Means over heads: of each layer over the answer, that over layers first; and of each query over layers."""
@@ -196,37 +195,42 @@ def _text_parts(rows: AnswerRows) -> list[Part]:
         return []
     layers, heads, queries, keys = rows.shape
 
-    def part(name: str, count: int, make: Callable[[], np.ndarray], worth: float) -> Part:
-        """Levels of ``count`` lines along the text; made only once a level is tried that may fit."""
+    def part(name: str, count: int, make: Callable[[int], np.ndarray], worth: float) -> Part:
+        """Levels of ``count`` lines along the text; made, in bins of a width, only once a level is tried that may fit."""
 
         def level(bits: int, width: int) -> Level:
             def made() -> dict[str, Embedded]:
-                return {name: embed_rounded(pool_tokens(make(), width), bits, width=width)}
+                return {name: embed_rounded(make(width), bits, width=width)}
 
             return Level(count * -(-keys // width) * bits // 8, made)
 
         coarse = [level(8, width) for width in widths(keys, FEWEST_BINS)]
         return Part(name, [level(16, 1), *coarse, Level(0, dict)], worth)
 
-    def layer_rows() -> np.ndarray:
-        return np.stack([rows.layer(layer) for layer in range(layers)])
+    # Pooled one by one: all at once they may be larger than anything that the page can hold.
+    def layer_rows(width: int) -> np.ndarray:
+        return np.stack([pool_tokens(rows.layer(layer), width) for layer in range(layers)])
 
-    def head_text() -> np.ndarray:
-        return np.stack([mean_of_known(rows.heads(layer), 1) for layer in range(layers)])
+    def of_heads(of: Callable[[np.ndarray], np.ndarray], width: int) -> np.ndarray:
+        pooled = [[pool_tokens(of(rows.head(layer, head)), width) for head in range(heads)] for layer in range(layers)]
+        return np.array(pooled)
 
-    def head_rows() -> np.ndarray:
-        return np.stack([rows.heads(layer) for layer in range(layers)])
+    def head_text(width: int) -> np.ndarray:
+        return of_heads(lambda weights: mean_of_known(weights, 0), width)
+
+    def head_rows(width: int) -> np.ndarray:
+        return of_heads(lambda weights: weights, width)
 
     # With a single head, the means over heads are its own numbers.
-    of_heads = [
+    single = [
         part("answer head text", layers * heads, head_text, WORTH_OF_HEADS),
         part("answer head rows", layers * heads * queries, head_rows, WORTH_OF_HEADS),
     ]
     return [
-        part("answer text", 1 + layers, lambda: rows.means()[0], WORTH_OF_MEAN),
-        part("answer rows", queries, lambda: rows.means()[1], WORTH_OF_MEAN),
+        part("answer text", 1 + layers, lambda width: pool_tokens(rows.means()[0], width), WORTH_OF_MEAN),
+        part("answer rows", queries, lambda width: pool_tokens(rows.means()[1], width), WORTH_OF_MEAN),
         part("answer layer rows", layers * queries, layer_rows, WORTH_OF_LAYERS),
-        *(of_heads if heads > 1 else []),
+        *(single if heads > 1 else []),
     ]
 
 

@@ -77,8 +77,8 @@ async function showAnswer() {
 }
 
 // Attention on each segment, on none and on the sink, from the best that the page holds: { shares, at, pooled }.
-async function sharesOf(at) {
-  const [layer, head] = [picked.layer + 1, picked.head];
+async function sharesOf(at, head = picked.head) {
+  const layer = picked.layer + 1;
   const [single, ofHeads, mean] = await Promise.all(["answer shares", "answer head shares", "answer mean"].map(table));
   if (at !== WHOLE) {
     if (head !== MEAN && ofHeads) return { shares: ofHeads.part(picked.layer, head, at), at };
@@ -138,7 +138,8 @@ async function lineOf() {
 async function shadeAnswer() {
   const mine = ++answerRequest;
   const found = await lineOf();
-  const { shares } = await sharesOf(picked.token);
+  // Those of the very queries and heads that the shades are of.
+  const those = found && await sharesOf(found.whole ? WHOLE : picked.token, found.leftOut.includes("single heads") ? MEAN : picked.head);
   if (mine !== answerRequest) return;
   const { exact, listed, sink, segments, queries } = report.answer;
   $("answer-text").hidden = !found;
@@ -148,30 +149,30 @@ async function shadeAnswer() {
   }
   const width = found.table.width;
   const without = picked.without && sink;
-  const left = without ? 1 - shares[segments.length + 1] : 1;
+  const rescaled = without && !those.leftOut;
+  const left = rescaled ? 1 - those.shares[segments.length + 1] : 1;
   const values = Float32Array.from({ length: report.length }, (_, i) => found.numbers[Math.floor(i / width)] / left);
   const last = found.whole ? queries.at(-1) : queries[picked.token];
   for (let i = last + 1; i < report.length; i++) values[i] = NaN;
-  // Beside a sink, nothing else would have a shade.
+  // Beside the sink or the answer's own last tokens, nothing else would have a shade.
   const others = values.slice();
   for (const key of sink?.keys ?? []) for (let i = key - (key % width); i < Math.min(report.length, key - (key % width) + width); i++) others[i] = NaN;
   if (without) values.set(others);
-  const those = found.whole ? exact : [exact[picked.token]];
-  const partial = those.some((each) => !each);
+  const exactly = found.whole ? exact : [exact[picked.token]];
+  const partial = exactly.some((each) => !each);
   const named = found.whole ? wholeWords() : isLast(picked.token) ? "The last token" : `Token ${written(picked.token)}`;
-  answerShade = { values, scale: scaleOf(others, "probability"), table: found.table, layer: found.layer, left, last, without, partial, width };
-  const stronger = sink && !without && sink.keys.some((key) => values[key] > answerShade.scale.high);
+  answerShade = { values, scale: scaleOf(others.subarray(0, report.generated), "probability"), table: found.table, layer: found.layer, left, last, without, partial, width };
   const total = found.numbers.reduce((sum, value, i) => sum + (Number.isFinite(value) ? value * Math.min(width, report.length - i * width) : 0), 0);
   const lists = `${report.topK} strongest keys of each head`;
-  const sources = those.every(Boolean) ? "From the exact weights of every key"
-    : those.some(Boolean) ? `From the exact weights of ${those.filter(Boolean).length} of ${those.length} tokens and, of the others, ${listed ? `the ${lists}` : "nothing, since they were not measured"}`
+  const sources = exactly.every(Boolean) ? "From the exact weights of every key"
+    : exactly.some(Boolean) ? `From the exact weights of ${exactly.filter(Boolean).length} of ${exactly.length} tokens and, of the others, ${listed ? `the ${lists}` : "nothing, since they were not measured"}`
       : listed ? `Partial: from the ${lists}, which get ${percent(total)} of the attention; other keys get some too. AttentionStatsConfig(rows="generated") gives the weights of all` : "Its weights were not measured";
   $("answer-note").textContent = [
     `${named}, ${found.leftOut.includes("single heads") ? `layer ${report.layers[picked.layer]}, mean over heads` : placeWords()}. ${sources}.`,
     found.leftOut.length ? `Left out to keep the file small: weights of ${found.leftOut.join(" and of ")}.` : "",
     width > 1 ? `Each shade is the mean over ${width} tokens.` : "",
-    without ? `Without ${sinkTokens()}; shares of the rest.` : "",
-    Number.isFinite(answerShade.scale.high) ? `The darkest shade is ${number(answerShade.scale.high)} probability${stronger ? ", and the sink has more" : ""}; square-root scale.` : "",
+    without ? `Without ${sinkTokens()}; ${rescaled ? "shares of the rest" : "shares of all attention, since how much it gets was left out"}.` : "",
+    Number.isFinite(answerShade.scale.high) ? `The darkest shade is ${number(answerShade.scale.high)} probability, the most in the prompt${sink && !without ? " beside the sink" : ""}; the answer's own tokens may have more. Square-root scale.` : "",
   ].filter(Boolean).join(" ");
   paintAnswer();
 }
