@@ -79,7 +79,8 @@ alone, of one key.
 {roles}
 
 `role` has the largest score relative to its threshold, `roles` lists all that passed, `mixed` passed none. Of both
-kinds of sinks the role is `first_token_sink` where at least half of what is on sinks is on the first tokens. Sink,
+kinds of sinks the role is `first_token_sink` where its own score passes and at least half of what is on sinks is on the
+first tokens. Sink,
 previous-token, duplicate-token and induction scores are shares of the same attention, so they have the same threshold,
 the ε of Gu et al.; `local` is where `locality` draws the line; 0.9 for `uniform` is a choice. In ordinary text few
 tokens have an earlier copy, and heads that look for one rest on the sink, so use a random sequence repeated twice and
