@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from llama_attn.backends.registry import available_backends, register_backend
 from llama_attn.modeling_llama import LlamaForCausalLM, LlamaModel
+from llama_attn.observe.ablation import ablate_heads
+from llama_attn.observe.blocking import block_keys
 from llama_attn.observe.recording import record
 from llama_attn.registration import register, unregister
 from llama_attn.stats.chat import chat_segments
@@ -23,7 +25,9 @@ __all__ = [
     "LlamaForCausalLM",
     "LlamaModel",
     "Statistic",
+    "ablate_heads",
     "available_backends",
+    "block_keys",
     "chat_segments",
     "record",
     "register",
