@@ -56,11 +56,14 @@ def captured() -> tuple[list, torch.Tensor]:
 def errors(layers: list, ids: torch.Tensor, engine: str, dtype: torch.dtype) -> dict[str, float]:
     """The largest error of every statistic that ``engine`` knows over ``layers``."""
     length = ids.shape[1]
-    config = AttentionStatsConfig(statistics="all", segments=torch.arange(length)[None] // 8, map_size=16)
+    config = AttentionStatsConfig(
+        statistics="all", segments=torch.arange(length)[None] // 8, map_size=16, rows=slice(None),
+        keep=torch.arange(length)[None] % 3 != 1,
+    )  # fmt: skip
     statistics = wanted_statistics(config, has_tokens=True)
     statistics = [s for s in statistics if not s.is_norm and get_engine(engine).knows(s)]
     visibility = Visibility(1, 0, length, torch.device("cpu"))
-    wanted = Wanted(statistics, config, config.segments, math.ceil(length / 8), ids)
+    wanted = Wanted(statistics, config, config.segments, math.ceil(length / 8), ids, keep=config.kept[0])
     worst = dict.fromkeys((s.name for s in statistics), 0.0)
     for layer in layers:
         query, key = layer.query.to(dtype), layer.key.to(dtype)
@@ -76,6 +79,7 @@ def errors(layers: list, ids: torch.Tensor, engine: str, dtype: torch.dtype) -> 
             config=config,
             segments=config.segments,
             tokens=ids,
+            keep=config.kept[0],
         )
         raw = get_engine(engine).walk(query, key, None, visibility, Scoring(layer.scaling), wanted).raw
         for statistic in statistics:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from llama_attn.backends.registry import available_backends, register_backend
 from llama_attn.modeling_llama import LlamaForCausalLM, LlamaModel
-from llama_attn.observe.ablation import ablate_heads
-from llama_attn.observe.blocking import block_keys
+from llama_attn.observe.interventions import ablate_heads, block_keys
 from llama_attn.observe.recording import record
 from llama_attn.registration import register, unregister
 from llama_attn.stats.chat import chat_segments

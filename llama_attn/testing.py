@@ -270,7 +270,8 @@ def _both_forms(
     segments = torch.randint(-1, 3, (batch, num_keys), generator=generator)
     segments[0, 0] = 2
     config = AttentionStatsConfig(
-        sink_tokens=2, window=4, top_k=3, map_size=8, query_stride=stride, segments=segments
+        sink_tokens=2, window=4, top_k=3, map_size=8, query_stride=stride, segments=segments, rows=slice(None),
+        keep=torch.rand(1, *inputs.key.shape[:3], generator=generator) < torch.arange(num_keys).eq(0) + 0.5,
     )  # fmt: skip
     hidden = torch.randn(batch, num_queries, 2 * channels, generator=generator, dtype=torch.float64)
     weight = torch.randn(2 * channels, heads * channels, generator=generator, dtype=torch.float64)
@@ -287,9 +288,9 @@ def _both_forms(
     reference = replace(
         reference, query=reference.query[:, :, rows], visible=reference.visible[:, :, rows],
         real_queries=reference.real_queries[:, rows], query_positions=positions[rows], bidirectional=bidirectional,
-        segments=segments, tokens=tokens, hidden=hidden[:, rows], output_weight=weight,
+        segments=segments, tokens=tokens, keep=config.keep[0], hidden=hidden[:, rows], output_weight=weight,
     )  # fmt: skip
-    wanted = Wanted([statistic], config, segments, 3, tokens)
+    wanted = Wanted([statistic], config, segments, 3, tokens, keep=config.keep[0])
     if statistic.observes == "block":
         arguments = (inputs.query[:, :, rows], inputs.key, None, visibility, inputs.scoring, wanted)
         streamed = engine.walk(*arguments, block_rows=5).raw[statistic.name]

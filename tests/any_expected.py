@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from any_oracle import Call, Captured, Materialised, Places, layer_path, materialise, places
+from decisions import kept_keys, rows_at
 from torch import Tensor, nn
 from zoo_base import Stack
 from zoo_situations import Axis
@@ -210,6 +211,7 @@ def gather(
                 bidirectional=True,
                 segments=None if config._segments is None else config._segments[0][:, :length],
                 tokens=keys.ids,
+                keep=kept_keys(config, n, length),
                 hidden=hidden,
                 output_weight=output_weight(model, stack, calls[0].path),
                 bias=None,
@@ -276,6 +278,9 @@ def expected(found: Layers, names: Sequence[str], config: AttentionStatsConfig, 
                 of_stream = statistic.dims[0] == "hidden_layer" and not stack.inside
                 real = found.real_queries if of_stream else layer.real_queries
                 value = _hide(value, dims, "query", ~real, none)
+            elif "row" in dims:
+                value = value[:, :, rows_at(config, layer.query_positions)]
+                value = _hide(value, dims, "key", ~found.real_keys[n] & found.present[n], none)[..., keys]
             elif "key" in dims:
                 shown = found.real_keys[n] & found.present[n] if statistic.is_norm else found.pairs[n].any(2).any(1)
                 value = _hide(value, dims, "key", ~shown, none)[..., keys]

@@ -64,6 +64,7 @@ class Call:
             int(segments.max()) + 1,
             self.tokens,
             self.token_before,
+            self.config.kept[0],
         )
 
     def walk(self, engine, statistics=None, **sizes):
@@ -87,7 +88,7 @@ class Call:
             real_queries=self.real_queries, rank=self.rank, query_positions=torch.tensor(self.slots),
             config=self.config, bidirectional=not self.visibility.causal, softcap=self.scoring.softcap,
             offset=self.visibility.offset, length=self.visibility.length, segments=self.config.segments,
-            tokens=self.tokens, token_before=self.token_before,
+            tokens=self.tokens, token_before=self.token_before, keep=self.config.kept[0],
         )  # fmt: skip
 
     def expected(self, statistics=None) -> dict[str, torch.Tensor]:
@@ -97,7 +98,8 @@ class Call:
         for statistic in statistics or self.statistics:
             value, none = statistic.textbook(reference), torch.nan if statistic.dtype is None else -1
             if "query" in statistic.dims or "key" in statistic.dims:
-                marks = self.real_queries if "query" in statistic.dims else seen
+                of_keys = self.rank < NOT_A_TOKEN if "row" in statistic.dims else seen
+                marks = self.real_queries if "query" in statistic.dims else of_keys
                 shape = [
                     n if dim in ("batch", "query", "key") else 1
                     for dim, n in zip(statistic.dims[1:], value.shape, strict=True)
@@ -247,7 +249,14 @@ def make_call(
         value=draw(batch, kv_heads, keys, value_channels),
         visibility=whole.measured(stride=stride),
         scoring=scoring,
-        config=AttentionStatsConfig(statistics="all", segments=integers(3, batch, keys), query_stride=stride, **config),
+        config=AttentionStatsConfig(
+            statistics="all",
+            segments=integers(3, batch, keys),
+            query_stride=stride,
+            rows=slice(None),
+            keep=integers(2, 1, batch, kv_heads, keys).bool() | (torch.arange(keys) == keys // 2),
+            **config,
+        ),
         tokens=integers(5, batch, keys),
         token_before=integers(6, batch) - 1 if offset > 1 else None,
         sees=sees,

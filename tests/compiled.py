@@ -90,13 +90,18 @@ def situations(ids):
         "packing": {"position_ids": documents, "use_cache": False, "output_attention_stats": True},
         "both directions": {"is_causal": False, "output_attention_stats": True},
         "segments": {"output_attention_stats": AttentionStatsConfig(segments=segments)},
+        "rows and kept keys": {
+            "output_attention_stats": AttentionStatsConfig(rows=(-1, 3), keep=segments % 2 == 0, statistics="all")
+        },
         "a selection": {
             "output_attention_stats": AttentionStatsConfig(layers=(0, 2), heads=(3, 1), query_stride=3, offload="cpu")
         },
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("situation", ["a 4-D mask", "packing", "both directions", "segments", "a selection"])
+@pytest.mark.parametrize(
+    "situation", ["a 4-D mask", "packing", "both directions", "segments", "rows and kept keys", "a selection"]
+)
 def test_situations(situation, ids):
     model = tiny_model("streaming", torch.float64)
     inputs = situations(ids)[situation]
@@ -163,7 +168,8 @@ def test_the_operator_keeps_the_rules_of_operators(padding):
     config = AttentionStatsConfig(statistics="all", segments=torch.zeros(2, 13, dtype=torch.long))
     statistics = [statistic for statistic in statistics_table().values() if not statistic.is_norm]
     tokens = torch.arange(26).view(2, 13) % 5
-    wanted = Wanted(statistics, config, torch.zeros(2, 13, dtype=torch.long), 1, tokens)
+    keep = tokens[:, None] < 2
+    wanted = Wanted(statistics, config, torch.zeros(2, 13, dtype=torch.long), 1, tokens, keep=keep)
     recorded = []
 
     def record(query, key, value):

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from decisions import kept_keys, rows_at
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as upstream
@@ -122,7 +123,10 @@ def expected(
     pairs = visible[:, :, rows] & real_queries[:, None, rows, None]
     seen_by_someone = pairs.any(2).any(1)
 
-    def reference(layer: Layer, hidden) -> Reference:
+    chosen = range(len(layers)) if config.layers is None else config.layers
+
+    def reference(n: int, hidden, rows=rows) -> Reference:
+        layer = layers[n]
         group = layer.query.shape[1] // layer.key.shape[1]
         return Reference(
             query=layer.query[:, :, rows],
@@ -138,17 +142,18 @@ def expected(
             bias=None if bias is None else bias[:, :, rows],
             segments=segments,
             tokens=tokens,
+            keep=kept_keys(config, list(chosen).index(n), real.shape[1]) if n in chosen else None,
             hidden=hidden[:, rows],
             output_weight=layer.output_weight,
         ), group
 
-    chosen = range(len(layers)) if config.layers is None else config.layers
     results = {"visible_keys": pairs.sum(-1).amax(1), "visible_queries": pairs.sum(-2).amax(1)}
     for name in names:
         statistic = table[name]
-        values = [statistic.textbook(reference(layers[i], layers[i].hidden)[0]) for i in chosen]
+        at = rows_at(config, positions) if "row" in statistic.dims else rows
+        values = [statistic.textbook(reference(i, layers[i].hidden, at)[0]) for i in chosen]
         if statistic.dims[0] == "hidden_layer":
-            values.append(statistic.textbook(reference(layers[-1], last_hidden)[0]))
+            values.append(statistic.textbook(reference(len(layers) - 1, last_hidden)[0]))
         value = torch.stack([v.double() if v.is_floating_point() else v for v in values])
         if "head" in statistic.dims:
             value = value[:, :, heads]
@@ -156,7 +161,7 @@ def expected(
         if "query" in statistic.dims:
             hidden_rows = ~real_queries[:, rows]
         elif "key" in statistic.dims:
-            hidden_rows = ~(real_keys if statistic.is_norm else seen_by_someone)
+            hidden_rows = ~(real_keys if statistic.is_norm or "row" in statistic.dims else seen_by_someone)
         else:
             results[name] = value
             continue

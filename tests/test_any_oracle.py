@@ -148,7 +148,15 @@ def test_a_llama_has_the_statistics_of_its_own_oracle(situation):
     axis, (stack,) = run.axes["ids"], entry.stacks
     segments = torch.arange(axis.real.shape[1]).expand(2, -1) // 5
     config = AttentionStatsConfig(
-        statistics="all", norms=True, map_size=4, sink_tokens=2, window=3, top_k=20, segments=segments
+        statistics="all",
+        norms=True,
+        map_size=4,
+        sink_tokens=2,
+        window=3,
+        top_k=20,
+        segments=segments,
+        rows=slice(2, None, 3),
+        keep=segments[None, :, None].expand(-1, -1, 2, -1) != torch.tensor([1, 2])[:, None],
     )
     inputs = {"input_ids": axis.ids}
     if situation == "left":

@@ -24,7 +24,7 @@ from llama_attn.stats.table import statistics_table
 def stats(ids, left_padding):
     config = AttentionStatsConfig(
         statistics="all", norms=True, layers=(2, 0), heads=(1, 4, 3), query_stride=2, map_size=8, top_k=3,
-        segments=[["system"] * 10 + ["user"] * 20 + [None] * 7] * 2,
+        segments=[["system"] * 10 + ["user"] * 20 + [None] * 7] * 2, rows=(-1, 4), keep=ids >= 0,
     )  # fmt: skip
     with torch.no_grad():
         return tiny_model()(ids, attention_mask=left_padding, output_attention_stats=config).attention_stats

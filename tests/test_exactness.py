@@ -14,7 +14,8 @@ BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def everything(segments=None, **changes) -> AttentionStatsConfig:
-    return AttentionStatsConfig(statistics="all", norms=True, segments=segments, **changes)
+    given = {} if segments is None else {"rows": (-1, 30, *range(7)), "keep": segments != 1}
+    return AttentionStatsConfig(statistics="all", norms=True, segments=segments, **given | changes)
 
 
 def check(model, config, *, bound, real, segments=None, visibility=None, own_output=False, **inputs):

@@ -19,7 +19,7 @@ from llama_attn.testing import make_inputs
 KNOWN = tuple(statistic for statistic in statistics_table().values() if native.knows(statistic))
 OPTIONAL = {
     "value", "mask", "position_bias", "real_keys", "real_queries", "rank", "sinks", "received", "distance_histogram",
-    "grad_position_bias",
+    "weight_count", "weight_mass", "grad_position_bias",
 }  # fmt: skip
 STRIDED = {
     "query", "key", "value", "output", "mask", "position_bias", "grad_output", "grad_query", "grad_key", "grad_value",
@@ -49,8 +49,8 @@ def calls(monkeypatch):
         first_key=torch.zeros(1, 6, dtype=torch.int32), stop_key=torch.full((1, 6), 9, dtype=torch.int32),
     )  # fmt: skip
     scoring = Scoring(0.25, 30.0, torch.randn(1, 4, 6, 9, generator=generator), torch.zeros(4))
-    tensors = inputs.query, inputs.key, inputs.value
-    native.walk(*tensors, visibility, scoring, Wanted(KNOWN, AttentionStatsConfig()))
+    tensors, keep = (inputs.query, inputs.key, inputs.value), torch.ones(2, 1, 9, dtype=torch.bool)
+    native.walk(*tensors, visibility, scoring, Wanted(KNOWN, AttentionStatsConfig(), keep=keep))
     native.backward(
         torch.zeros(2, 6, 4, 16), *tensors, torch.zeros(2, 6, 4, 16), torch.zeros(2, 4, 6), visibility, scoring
     )
@@ -134,7 +134,7 @@ def test_numbers_out_of_range(field, values, function, calls):
 
 
 def test_a_place_that_does_not_exist(calls):
-    for value in (-1, 10, 2**40):
+    for value in (-1, 11, 2**40):
         wrong = copied(calls[0]["forward"])
         wrong.entropy = value
         refused("forward", wrong, "place of a statistic")

@@ -51,7 +51,9 @@ class Case:
 
     def wanted(self) -> Wanted:
         segments = self.config.segments
-        return Wanted(self.statistics, self.config, segments, int(segments.max()) + 1, self.tokens)
+        return Wanted(
+            self.statistics, self.config, segments, int(segments.max()) + 1, self.tokens, keep=self.config.kept[0]
+        )
 
     def walk(self, **changes):
         case = replace(self, **changes)
@@ -83,6 +85,7 @@ class Case:
             query=self.query, key=self.key, value=self.value, scaling=self.scoring.scale, visible=visible,
             real_queries=real_queries, rank=rank, query_positions=self.visibility.query_positions, config=self.config,
             bidirectional=not self.visibility.causal, segments=self.config.segments, tokens=self.tokens,
+            keep=self.config.kept[0],
         )  # fmt: skip
 
 
@@ -121,7 +124,8 @@ def cases(draw, dtypes=(torch.float64,), cached=True, causal=None, padded=True):
     config = AttentionStatsConfig(
         statistics="all", sink_tokens=draw(st.integers(1, 5)), window=draw(st.integers(1, 50)),
         top_k=draw(st.integers(1, 12)), map_size=draw(st.integers(1, 70)),
-        segments=torch.randint(0, 3, (batch, keys), generator=generator),
+        segments=torch.randint(0, 3, (batch, keys), generator=generator), rows=slice(None),
+        keep=torch.rand(1, batch, kv_heads, keys, generator=generator) < torch.arange(keys).eq(0) + 0.5,
     )  # fmt: skip
     tokens = torch.randint(0, draw(st.integers(1, 9)), (batch, keys), generator=generator)
     return Case(
@@ -172,7 +176,10 @@ def test_in_pieces_as_at_once(case, cuts):
             real=None if real is None else real[:, :last], sequence=None if sequence is None else sequence[:, :last],
         )  # fmt: skip
         # As many segments in every piece, whatever it happens to hold.
-        wanted = replace(case.wanted(), tokens=case.tokens[:, :last], segments=case.config.segments[:, :last])
+        wanted = replace(
+            case.wanted(), tokens=case.tokens[:, :last], segments=case.config.segments[:, :last],
+            keep=case.config.kept[0, ..., :last],
+        )  # fmt: skip
         walk = engine.walk(case.query[:, :, first:last], case.key[:, :, :last], None, visibility, case.scoring, wanted)
         raw = {name: raw[None] for name, raw in walk.raw.items()}
         run.add(Measured(tuple(case.statistics), (Group((0,), [visibility], raw, case.query.shape[1]),)))
@@ -187,7 +194,7 @@ def test_the_order_of_the_batch_does_not_matter(case, random):
     random.shuffle(order)
     pick = {name: getattr(case.visibility, name) for name in ("real", "sequence")}
     visibility = replace(case.visibility, **{name: None if t is None else t[order] for name, t in pick.items()})
-    config = replace(case.config, segments=case.config.segments[order])
+    config = replace(case.config, segments=case.config.segments[order], keep=case.config.keep[:, order])
     shuffled = replace(
         case, query=case.query[order], key=case.key[order], value=case.value[order], visibility=visibility,
         config=config, tokens=case.tokens[order],

@@ -26,6 +26,9 @@ NORMS = {
     "hidden_layer_median", "key_norm", "value_norm", "key_mean_norm", "value_mean_norm", "value_output_norm",
 }  # fmt: skip
 
+# What they need to be measured; it adds them.
+ASKED_FOR = {"segment_mass": "segments", "row_weights": "rows", "kept_mass": "keep"}
+
 
 def test_the_table():
     table = statistics_table()
@@ -33,9 +36,10 @@ def test_the_table():
     assert {name for name, statistic in table.items() if statistic.is_norm} == NORMS
     others = {
         "effective_keys", "received_total", "weights_map", "logits_map", "distance_histogram", "topk_weight",
-        "topk_position", "segment_mass", "previous_token", "duplicate_token", "induction", "learned_sink_mass",
+        "topk_position", "previous_token", "duplicate_token", "induction", "learned_sink_mass", "weight_count",
+        "weight_mass",
     }  # fmt: skip
-    assert set(table) == DEFAULT | NORMS | others
+    assert set(table) == DEFAULT | NORMS | set(ASKED_FOR) | others
     for name, statistic in table.items():
         assert name == statistic.name
         assert statistic.unit
@@ -58,9 +62,13 @@ def test_what_a_configuration_measures(ids):
     assert names(statistics=("entropy", "key_norm")) == {"entropy", "key_norm"}
     assert names(norms=True) == DEFAULT | NORMS
     assert names(statistics=(), norms=True) == NORMS
-    assert names(statistics="all") == set(statistics_table()) - NORMS - {"segment_mass"}
-    assert names(statistics="all", segments=segments, norms=True) == set(statistics_table())
-    assert names(segments=segments) == DEFAULT | {"segment_mass"}
+    assert names(statistics="all") == set(statistics_table()) - NORMS - set(ASKED_FOR)
+    given = {"segments": segments, "rows": (-1,), "keep": segments == 0}
+    assert names(statistics="all", **given, norms=True) == set(statistics_table())
+    for name, need in ASKED_FOR.items():
+        assert names(**{need: given[need]}) == DEFAULT | {name}
+        with pytest.raises(ValueError, match=f"{name!r} needs `{need}`"):
+            names(statistics=(name,))
 
 
 def varentropy(block):

@@ -29,7 +29,7 @@ def test_the_number_of_threads_does_not_matter(padding, four_threads):
     segments, tokens = torch.zeros(2, 45, dtype=torch.long), torch.arange(90).view(2, 45) % 5
     config = AttentionStatsConfig(statistics="all", segments=segments)
     statistics = [statistic for statistic in statistics_table().values() if not statistic.is_norm]
-    wanted = Wanted(statistics, config, segments, 1, tokens)
+    wanted = Wanted(statistics, config, segments, 1, tokens, keep=tokens[:, None] < 2)
 
     def walk():
         arguments = (inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scoring, wanted)

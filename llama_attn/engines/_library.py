@@ -60,12 +60,13 @@ class Call(ctypes.Structure):
             "batch", "heads", "kv_heads", "num_queries", "num_keys", "channels", "value_channels", "first_query",
             "query_step", "causal", "threads", "tile_rows", "block_keys", "sink_tokens", "window", "logsumexp", "entropy",
             "max_logit", "max_weight", "effective_keys", "sink_mass", "local_mass", "mean_distance", "learned_sink_mass",
+            "kept_mass",
         )),
         *((name, ctypes.c_double) for name in ("scaling", "softcap", "hidden_score", "unseen_bias")),
         *((name, Tensor) for name in (
             "query", "key", "value", "output", "mask", "position_bias", "real_keys", "real_queries", "first_key",
-            "stop_key", "rank", "sinks", "row_logsumexp", "rows", "received", "distance_histogram", "grad_output",
-            "grad_query", "grad_key", "grad_value", "grad_position_bias", "shift",
+            "stop_key", "rank", "kept", "sinks", "row_logsumexp", "rows", "received", "distance_histogram", "weight_count",
+            "weight_mass", "grad_output", "grad_query", "grad_key", "grad_value", "grad_position_bias", "shift",
         )),
         ("message", ctypes.c_char * 256),
     )  # fmt: skip

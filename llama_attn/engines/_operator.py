@@ -21,6 +21,7 @@ from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.spans import VECTORS
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
+from llama_attn.stats.weight_bins import NUM_WEIGHT_BINS
 
 ONCE = (
     "streaming attention can be differentiated once, in backward mode; for second derivatives (create_graph=True, "
@@ -51,6 +52,7 @@ def walk(
             *[getattr(visibility, name) for name in VECTORS],
             None if wanted is None else wanted.segments,
             None if wanted is None else wanted.tokens,
+            None if wanted is None else wanted.keep,
         ],
         extent_of(visibility),
         [
@@ -90,8 +92,8 @@ def _walk(
 ) -> list[Tensor]:
     wanted = None
     if statistics := _statistics(names):
-        segments, tokens = vectors[len(VECTORS) :]
-        wanted = Wanted(statistics, _config(parameters), segments, parameters[0], tokens)
+        segments, tokens, keep = vectors[len(VECTORS) :]
+        wanted = Wanted(statistics, _config(parameters), segments, parameters[0], tokens, keep=keep)
     visibility, scoring = visibility_of(query, vectors, extent), scoring_of(scores, position_bias, sinks)
     with full_precision(query.device):
         result = get_engine(engine).walk(query, key, value, visibility, scoring, wanted)
@@ -120,7 +122,8 @@ def _(
     length = extent[5] + num_keys
     num_segments, _, _, top_k, map_size, _ = parameters
     statistics = _statistics(names)
-    sizes = {"query": num_queries, "key": num_keys, "rank": top_k, "segment": num_segments}
+    sizes = {"query": num_queries, "row": num_queries, "key": num_keys, "rank": top_k, "segment": num_segments}
+    sizes["weight_bin"] = NUM_WEIGHT_BINS
     dims = {dim for statistic in statistics for dim in statistic.dims}
     # Only where they are needed: the length of a static cache is a number that the graph does not know.
     if "key_bin" in dims:

@@ -18,6 +18,7 @@ from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.spans import UNSEEN_BIAS
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
+from llama_attn.stats.weight_bins import NUM_WEIGHT_BINS
 
 # Query rows of all heads of a group in one tile, and keys in one block: their scores take 96 KiB in float32, which with
 # the keys and values they meet fits the L2 cache of any processor of today. Time changes little around them, see
@@ -31,11 +32,12 @@ PANEL_KEYS = 64
 _PER_QUERY = frozenset(
     {
         "entropy", "logsumexp", "max_logit", "max_weight", "effective_keys", "sink_mass", "local_mass", "mean_distance",
-        "learned_sink_mass",
+        "learned_sink_mass", "kept_mass",
     }
 )  # fmt: skip
 _RECEIVED = frozenset({"received", "received_total"})
-_KNOWN = _PER_QUERY | _RECEIVED | {"distance_histogram"}
+_BINNED = ("weight_count", "weight_mass")
+_KNOWN = _PER_QUERY | _RECEIVED | {"distance_histogram", *_BINNED}
 # More tokens than there are, and few enough that sums with them do not overflow.
 _BEYOND = 2**40
 
@@ -111,6 +113,15 @@ def walk(
             bins = num_distance_bins(visibility.length)
             raw["distance_histogram"] = logsumexp.new_empty(batch, heads, bins)
             call.put("distance_histogram", raw["distance_histogram"])
+        for name in _BINNED:
+            if name in names:
+                raw[name] = logsumexp.new_empty(batch, heads, NUM_WEIGHT_BINS)
+                call.put(name, raw[name])
+        if "kept_mass" in raw:
+            if wanted.keep is None:
+                raise ValueError("kept_mass: needs `keep` in the AttentionStatsConfig")
+            held.append(wanted.keep.expand(batch, key.shape[1], -1).contiguous())
+            call.put("kept", held[-1])
         call.sink_tokens = min(wanted.config.sink_tokens, _BEYOND)
         call.window = min(wanted.config.window, _BEYOND)
         if "sink_mass" in raw and not visibility.plain:

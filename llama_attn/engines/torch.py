@@ -139,7 +139,9 @@ def walk(
     for statistic in wanted.statistics if wanted else ():
         if statistic.per_query and num_queries:
             taken, none = raw[statistic.name], torch.nan if statistic.dtype is None else -1
-            taken.masked_fill_(~sees.view(*sees.shape, *[1] * (taken.ndim - sees.ndim)), none)
+            # Of padding, keys that its block did not meet would otherwise be zero.
+            shown = sees & visibility.real_queries[:, None] if "row" in statistic.dims else sees
+            taken.masked_fill_(~shown.view(*sees.shape, *[1] * (taken.ndim - sees.ndim)), none)
     return Walk(output, logsumexp, raw)
 
 
@@ -258,8 +260,11 @@ def _take(block: Block, raw: dict[str, Tensor], sums: dict[str, Tensor], num_que
         if statistic.per_query:
             if statistic.name not in raw:
                 # Another worker may have been faster.
-                raw.setdefault(statistic.name, taken.new_empty(*taken.shape[:2], num_queries, *taken.shape[3:]))
-            raw[statistic.name][:, :, block.rows.start : block.rows.stop] = taken
+                raw.setdefault(statistic.name, _of_all_rows(statistic, taken, num_queries, block.visibility.num_keys))
+            rows = raw[statistic.name][:, :, block.rows.start : block.rows.stop]
+            if statistic.dims[-1] == "key":
+                rows = rows[..., block.keys]
+            rows.copy_(taken)
         elif statistic.dims[-1] == "key":
             if statistic.name not in sums:
                 sums[statistic.name] = taken.new_zeros(*taken.shape[:2], block.visibility.num_keys)
@@ -268,6 +273,13 @@ def _take(block: Block, raw: dict[str, Tensor], sums: dict[str, Tensor], num_que
             sums[statistic.name] += taken
         else:
             sums[statistic.name] = taken
+
+
+def _of_all_rows(statistic: Statistic, taken: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    """Room for what all blocks give; keys that no block meets have no weight."""
+    if statistic.dims[-1] == "key":
+        return taken.new_zeros(*taken.shape[:2], num_queries, num_keys)
+    return taken.new_empty(*taken.shape[:2], num_queries, *taken.shape[3:])
 
 
 def _workers(query: Tensor, visibility: Visibility, block_rows: int) -> int:

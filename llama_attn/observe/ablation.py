@@ -1,4 +1,4 @@
-"""``ablate_heads``: what a model does without some of its heads."""
+"""Replace what attention heads give, behind the attention call."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from llama_attn.backends._rules import AttentionCall
 from llama_attn.observe.forward import Stack
 from llama_attn.observe.intervening import Intervening
+from llama_attn.stats.integers import as_integer
 from llama_attn.stats.parallel import HeadShard
 
+Heads = Mapping[int, Iterable[int] | int | Literal["all"]]
 MODES = ("zero", "mean")
 # What attention layers and configurations call the number of their query heads.
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -27,7 +29,7 @@ class Ablation(Intervening):
     def __init__(
         self,
         module: nn.Module,
-        heads: Mapping[int, Iterable[int] | Literal["all"]],
+        heads: Heads,
         mode: Literal["zero", "mean"] | Tensor,
         stack: str | None,
     ) -> None:
@@ -44,6 +46,7 @@ class Ablation(Intervening):
         self._mode = mode
         # Of the call that is being made.
         self._now: tuple[int, tuple[int, ...]] | None = None
+        self.refuse_early()
 
     def wanted_layers(self) -> tuple[int, ...]:
         """The layers that were named."""
@@ -58,7 +61,7 @@ class Ablation(Intervening):
         # One module that is called for several layers does not show for how many.
         if len(stack.layers) > 1 and (unknown := [layer for layer in self._heads if layer not in stack.indices]):
             raise ValueError(
-                f"heads: expected layers of {stack.name!r}, got {unknown}; those with attention are {list(stack.indices)}"
+                f"heads: expected layers of {stack.name!r}, got {unknown}; there are {sorted(stack.indices)}"
             )
         for module, (layer, _) in stack.layers.items():
             if layer in self._heads and (count := _count_heads(module)) is not None:
@@ -154,18 +157,16 @@ def _read(heads: Any) -> dict[int, tuple[int, ...] | None]:
         raise ValueError(f"{expected}, got {heads!r}")
     read: dict[int, tuple[int, ...] | None] = {}
     for layer, chosen in heads.items():
-        if isinstance(chosen, str) or not isinstance(chosen, Iterable):
-            indices: tuple[Any, ...] | None = None if chosen == "all" else (chosen,)
-        else:
-            indices = tuple(chosen)
-        if not _is_index(layer) or indices == () or not all(map(_is_index, indices or ())):
+        try:
+            several = chosen if isinstance(chosen, Iterable) and not isinstance(chosen, str) else (chosen,)
+            index = as_integer(layer)
+            indices = None if isinstance(chosen, str) and chosen == "all" else tuple(map(as_integer, several))
+        except TypeError:
+            index, indices = -1, None
+        if index < 0 or (indices is not None and (not indices or min(indices) < 0)):
             raise ValueError(f"{expected}, got {chosen!r} for layer {layer!r}")
-        read[int(layer)] = None if indices is None else tuple(map(int, indices))
+        read[index] = indices
     return read
-
-
-def _is_index(number: Any) -> bool:
-    return hasattr(number, "__index__") and not isinstance(number, bool | Tensor) and int(number) >= 0
 
 
 def _count_heads(module: nn.Module) -> int | None:
@@ -175,43 +176,3 @@ def _count_heads(module: nn.Module) -> int | None:
             if type(count := getattr(holder, name, None)) is int:
                 return count
     return None
-
-
-def ablate_heads(
-    module: nn.Module,
-    heads: Mapping[int, Iterable[int] | Literal["all"]],
-    mode: Literal["zero", "mean"] | Float[Tensor, "*layer head value_channel"] = "zero",
-    *,
-    stack: str | None = None,
-) -> Ablation:
-    """Replace the output of some attention heads while a block of code runs: what does the model do without them?
-
-    It happens between attention and the output projection, in forwards, training and ``generate``, on any attention
-    backend and for every model that `llama_attn.record` serves. ``"zero"`` equals zeroing the columns of the output
-    projection that belong to the heads. Weights that eager attention returns beside its output stay as they are. A
-    `record` around it or in it sees what the layers behind make of it. With gradient checkpointing the backward belongs
-    in the block too, since it runs the layers again.
-
-    Args:
-        module: A model, one of its modules, or what wraps it.
-        heads: Query heads of each layer: ``{3: [0, 5], 4: "all"}``. Layers are numbered as `record` numbers them, by
-            their place in the stack.
-        mode: What their output becomes. ``"zero"``: 0. ``"mean"``: the head's mean output over the real queries of the
-            same row and the same call [activation]. A tensor: these values, of all heads of a layer
-            (head, value_channel) or of all layers, those without attention included (layer, head, value_channel).
-        stack: Which attention layers, as for `record`.
-
-    Returns:
-        A context manager.
-
-    Raises:
-        ValueError: There is no such stack, layer or head, the values do not fit, ``"mean"`` was asked of a call with a
-            single query, such as a step of ``generate``, or, when the block ends, a layer that was named did not run.
-
-    Example:
-        >>> with ablate_heads(model, {18: [6]}):
-        ...     loss = model(**inputs, labels=labels).loss
-
-    Source: Michel et al., arXiv 1905.10650; "mean": Wang et al., arXiv 2211.00593.
-    """
-    return Ablation(module, heads, mode, stack)

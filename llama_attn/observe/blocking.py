@@ -1,8 +1,7 @@
-"""``block_keys``: what a model does that may not look at some of its tokens."""
+"""Hide keys from attention, before the call is made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +39,7 @@ class Blocking(Intervening):
             )
         # Masks of the forward that runs, by what they were made of.
         self._made: list[tuple[Visibility, Any, tuple[Visibility, Any]]] = []
+        self.refuse_early()
 
     def check(self, stack: Stack) -> None:
         """Refuse a mask of other layers.
@@ -167,45 +167,3 @@ def _check_that_all_see(sight: Visibility, blocked: Visibility, layer: int) -> N
             f"without blocking it sees the keys {named}: leave it one, or give first_query, from which on each token "
             "still sees itself"
         )
-
-
-def block_keys(
-    module: nn.Module,
-    keys: int | Iterable[int] | slice | Tensor | Any,
-    *,
-    first_query: int | None = None,
-    stack: str | None = None,
-) -> Blocking:
-    """Hide tokens from attention while a block of code runs: what does the model do that may not look at them?
-
-    Equal to giving the model a 4-D mask of what is left, in every layer or in each its own, on ``eager``, ``sdpa``,
-    ``streaming`` and what is registered beside them; on what takes no 4-D mask it is refused. It works in forwards,
-    training and ``generate``. The tokens stay where they are: their own queries, positions and caches are as before.
-    A `record` around it or in it measures the attention that is left, where what is blocked is not visible. Where all
-    queries see the same keys it takes no memory under ``streaming``; else a bool per query and key, and one per head if
-    KV heads differ.
-
-    Args:
-        module: A model, one of its modules, or what wraps it.
-        keys: Positions that no query sees, counted along the row with its padding: integers, or a slice that may be
-            open at its end. Or a bool mask, True = may be seen, of which nothing beyond its length is blocked:
-            (batch, key), (batch, query, key), or (layer, batch, kv_head, key), in which layers are numbered as `record`
-            numbers them; a batch of 1 stands for every row. A ``DataArray`` with these dimensions too, such as
-            `llama_attn.analysis.keep_mask` gives; layers that it does not name are left alone.
-        first_query: Only queries from this position on are blocked, and each of them still sees itself: with the length
-            of a prompt, the prompt is read as ever, and what follows sees only what is kept of it. None for all queries.
-        stack: Which attention layers, as for `record`.
-
-    Returns:
-        A context manager.
-
-    Raises:
-        ValueError: No such form, rows, layers or KV heads, a backend that takes no mask, nothing that was blocked when
-            the block ends, or a query that would be left nothing to see: key 0 blocked for all queries leaves query 0
-            nothing, so that ``first_query=1`` is wanted.
-
-    Example:
-        >>> with block_keys(model, 0, first_query=1):  # without the sink
-        ...     loss = model(**inputs, labels=labels).loss
-    """
-    return Blocking(module, keys, first_query, stack)

@@ -20,9 +20,10 @@ from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.labelling import Origin, label
 from llama_attn.stats.merge import Measured
 from llama_attn.stats.parallel import HeadShard
-from llama_attn.stats.recorder import LAST, Recorder, Share
+from llama_attn.stats.recorder import LAST, Recorder
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.selection import sees_outputs, sees_states
+from llama_attn.stats.sight import Share
 from llama_attn.stats.spans import VECTORS
 from llama_attn.stats.step import Step
 from llama_attn.stats.table import Statistic
@@ -179,7 +180,8 @@ class Forward:
     ) -> Share | None:
         """What to measure in the blocks of a streaming backend."""
         self._started(call, name, visibility)
-        share = self.recorder.fused(visibility, scores, engine)
+        layer, kv_heads = self.layer_of(call.module), call.key.shape[1]
+        share = self.recorder.fused(layer, kv_heads, visibility, scores, engine)
         return share._replace(is_all=False) if share and self.sees_states else share
 
     def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:

@@ -23,8 +23,10 @@ from llama_attn.observe.outputs import GenerateBeamOutputWithAttentionStats, Gen
 from llama_attn.observe.pipelining import refuse_pipeline
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
+from llama_attn.stats.keep import with_later
 from llama_attn.stats.labelling import label
 from llama_attn.stats.merge import Run
+from llama_attn.stats.row_positions import GENERATED
 from llama_attn.stats.segments import add_generated
 from llama_attn.stats.selection import sees_states
 from llama_attn.stats.step import Step
@@ -76,6 +78,8 @@ class GenerationSession:
         if labels is not None and names is not None:
             self.segments = labels.repeat_interleave(repeats, dim=0), names
             self.config = replace(self.config, segments=self.segments)
+        if (keep := self.config.kept) is not None and keep.shape[1] == shape[0]:
+            self.config = replace(self.config, keep=keep.repeat_interleave(repeats, dim=1))
         self._run = Run(self.config)
 
     def watch(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
@@ -287,6 +291,10 @@ class GeneratesAttentionStats(GenerationMixin):
         config = session.config
         if session.segments is not None:
             config = replace(config, segments=add_generated(*session.segments, mask.shape[1]))
+        if config.kept is not None:
+            config = replace(config, keep=with_later(config.kept, mask.shape[1]))
+        if config.rows == GENERATED:
+            config = replace(config, rows=slice(session.prompt - 1, None))
         outputs = self(
             **inputs,
             attention_mask=mask,

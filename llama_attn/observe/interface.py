@@ -23,8 +23,8 @@ from llama_attn.engines import choose_engine
 from llama_attn.engines._fused import fused
 from llama_attn.observe import compiled
 from llama_attn.observe.requests import note_requests, request_of, stop_noting
-from llama_attn.stats.recorder import Share
 from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.sight import Share
 from llama_attn.stats.visibility import Visibility
 
 # The interfaces that models use whose files have none of their own.

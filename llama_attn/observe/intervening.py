@@ -58,13 +58,36 @@ class Intervening:
         """What the layer gets instead of the output."""
         return output
 
+    def refuse_early(self) -> None:
+        """Say what is wrong before a block is entered.
+
+        Raises:
+            ValueError: There is no such attention, stack, layer or head, as far as the module shows it.
+        """
+        chosen = self._chosen_layer(dict(self._module.named_modules()))
+        if chosen is not None:
+            self.check(stack_of(self._module, chosen))
+
+    def _chosen_layer(self, paths: dict[str, nn.Module]) -> nn.Module | None:
+        """A layer of the stack that was chosen or is the only one; None if calls have to show which it is."""
+        asking = candidates(self._module)
+        if self._asked is not None:
+            named = [module for path, module in paths.items() if name_of(path) == self._asked]
+            if not named:
+                raise ValueError(f"stack: there is no {self._asked!r}; there are {list(asking)}")
+            return asking.get(self._asked, named[0])
+        if not asking:
+            raise ValueError(
+                f"{self.name}: {type(self._module).__name__} has no attention that goes through transformers' attention "
+                "interface, so there is nothing to change"
+            )
+        return next(iter(asking.values())) if len(asking) == 1 else None
+
     def __enter__(self) -> Self:
         if self._is_open:
-            raise ValueError(f"{self.name}: it is open already; call {self.name} again for another")
-        self._names = {module: name_of(path) for path, module in self._module.named_modules()}
-        asking = candidates(self._module)
-        if self._asked is not None and self._asked not in asking and self._asked not in self._names.values():
-            raise ValueError(f"stack: there is no {self._asked!r}; there are {list(asking)}")
+            raise ValueError(f"{self.name}: this block has been entered already; call {self.name} again for another")
+        paths = dict(self._module.named_modules())
+        self._names = {module: name_of(path) for path, module in paths.items()}
         self._stack: Stack | None = None
         self._handle: RemovableHandle | None = None
         # Layers that have been called, all of them and those of the forward that runs.
@@ -73,9 +96,9 @@ class Intervening:
         self._last: nn.Module | None = None
         self._calls = 0
         self._sights: list[tuple[tuple[Any, ...], tuple[Any, ...], Visibility]] = []
-        chosen = self._asked or (next(iter(asking)) if len(asking) == 1 else None)
+        chosen = self._chosen_layer(paths)
         if chosen is not None:
-            self._choose(asking.get(chosen) or next(m for m, name in self._names.items() if name == chosen))
+            self._choose(chosen)
         self._interfaces = interfaces_of(self._names)
         cross = [module for module, name in self._names.items() if is_cross(name)]
         intervene(self._names, self, self._interfaces, cross)

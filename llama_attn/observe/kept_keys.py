@@ -11,6 +11,8 @@ from einops import repeat
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from llama_attn.stats.integers import as_integer
+
 FORMS = (
     "positions (integers from 0 up, or a slice of them), or a bool mask, True = may be seen: (batch, key), "
     "(batch, query, key) or (layer, batch, kv_head, key)"
@@ -59,8 +61,11 @@ class KeptKeys:
     @classmethod
     def _of_positions(cls, keys: Any) -> KeptKeys:
         given = keys.tolist() if hasattr(keys, "tolist") else keys
-        positions = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-        if not positions or not all(hasattr(p, "__index__") and type(p) is not bool and p >= 0 for p in positions):
+        try:
+            positions = list(map(as_integer, given if isinstance(given, Iterable) else (given,)))
+        except TypeError:
+            positions = []
+        if not positions or min(positions) < 0:
             raise ValueError(f"keys: expected {FORMS}, got {keys!r}")
         kept = torch.ones(max(positions) + 1, dtype=torch.bool)
         kept[positions] = False
@@ -139,7 +144,9 @@ class KeptKeys:
             ValueError: The mask is of other rows or KV heads.
         """
         if self.mask is None or self.blocked is not None:
-            start, stop, step = (self.blocked.start, self.blocked.stop, self.blocked.step) if self.blocked else (0, 0, 1)
+            start, stop, step = (
+                (self.blocked.start, self.blocked.stop, self.blocked.step) if self.blocked else (0, 0, 1)
+            )
             hidden = (keys >= start) & ((keys - start) % step == 0)
             return ~(hidden if stop is None else hidden & (keys < stop)).view(1, 1, 1, -1)
         if self.layers is not None and layer not in self.layers:

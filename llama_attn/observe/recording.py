@@ -15,9 +15,9 @@ from llama_attn.observe.interface import interfaces_of, unwatch, watch
 from llama_attn.observe.stacks import candidates, is_cross, name_of, stack_of
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
-from llama_attn.stats.recorder import Share
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.selection import sees_states
+from llama_attn.stats.sight import Share
 from llama_attn.stats.visibility import Visibility
 
 

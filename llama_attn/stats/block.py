@@ -21,7 +21,7 @@ HIDDEN_SCORE = -1e15
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """What an engine is asked to measure in one forward, the same for every layer.
+    """What an engine is asked to measure in one forward; the same for every layer, but for the keys that are kept.
 
     Args:
         statistics: Entries of the table that are measured on attention weights.
@@ -30,6 +30,7 @@ class Wanted:
         num_segments: How many segments there are.
         tokens: Token id of every key, (batch, key).
         token_before: Token id in front of the first key, (batch,), where a cache has dropped it; −1 for padding.
+        keep: Which keys are kept, (batch, 1 or kv_head, key).
     """
 
     statistics: Sequence[Statistic]
@@ -38,6 +39,7 @@ class Wanted:
     num_segments: int = 0
     tokens: Int[Tensor, "batch key"] | None = None
     token_before: Int[Tensor, " batch"] | None = None
+    keep: Bool[Tensor, "batch _ key"] | None = None
 
 
 @dataclass(frozen=True, eq=False)

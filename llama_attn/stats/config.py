@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
+from llama_attn.stats.integers import as_integer
+from llama_attn.stats.keep import Keep, read_keep
+from llama_attn.stats.row_positions import Rows, read_rows, rows_from_json, rows_to_json
 from llama_attn.stats.segments import NumberedSegments, Segments, read_segments
 from llama_attn.stats.table import default_statistics, statistics_table
 
@@ -31,6 +33,10 @@ class AttentionStatsConfig:
         query_stride: Measure queries 0, s, 2s … of the row only.
         offload: ``"cpu"`` moves every layer's numbers to the CPU as soon as they exist.
         engine: Name of the engine that measures; ``None`` leaves the choice to the written rule.
+        rows: Positions of queries, negative ones from the end of the row, or a slice of positions, or ``"generated"``:
+            the last query of the prompt and every token that was fed back; adds ``row_weights``.
+        keep: Which keys are kept, bool (batch, key) or (layer, batch, kv_head, key), layers as measured, or what
+            `keep_mask` returns; keys beyond its length are kept; adds ``kept_mass``.
 
     Raises:
         ValueError: An unknown statistic, or a number that is not a positive integer.
@@ -48,9 +54,13 @@ class AttentionStatsConfig:
     query_stride: int = 1
     offload: str | None = None
     engine: str | None = None
+    # A slice has no hash before Python 3.12.
+    rows: Rows | None = field(default=None, hash=False)
+    keep: Any = field(default=None, compare=False, repr=False)
 
     # The same as integers, read once: a compiled forward cannot look at values.
     _segments: NumberedSegments | None = field(init=False, default=None, compare=False, repr=False)
+    _keep: Keep | None = field(init=False, default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.statistics != "all":
@@ -77,6 +87,10 @@ class AttentionStatsConfig:
             raise ValueError(f"norms: expected True or False, got {self.norms!r}")
         if self.segments is not None:
             object.__setattr__(self, "_segments", read_segments(self.segments))
+        if self.rows is not None:
+            object.__setattr__(self, "rows", read_rows(self.rows))
+        if self.keep is not None:
+            object.__setattr__(self, "_keep", read_keep(self.keep))
         if self.offload not in (None, "cpu"):
             raise ValueError(f'offload: expected None or "cpu", got {self.offload!r}')
         if self.engine is not None and not isinstance(self.engine, str):
@@ -126,6 +140,11 @@ class AttentionStatsConfig:
             raise ValueError(f"segments: expected shape {shape}, got {tuple(labels.shape)}")
         return labels.to(device), names
 
+    @property
+    def kept(self) -> Keep | None:
+        """Which keys are kept, (layer or 1, batch, kv_head or 1, key); None if nobody asked."""
+        return self._keep
+
     def selected(self, axis: str, available: int) -> tuple[int, ...]:
         """The indices chosen on ``axis`` ("layers" or "heads") of a model that has ``available`` of them.
 
@@ -145,14 +164,15 @@ class AttentionStatsConfig:
         return bin_width(num_keys, self.map_size)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the segments, as plain JSON types."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "segments"}
+        """Everything but the tensors, as plain JSON types."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in ("segments", "keep")}
+        return data | {"rows": rows_to_json(self.rows)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> AttentionStatsConfig:
         """The inverse of `to_json`; statistics that are not in the table of this process are kept by name."""
         names = data.pop("statistics")
-        config = cls(statistics="all", **data)
+        config = cls(statistics="all", rows=rows_from_json(data.pop("rows", None)), **data)
         if names != "all":
             if not all(isinstance(name, str) for name in names):
                 raise ValueError(f"statistics: expected names, got {names!r}")
@@ -166,17 +186,6 @@ def bin_width(num_keys: int, map_size: int) -> int:
     while -(-num_keys // width) > map_size:
         width *= 2
     return width
-
-
-def as_integer(value: Any) -> int:
-    """What counts as an integer, as one: Python's, numpy's, an element of a tensor.
-
-    Raises:
-        TypeError: It does not, as True and 1.0 do not.
-    """
-    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
-        raise TypeError(f"expected an integer, got {value!r}")
-    return operator.index(value)
 
 
 def _indices(name: str, value: Sequence[int] | None) -> tuple[int, ...] | None:

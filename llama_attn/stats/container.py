@@ -24,6 +24,7 @@ from llama_attn.stats.labels import SEGMENT_LABELS, VISIBILITY_LABELS, Label
 from llama_attn.stats.part import part_of
 from llama_attn.stats.token_ids import read_ids, token_strings
 from llama_attn.stats.token_text import printable
+from llama_attn.stats.weight_bins import NUM_WEIGHT_BINS
 
 if TYPE_CHECKING:
     import xarray
@@ -61,6 +62,7 @@ class AttentionStats(HubMixin):
         length: Positions that the bins of maps are laid out for [token]; 0 for those of the keys.
         without_attention: Layers of the model that have no attention, and so no numbers.
         selected_queries: Positions of the queries that `select` has left [token]; None for all that were measured.
+        rows: Positions of the queries of ``row_weights`` [token].
     """
 
     values: dict[str, Tensor]
@@ -83,6 +85,7 @@ class AttentionStats(HubMixin):
     length: int = 0
     without_attention: tuple[int, ...] = ()
     selected_queries: tuple[int, ...] | None = None
+    rows: tuple[int, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -205,10 +208,12 @@ class AttentionStats(HubMixin):
             "batch": range(self.batch),
             "head": self.heads,
             "query": self.queries,
+            "row": self.rows,
             "key": self.keys,
             "query_bin": edges,
             "key_bin": edges,
             "distance_bin": [2**b - 1 for b in range(length.bit_length())],
+            "weight_bin": range(NUM_WEIGHT_BINS),
             "rank": range(self.config.top_k),
         }
         if self.segments is not None:

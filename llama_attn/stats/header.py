@@ -158,6 +158,10 @@ def _positions(name: str, value: Any) -> tuple[int, ...] | None:
     return None if value is None else tuple(_integer(name, number) for number in _list(name, value))
 
 
+def _indices_of_rows(name: str, value: Any) -> tuple[int, ...]:
+    return tuple(_integer(name, number) for number in _list(name, value))
+
+
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(_text(name, text) for text in _list(name, value))
 
@@ -217,6 +221,6 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "first_query": _integer, "tokens": _tokens, "segments": _segments, "backend": _text, "engine": _text,
     "model": _text, "replayed": _flag, "first_key": _integer, "stack": _text, "paths": _texts,
     "direction": _direction, "length": _integer, "without_attention": _indices,
-    "selected_queries": _positions,
+    "selected_queries": _positions, "rows": _indices_of_rows,
 }  # fmt: skip
 _OPTIONAL = set(_READERS) - _REQUIRED

@@ -70,7 +70,8 @@ def label(
             if statistic.name in measured.hidden:
                 values[statistic.name] = sheet.hidden(statistic, measured.hidden[statistic.name])
         else:
-            values[statistic.name] = sheet.of_layers(statistic)
+            if statistic.name in measured.groups[0].raw:
+                values[statistic.name] = sheet.of_layers(statistic)
     seen, seen_labels = sheet.visibility()
     widest, paths, given = sheet.widest, dict(origin.paths), config.numbered_segments
     if segments is not None and given is not None:
@@ -95,6 +96,7 @@ def label(
         direction=widest.direction,
         without_attention=origin.without_attention,
         length=sheet.length,
+        rows=measured.rows,
     )
 
 
@@ -196,6 +198,9 @@ class _Sheet:
                     begin = counts.offset - self.first_key
                 spans.append(slice(begin, begin + part.shape[axis]))
             for layer, place in enumerate(places):
+                if "row" in dims:
+                    # A key that this layer no longer had got nothing of the weights.
+                    whole[place][tuple(spans[:-1])] = 0
                 whole[place][tuple(spans)] = part[layer]
         return whole
 
@@ -208,6 +213,9 @@ def mark_padding(statistic: Statistic, tensor: Tensor, counts: Counts) -> Tensor
         return tensor
     if "query" in dims:
         real = counts.real_queries
+    elif "row" in dims:
+        # Rows of padding have been marked when they were measured.
+        real = counts.real_keys
     elif "key" in dims:
         real = counts.real_keys if statistic.is_norm else counts.visible_queries > 0
     else:

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.counts import Counts
+from llama_attn.stats.row_positions import counts_from_end
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
 
@@ -70,12 +71,14 @@ class Measured:
         groups: The layers.
         hidden: Raw numbers of hidden states by statistic, (hidden_layer, …).
         engines: Names of the engines that measured, in order.
+        rows: Positions of the queries whose weights were measured.
     """
 
     statistics: tuple[Statistic, ...]
     groups: tuple[Group, ...]
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
     engines: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -84,20 +87,35 @@ class Measured:
 
 
 class Run:
-    """Raw numbers of a run that grows step by step."""
+    """Raw numbers of a run that grows step by step.
+
+    Args:
+        config: What was asked for.
+
+    Raises:
+        ValueError: Rows that are counted from the end, which is not known before it is there.
+    """
 
     def __init__(self, config: AttentionStatsConfig) -> None:
+        if counts_from_end(config.rows):
+            raise ValueError(
+                f"rows: {config.rows} count from the end of the row, which a run of several forwards does not know; "
+                'use "generated" for the last token of the prompt and all that were fed back, or positions from 0 up '
+                "(inside `record`, recording.forwards has each forward by itself)"
+            )
         self._config = config
         self._statistics: dict[str, Statistic] = {}
         self._engines: dict[str, None] = {}
         self._rows: list[list[Group]] = []
         self._sums: list[Group] = []
         self._hidden: dict[str, list[Tensor]] = {}
+        self._positions: list[int] = []
 
     def add(self, measured: Measured) -> None:
         """Add the next forward."""
         self._statistics |= {statistic.name: statistic for statistic in measured.statistics}
         self._engines |= dict.fromkeys(measured.engines)
+        self._positions += measured.rows
         for name, raw in measured.hidden.items():
             self._hidden.setdefault(name, []).append(raw)
         groups = list(measured.groups)
@@ -127,8 +145,8 @@ class Run:
             raw = dict(total.raw)
             for name in raw:
                 if (statistic := self._statistics[name]) and _follow_one_another(statistic):
-                    axis = statistic.dims.index("query" if "query" in statistic.dims else "key")
-                    parts = [self._widened(group.raw[name], statistic) for group in rows if name in group.raw]
+                    axis = next(at for at, dim in enumerate(statistic.dims) if dim in ("query", "row", "key"))
+                    parts = [self._widened(group, statistic, total) for group in rows if name in group.raw]
                     raw[name] = torch.cat(parts, dim=axis)
             groups.append(replace(total, raw=raw))
         hidden = {
@@ -136,7 +154,9 @@ class Run:
             for name, parts in self._hidden.items()
             if name not in single
         }
-        return Measured(tuple(self._statistics.values()), tuple(groups), hidden, tuple(self._engines))
+        return Measured(
+            tuple(self._statistics.values()), tuple(groups), hidden, tuple(self._engines), tuple(self._positions)
+        )
 
     def _apart(self, groups: Sequence[Group]) -> list[Group]:
         """Every layer by itself, before and now: layers that saw the same may no longer do."""
@@ -177,8 +197,15 @@ class Run:
                 raw[name] = now
         return replace(group, sights=(*before.sights, *group.sights), raw=raw)
 
-    def _widened(self, raw: Tensor, statistic: Statistic) -> Tensor:
-        """Segments that only later tokens have are added to earlier rows."""
+    def _widened(self, group: Group, statistic: Statistic, total: Group) -> Tensor:
+        """Segments and keys that only other tokens have are added to the rows of a group."""
+        raw = group.raw[statistic.name]
+        if "row" in statistic.dims:
+            (sight,), first, last = group.sights, total.sights[0], total.sights[-1]
+            front = sight.offset - first.offset
+            behind = last.offset + last.num_keys - first.offset - front - raw.shape[-1]
+            # A row of padding is NaN everywhere.
+            return pad(raw, (front, behind)).masked_fill_(raw[..., :1].isnan(), torch.nan)
         if statistic.dims[-1] != "segment":
             return raw
         most = max(g.raw[statistic.name].shape[-1] for rows in self._rows for g in rows if statistic.name in g.raw)

@@ -76,6 +76,16 @@ class HeadShard:
         most = max(map(len, chosen))
         return tuple((chosen[self.rank] + [0] * most)[:most])
 
+    def own(self, tensor: Tensor, axis: int, held: int) -> Tensor:
+        """The part of all KV heads that this process holds ``held`` of.
+
+        Raises:
+            ValueError: ``tensor`` is not of all of them.
+        """
+        if tensor.shape[axis] != held * self.size:
+            raise ValueError(f"keep: expected 1 or {held * self.size} KV heads, got {tensor.shape[axis]}")
+        return tensor.narrow(axis, held * self.rank, held)
+
     def gather(self, tensor: Tensor, axis: int) -> Tensor:
         """The ``tensor`` of every rank, one behind the other along ``axis``."""
         # An offloaded tensor has to go back to where the processes can exchange it.

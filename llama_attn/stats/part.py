@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_attn.stats.config import as_integer
+from llama_attn.stats.integers import as_integer
 from llama_attn.stats.labels import SEGMENT_LABELS
 from llama_attn.stats.runs import runs_of, sum_of_runs
 from llama_attn.stats.table import statistics_table
@@ -49,14 +49,18 @@ def _of_queries(stats: AttentionStats, chosen: tuple[int, ...], at: list[int]) -
     table = statistics_table()
     # Norms of keys are no sums over queries; of a key statistic of another process nobody knows.
     of_keys = {name for name, statistic in table.items() if statistic.is_norm and "key" in statistic.dims}
-    kept = [name for name in stats.names if "query" in stats.labels[name].dims or name in of_keys]
+    rows = [place for place, row in enumerate(stats.rows) if row in chosen]
+    dims = {name: stats.labels[name].dims for name in stats.names}
+    kept = [n for n in stats.names if "query" in dims[n] or n in of_keys or ("row" in dims[n] and rows)]
     if not kept:
         raise ValueError(f"queries: {list(stats.names)} are of all queries together, and of no single one")
-    values = {name: _indexed(stats[name], stats.labels[name].dims, {"query": at}) for name in (*kept, "visible_keys")}
+    index = {"query": at, "row": rows}
+    values = {name: _indexed(stats[name], stats.labels[name].dims, index) for name in (*kept, "visible_keys")}
     values["visible_queries"] = _visible_queries(stats, at)
     values |= {name: stats[name] for name in SEGMENT_LABELS if name in stats}
     return replace(
-        stats, values=values, labels={name: stats.labels[name] for name in values}, selected_queries=chosen
+        stats, values=values, labels={name: stats.labels[name] for name in values}, selected_queries=chosen,
+        rows=tuple(stats.rows[place] for place in rows),
     )  # fmt: skip
 
 

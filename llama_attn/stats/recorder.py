@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.merge import Group, Measured
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.records import Records
+from llama_attn.stats.row_positions import check_size
 from llama_attn.stats.scoring import Scoring
-from llama_attn.stats.selection import HIDDEN, WHERE, wanted_statistics
-from llama_attn.stats.step import Step, token_before
+from llama_attn.stats.selection import HIDDEN, WHERE
+from llama_attn.stats.sight import Share, Sight
+from llama_attn.stats.step import Step
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
 
@@ -29,41 +31,6 @@ LAST = -1
 
 class UnreadableError(ValueError):
     """A model does not show what a statistic is of."""
-
-
-class Share(NamedTuple):
-    """What a backend may measure from its own blocks.
-
-    Args:
-        wanted: What to measure.
-        visibility: Who sees whom, for the measured queries.
-        is_all: Whether nothing is left to be measured beside it.
-    """
-
-    wanted: Wanted
-    visibility: Visibility
-    is_all: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Sight:
-    """What layers share that see the same: who sees whom for the measured queries, and what to measure.
-
-    Args:
-        visibility: Who sees whom.
-        statistics: What to measure.
-        wanted: What of it on attention weights.
-        norms: What else is looked at: "key", "value", "value_output".
-        whole: Whether all queries of the call are measured.
-        shares: What each engine measures, by the kind of call.
-    """
-
-    visibility: Visibility
-    statistics: tuple[Statistic, ...]
-    wanted: Wanted
-    norms: frozenset[str]
-    whole: bool
-    shares: dict[tuple[Any, ...], dict[str, Wanted]] = field(default_factory=dict)
 
 
 class Recorder:
@@ -90,13 +57,15 @@ class Recorder:
     ) -> None:
         self.config, self.step, self.shard = config, step or Step(), shard
         self._assign, self._walk = assign, walk
+        # As the layers of masks of kept keys are counted.
+        self._layers = tuple(layers) if config.layers is None else config.layers
         # Names of the engines that have measured, in order.
         self.engines: dict[str, None] = {}
         self.records = Records(len(layers), config.offload)
         self.hidden = Records(len(layers) + 1, config.offload)
         self.segment_names: tuple[str, ...] | None = None
         # Visibilities by identity; kept, so that no other takes their place.
-        self._sights: dict[int, tuple[Visibility, _Sight]] = {}
+        self._sights: dict[int, tuple[Visibility, Sight]] = {}
         self._groups: dict[tuple[int, int, int], list[int]] = {}
         self.heads_held: dict[int, int] = {}
         # Token ids of all keys, (batch, key), if they are known.
@@ -104,36 +73,23 @@ class Recorder:
         # Why a statistic cannot be given.
         self._reasons: dict[str, str] = {}
 
-    def sight(self, visibility: Visibility) -> _Sight:
+    def sight(self, visibility: Visibility) -> Sight:
         """What layers with this visibility measure.
 
         Raises:
-            ValueError: Segments of the wrong shape, or a statistic that this forward cannot give.
+            ValueError: As `Sight.of`.
         """
         if (made := self._sights.get(id(visibility))) is not None:
             return made[1]
-        step, config = self.step, self.config
-        segments, self.segment_names = step.segments(config, visibility)
-        known = step.known_tokens(visibility)
-        self.known_tokens = self.known_tokens if known is None else known
-        tokens = None if known is None else known[:, visibility.offset :].to(visibility.device)
-        statistics = wanted_statistics(config, has_tokens=tokens is not None, alone=step.prompt is None)
-        if self.shard is not None:
-            self.shard.check(statistics)
-        measured = visibility.measured(stride=config.query_stride, first=step.first, rows=step.rows)
-        if not measured.num_queries and not step.first:
-            raise ValueError(f"query_stride: no query of this call is at a multiple of {config.query_stride}")
-        on_blocks = [statistic for statistic in statistics if not statistic.is_norm]
-        wanted = Wanted(
-            on_blocks, config, segments, len(self.segment_names or ()), tokens, token_before(known, visibility)
-        )
-        whole = measured.num_queries == visibility.num_queries
-        norms = frozenset(s.observes for s in statistics) - {"block", *HIDDEN}
-        sight = _Sight(measured, statistics, wanted, norms, whole)
+        sight = Sight.of(visibility, self.config, self.step, self._layers, self.shard)
+        self.segment_names = sight.segment_names
+        self.known_tokens = self.known_tokens if sight.known_tokens is None else sight.known_tokens
         self._sights[id(visibility)] = visibility, sight
         return sight
 
-    def fused(self, visibility: Visibility, scoring: Scoring, engine: str) -> Share | None:
+    def fused(
+        self, layer: int, kv_heads: int, visibility: Visibility, scoring: Scoring, engine: str
+    ) -> Share | None:  # fmt: skip
         """What a backend on ``engine`` may measure from its own blocks; ``None`` if it should measure nothing.
 
         A subset of heads or queries is cheaper to measure beside the backend.
@@ -145,9 +101,10 @@ class Recorder:
         share = shares.get(engine)
         if share is None:
             return None
-        return Share(share, sight.visibility, len(shares) == 1 and not sight.norms)
+        is_all = len(shares) == 1 and not sight.norms and not sight.rows
+        return Share(sight.of_layer(share, layer, kv_heads), sight.visibility, is_all)
 
-    def _shares(self, sight: _Sight, visibility: Visibility, scoring: Scoring, prefer: str | None) -> dict[str, Wanted]:
+    def _shares(self, sight: Sight, visibility: Visibility, scoring: Scoring, prefer: str | None) -> dict[str, Wanted]:
         """What each engine measures, found out once for all layers with such calls."""
         kinds = [part is None for part in (scoring.position_bias, scoring.sinks, scoring.softcap)]
         kind = (prefer, visibility.device, *kinds)
@@ -192,7 +149,8 @@ class Recorder:
         self._belongs(layer, visibility, (held, kv_held))
         shares = self._shares(sight, visibility, scoring, prefer)
         missing = {e: share for e, share in shares.items() if not self.records.has(share.statistics[0].name, layer)}
-        if not missing and not sight.norms:
+        rows_missing = sight.rows and not self.records.has(sight.row_statistics[0].name, layer)
+        if not missing and not sight.norms and not rows_missing:
             return
         chosen = self._chosen(layer)
         query, key, value = query.detach(), key.detach(), value.detach()
@@ -200,22 +158,70 @@ class Recorder:
         # Under autocast a float32 product would be computed in half precision.
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             if missing and sight.visibility.num_queries:
-                seen, rows = sight.visibility, self._strided(query, 2, visibility)
-                seen_keys, scores = key, _of_queries(scoring, sight, visibility)
-                if chosen is not None:
-                    group = held // kv_held
-                    seen, rows = seen.of_heads(chosen), rows[:, list(chosen)]
-                    seen_keys, scores = key[:, [head // group for head in chosen]], scores.of_heads(chosen)
+                rows, scores = self._strided(query, 2, visibility), _of_queries(scoring, sight, visibility)
                 for engine, share in missing.items():
-                    raw = self._walk(engine, rows, seen_keys, None, seen, scores, share).raw
+                    share = sight.of_layer(share, layer, kv_held)
+                    raw = self._beside(engine, rows, key, sight.visibility, scores, share, chosen)
                     self.put(layer, visibility, (held, kv_held), raw, engine)
+            if rows_missing:
+                self._measure_rows(layer, query, key, visibility, scoring, chosen)
             if sight.norms:
                 self._measure_norms(layer, sight, key, value, chosen, output_weight)
+
+    def _beside(
+        self,
+        engine: str,
+        query: Tensor,
+        key: Tensor,
+        visibility: Visibility,
+        scoring: Scoring,
+        wanted: Wanted,
+        chosen: Sequence[int] | None,
+    ) -> dict[str, Tensor]:
+        """What ``engine`` measures of the chosen heads."""
+        if chosen is not None:
+            group = query.shape[1] // key.shape[1]
+            kv_heads = [head // group for head in chosen]
+            if wanted.keep is not None and wanted.keep.shape[1] > 1:
+                wanted = replace(wanted, keep=wanted.keep[:, kv_heads])
+            query, key = query[:, list(chosen)], key[:, kv_heads]
+            visibility, scoring = visibility.of_heads(chosen), scoring.of_heads(chosen)
+        raw: dict[str, Tensor] = self._walk(engine, query, key, None, visibility, scoring, wanted).raw
+        return raw
+
+    def _measure_rows(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        visibility: Visibility,
+        scoring: Scoring,
+        chosen: Sequence[int] | None,
+    ) -> None:
+        """Measure what is of single queries and all keys: a walk over these queries alone."""
+        sight = self.sight(visibility)
+        batch, heads = query.shape[0], query.shape[1] if chosen is None else len(chosen)
+        weights = max(1, len(self._layers)) * batch * heads * len(sight.rows) * key.shape[2]
+        check_size(weights * max(4, query.element_size()), self.config.offload)
+        parts: dict[str, list[Tensor]] = {}
+        for run in sight.row_runs:
+            at = slice(
+                run.first_query - visibility.first_query, run.first_query - visibility.first_query + run.num_queries
+            )
+            scores = scoring.of_queries(at)
+            # What takes rows of weights as they are is the engine for everything else, too.
+            assigned = self._assign(sight.row_statistics, run, scores)
+            for engine, statistics in assigned.items():
+                wanted = replace(sight.wanted, statistics=statistics)
+                for name, raw in self._beside(engine, query[:, :, at], key, run, scores, wanted, chosen).items():
+                    parts.setdefault(name, []).append(raw)
+                self.engines[engine] = None
+        self.records.put(layer, {name: torch.cat(raw, dim=2) for name, raw in parts.items()})
 
     def _measure_norms(
         self,
         layer: int,
-        sight: _Sight,
+        sight: Sight,
         key: Tensor,
         value: Tensor,
         chosen: Sequence[int] | None,
@@ -300,7 +306,9 @@ class Recorder:
             sight = self._sights[at][1]
             for statistic in statistics:
                 # A step of a run may have no query at a multiple of the stride.
-                is_there = statistic.is_norm or sight.visibility.num_queries > 0
+                is_there = statistic.is_norm or (
+                    sight.rows if statistic.needs == "rows" else sight.visibility.num_queries
+                )
                 if statistic.dims[0] == "layer" and is_there:
                     stacked = self.records.stacked(statistic.name, layers)
                     if stacked is None:
@@ -316,7 +324,10 @@ class Recorder:
                     raise RuntimeError(f"{statistic.name}: the layers' hidden states differ in shape")
                 hidden[statistic.name] = stacked
         groups.sort(key=lambda group: group.layers)
-        return Measured(statistics, tuple(groups), hidden, tuple(self.engines))
+        rows = {self._sights[at][1].rows for at, *_ in self._groups}
+        if len(rows) > 1:
+            raise ValueError(f"rows: layers see different queries, of which {sorted(rows)} are wanted; choose `layers`")
+        return Measured(statistics, tuple(groups), hidden, tuple(self.engines), rows.pop())
 
     def _given(self) -> tuple[Statistic, ...]:
         """What was wanted, less the norms that the model cannot give."""
@@ -366,7 +377,7 @@ class Recorder:
         return tensor.index_select(axis, places)
 
 
-def _of_queries(scoring: Scoring, sight: _Sight, visibility: Visibility) -> Scoring:
+def _of_queries(scoring: Scoring, sight: Sight, visibility: Visibility) -> Scoring:
     """The scoring of the measured queries."""
     if sight.whole:
         return scoring

@@ -41,6 +41,7 @@ class Reference:
         segments: Segment of every key, −1 for none, (batch, key).
         tokens: Token id of every key, (batch, key).
         token_before: Token id in front of the first key, (batch,), where a cache has dropped it; −1 for padding.
+        keep: Which keys are kept, (batch, 1 or kv_head, key).
         hidden: Residual stream that enters the layer, (batch, query, hidden).
         output_weight: Weight of ``o_proj``, (hidden, head · channel).
     """
@@ -63,6 +64,7 @@ class Reference:
     segments: Int[Tensor, "batch key"] | None = None
     tokens: Int[Tensor, "batch key"] | None = None
     token_before: Int[Tensor, " batch"] | None = None
+    keep: Bool[Tensor, "batch _ key"] | None = None
     hidden: Float[Tensor, "batch query hidden"] | None = None
     output_weight: Float[Tensor, "hidden channels"] | None = None
 

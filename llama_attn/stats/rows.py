@@ -122,6 +122,23 @@ def _segment_mass_textbook(reference: Reference) -> Tensor:
     return torch.stack(masses, dim=-1)
 
 
+def _kept_mass(block: Block) -> Float[Tensor, "batch head row"]:
+    keep = block.wanted.keep
+    if keep is None:
+        raise ValueError("kept_mass: needs `keep` in the AttentionStatsConfig")
+    columns = keep[:, :, block.keys].to(block.exponentials.dtype)
+    by_group = block.exponentials.unflatten(1, (keep.shape[1], -1))
+    return torch.matmul(by_group, columns[:, :, None, :, None]).squeeze(-1).flatten(1, 2) * block.scale
+
+
+def _kept_mass_textbook(reference: Reference) -> Tensor:
+    keep = reference.keep
+    if keep is None:
+        raise ValueError("kept_mass: the reference has no mask of kept keys")
+    keep = keep.repeat_interleave(reference.query.shape[1] // keep.shape[1], dim=1)
+    return (reference.weights * keep[:, :, None]).sum(-1)
+
+
 def _beyond_visible(reference: Reference) -> Tensor:
     """Scores with hidden keys at −inf, where a row that sees nothing gives 0 and not NaN."""
     return torch.where(reference.scores.isinf().all(-1, keepdim=True), 0, reference.scores)
@@ -194,5 +211,16 @@ STATISTICS = (
         "segment_mass", (*QUERY_DIMS, "segment"), "probability", "attention mass per span of the prompt",
         stream=_segment_mass, textbook=_segment_mass_textbook, needs="segments",
         meaning="attention mass on each segment",
+    ),
+    Statistic(
+        "kept_mass", QUERY_DIMS, "probability", "mass that a smaller cache keeps, cf. Zhang et al., arXiv 2306.14048 (H2O)",
+        stream=_kept_mass, textbook=_kept_mass_textbook, needs="keep", meaning="attention mass on the kept keys",
+    ),
+    Statistic(
+        "row_weights", ("layer", "batch", "head", "row", "key"), "probability", "attention weights of single queries",
+        stream=lambda block: block.weights, needs="rows", meaning="attention weights of the chosen queries",
+        textbook=lambda reference: reference.weights.masked_fill(
+            ~reference.real_queries[:, None, :, None], torch.nan
+        ),
     ),
 )  # fmt: skip

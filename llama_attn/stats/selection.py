@@ -40,17 +40,18 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: 
         alone: Whether the forward stands alone, and is not put together with others.
 
     Raises:
-        ValueError: A statistic is named that needs segments or token ids which are not there, or that several
+        ValueError: A statistic is named that needs something which is not there, or that several
             forwards cannot give.
     """
-    have = {"segments": config.segments is not None, "tokens": has_tokens, None: True}
+    given = {need for need in ("segments", "rows", "keep") if getattr(config, need) is not None}
+    have = dict.fromkeys(given, True) | {"tokens": has_tokens, None: True}
     ways = {
-        "segments": "`segments` in the AttentionStatsConfig",
+        **{need: f"`{need}` in the AttentionStatsConfig" for need in ("segments", "rows", "keep")},
         "tokens": "the ids of all tokens: input_ids, not inputs_embeds, and none of them from a cache",
     }
     chosen = []
     for name, statistic in statistics_table().items():
-        possible = have[statistic.needs]
+        possible = have.get(statistic.needs, False)
         if statistic.is_norm:
             is_named = config.statistics != "all" and name in config.statistics
             if is_named and not alone and not merges(statistic):
@@ -59,7 +60,7 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: 
                     "into; leave it out, or measure one forward over the finished sequence"
                 )
             wanted = is_named or (config.norms and (alone or merges(statistic)))
-        elif statistic.needs == "segments" and config.segments is not None:
+        elif statistic.needs in given:
             wanted = True
         else:
             wanted = name in config.statistics or (config.statistics == "all" and possible)

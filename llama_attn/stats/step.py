@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.keep import Keep, with_later
 from llama_attn.stats.segments import add_generated
 from llama_attn.stats.visibility import Visibility
 
@@ -48,17 +49,40 @@ class Step:
         Raises:
             ValueError: They are of another shape than the prompt.
         """
-        prompt, length = self.prompt, visibility.offset + visibility.num_keys
-        if prompt is None:
-            # A forward that goes on from a cache may have more tokens than segments were given for.
-            goes_on = visibility.first_query + visibility.offset > 0
-            prompt = min(length, config.labelled or length) if goes_on else length
+        prompt, length = self._described(config.labelled, visibility), visibility.offset + visibility.num_keys
         segments, names = config.segments_of((visibility.batch, prompt), visibility.device)
         if segments is None or names is None:
             return None, None
         if self.prompt is not None or prompt < length:
             segments, names = add_generated(segments, names, length)
         return segments[:, visibility.offset :], names
+
+    def keep(self, config: AttentionStatsConfig, visibility: Visibility) -> Keep | None:
+        """Which keys are kept, (layer or 1, batch, kv_head or 1, key); None if nobody asked.
+
+        Raises:
+            ValueError: The mask is of another shape than the prompt.
+        """
+        keep = config.kept
+        if keep is None:
+            return None
+        prompt = self._described(keep.shape[-1], visibility)
+        if (keep.shape[1], keep.shape[3]) != (visibility.batch, prompt):
+            raise ValueError(
+                f"keep: expected batch {visibility.batch} and {prompt} keys, got batch {keep.shape[1]} and "
+                f"{keep.shape[3]} keys"
+            )
+        keep = with_later(keep, visibility.offset + visibility.num_keys)
+        return keep[..., visibility.offset :].to(visibility.device)
+
+    def _described(self, given: int | None, visibility: Visibility) -> int:
+        """How many tokens of the row a user has to describe, who has described ``given``."""
+        if self.prompt is not None:
+            return self.prompt
+        # A forward that goes on from a cache may have more tokens than were described.
+        length = visibility.offset + visibility.num_keys
+        goes_on = visibility.first_query + visibility.offset > 0
+        return min(length, given or length) if goes_on else length
 
 
 def token_before(tokens: Tensor | None, visibility: Visibility) -> Tensor | None:

@@ -18,8 +18,8 @@ Observed = Literal["block", "hidden", "hidden_real", "key", "value", "value_outp
 
 # Dimensions that a statistic may have besides layer and batch, in the order in which they appear.
 DIMENSIONS = (
-    "layer", "hidden_layer", "batch", "head", "kv_head", "query", "key",
-    "query_bin", "key_bin", "distance_bin", "rank", "segment",
+    "layer", "hidden_layer", "batch", "head", "kv_head", "query", "row", "key",
+    "query_bin", "key_bin", "distance_bin", "weight_bin", "rank", "segment",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ class Statistic:
         dtype: Integer type of positions and channels, where −1 is "none"; ``None`` for floats, where it is NaN.
         parts: Sizes of axes which the running sum has behind ``head`` and ``finish`` removes.
         observes: What the streaming form is given. Everything but ``"block"`` is a norm (``norms=True``).
-        needs: ``"segments"`` or ``"tokens"`` (ids) if it cannot be measured without them.
+        needs: ``"segments"``, ``"tokens"`` (ids), ``"rows"`` or ``"keep"`` if it cannot be measured without them.
         of_distance: Whether it compares positions of queries and keys, which cross-attention does not have.
     """
 
@@ -60,7 +60,7 @@ class Statistic:
     dtype: torch.dtype | None = None
     parts: tuple[int, ...] = ()
     observes: Observed = "block"
-    needs: Literal["segments", "tokens"] | None = None
+    needs: Literal["segments", "tokens", "rows", "keep"] | None = None
     of_distance: bool = False
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class Statistic:
     @property
     def per_query(self) -> bool:
         """Whether a block of query rows holds its final rows, so that nothing is summed over blocks."""
-        return "query" in self.dims
+        return "query" in self.dims or "row" in self.dims
 
 
 def check_dims(name: str, dims: Sequence[str]) -> None:

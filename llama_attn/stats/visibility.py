@@ -78,24 +78,31 @@ class Visibility(Spans):
         moved = {name: None if vector is None else vector.to(device) for name, vector in moved.items()}
         return replace(self, device=device, **moved)
 
-    def measured(self, *, stride: int = 1, first: int = 0, rows: Bool[Tensor, " batch"] | None = None) -> Visibility:
+    def measured(
+        self, *, stride: int = 1, first: int = 0, stop: int | None = None, rows: Bool[Tensor, " batch"] | None = None
+    ) -> Visibility:
         """The same, for some of the queries only.
 
         Args:
             stride: Measure the queries at multiples of it, counted by absolute position.
             first: Measure none before this absolute position [token].
+            stop: Measure none from this absolute position on [token]; None for all.
             rows: Rows of the batch whose queries count; None for all.
         """
         begin = -(-max(self.first_query + self.offset, first) // stride) * stride - self.offset
-        skipped = begin - self.first_query
-        mask = None if self.mask is None else self.mask[:, :, skipped::stride]
+        skipped, end = begin - self.first_query, None
+        stop_query = self.stop_query
+        if stop is not None:
+            stop_query = stop - self.offset
+            end = stop_query - self.first_query
+        chosen = slice(skipped, end, stride)
+        mask = None if self.mask is None else self.mask[:, :, chosen]
         sees, first_key, stop_key = (
-            None if vector is None else vector[:, skipped::stride]
-            for vector in (self.sees, self.first_key, self.stop_key)
+            None if vector is None else vector[:, chosen] for vector in (self.sees, self.first_key, self.stop_key)
         )
         return replace(
             self, first_query=begin, stride=stride, mask=mask, rows=rows, sees=sees, first_key=first_key,
-            stop_key=stop_key,
+            stop_key=stop_key, stop_query=stop_query,
         )  # fmt: skip
 
     def of_heads(self, heads: Sequence[int]) -> Visibility:

@@ -28,7 +28,7 @@ struct Call {
   int64_t sink_tokens, window;
   // Which part of `rows` each statistic of a query is, counted from 1; 0 where nobody asks.
   int64_t logsumexp, entropy, max_logit, max_weight, effective_keys, sink_mass, local_mass, mean_distance,
-      learned_sink_mass;
+      learned_sink_mass, kept_mass;
   double scaling;
   double softcap;  // 0 for none
   double hidden_score;
@@ -45,6 +45,7 @@ struct Call {
   Tensor real_queries;         // (batch, query), bool
   Tensor first_key, stop_key;  // (batch, query), int32: between them lie the keys that a query may see
   Tensor rank;                 // (batch, key), int64: real keys of the same sequence before each
+  Tensor kept;                 // (batch, kv_head, key), bool
 
   // In the type of the computation from here on, contiguous but for the gradients.
   Tensor sinks;          // a learned score of every head that has no key, (head)
@@ -54,6 +55,9 @@ struct Call {
   Tensor rows;                // (statistic, batch, head, query)
   Tensor received;            // (batch, head, key)
   Tensor distance_histogram;  // (batch, head, bin)
+  // (batch, head, bin). Bin b < 30 is of the weights in (2^−(b+1), 2^−b], the last of all that are smaller; how many
+  // these are is not counted, since keys that are not seen would be among them.
+  Tensor weight_count, weight_mass;
 
   // For the backward.
   Tensor grad_output;                       // (batch, query, head, channel), in any type

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "product.h"
+#include "weight_bins.h"
 
 namespace llama_attn {
 
@@ -137,8 +138,9 @@ void check(const Call& call, bool backward) {
     has("output", call.output, {batch, queries, heads, call.value_channels}, kFloats, Layout::kAny);
   int64_t statistics = 0;
   for (const int64_t which : {call.logsumexp, call.entropy, call.max_logit, call.max_weight, call.effective_keys,
-                              call.sink_mass, call.local_mass, call.mean_distance, call.learned_sink_mass}) {
-    in_range("place of a statistic", which, 0, 9);
+                              call.sink_mass, call.local_mass, call.mean_distance, call.learned_sink_mass,
+                              call.kept_mass}) {
+    in_range("place of a statistic", which, 0, 10);
     statistics = which > statistics ? which : statistics;
   }
   if (statistics > 0)
@@ -146,6 +148,10 @@ void check(const Call& call, bool backward) {
   optional("received", call.received, {batch, heads, keys, 1}, compute);
   in_range("distance bins", call.distance_histogram.size[2], 0, 62);
   optional("distance_histogram", call.distance_histogram, {batch, heads, call.distance_histogram.size[2], 1}, compute);
+  optional("weight_count", call.weight_count, {batch, heads, kWeightBins, 1}, compute);
+  optional("weight_mass", call.weight_mass, {batch, heads, kWeightBins, 1}, compute);
+  if (call.kept_mass != 0)
+    has("kept", call.kept, {batch, call.kv_heads, keys, 1}, {Type::kBool}, Layout::kContiguous);
 }
 
 }  // namespace llama_attn

@@ -41,6 +41,8 @@ Forward<T>::Forward(const Call& call)
   const int64_t slots = call.batch * call.heads * stripes_.count;
   if (call.received.data != nullptr) received_ = zeros<T>(slots * slot_keys_);
   if (call.distance_histogram.data != nullptr) histogram_ = zeros<T>(slots * call.distance_histogram.size[2]);
+  if (bins_weights()) numbers_ = zeros<double>(slots * kWeightBins), masses_ = zeros<double>(slots * kWeightBins);
+  if (call.kept_mass != 0) kept_ = allocate<T>(call.batch * call.kv_heads * slot_keys_);
   if (call.sink_mass == 0 || call.rank.data == nullptr) return;
   const int64_t *rank = data_of<int64_t>(call.rank), panels = slot_keys_ / kPanel<T>;
   const uint8_t* real = data_of<uint8_t>(call.real_keys);
@@ -67,6 +69,7 @@ typename Forward<T>::Scratch Forward<T>::make_scratch() const {
   scratch.output = allocate<T>(rows * round_up(call_.value_channels, kLanes<T>));
   scratch.row = allocate<T>(std::max({call_.block_keys, rows, Panels<T>::scratch_size(call_.channels)}));
   scratch.factors = allocate<T>(rows);
+  if (bins_weights()) scratch.bins.prepare();
   scratch.sums.resize(static_cast<size_t>(rows));
   scratch.blocks.reserve(static_cast<size_t>((call_.num_keys + call_.block_keys - 1) / call_.block_keys));
   return scratch;
@@ -94,6 +97,8 @@ void Forward<T>::run() {
       reduce(call_.received, received_, slot_keys_, call_.num_keys, head);
       reduce(call_.distance_histogram, histogram_, call_.distance_histogram.size[2], call_.distance_histogram.size[2],
              head);
+      reduce(call_.weight_count, numbers_, kWeightBins, kWeightBins, head);
+      reduce(call_.weight_mass, masses_, kWeightBins, kWeightBins, head);
     }
   }
 }
@@ -102,6 +107,11 @@ template <class T>
 void Forward<T>::prepare(int64_t head, int64_t first, T* rows) {
   if (packs()) keys_.pack(call_, call_.key, head, first, keys_.at(head, first), rows);
   if (call_.value.data != nullptr) values_.fill(call_, call_.value, head, first);
+  if (kept_ == nullptr) return;
+  T* marks = kept_.get() + head * slot_keys_ + first;
+  const int64_t there = std::min(kPanel<T>, call_.num_keys - first);
+  read(call_.kept, head * call_.num_keys + first, 1, there, marks);
+  std::fill(marks + there, marks + kPanel<T>, T{0});
 }
 
 template <class T>
@@ -110,7 +120,7 @@ void Forward<T>::walk(const Tile& tile, int64_t stripe, Scratch& scratch) const 
   const int64_t rows = tile.rows(), width = round_up(call_.value_channels, kLanes<T>);
   gather(call_.query, call_.query.stride[1], call_.query.stride[2], tile, call_.channels,
          static_cast<T>(call_.scaling), scratch.queries.get(), depth_);
-  std::fill_n(scratch.sums.begin(), rows, RowSums<T>{{}, {}, {}, {}, hidden, 0, 0, 0});
+  std::fill_n(scratch.sums.begin(), rows, RowSums<T>{{}, {}, {}, {}, hidden, 0, 0, 0, 0});
   if (call_.value.data != nullptr) std::fill_n(scratch.output.get(), rows * width, T{0});
   scratch.blocks.clear();
   const Span seen = sight_.span(tile);
@@ -124,7 +134,9 @@ void Forward<T>::walk(const Tile& tile, int64_t stripe, Scratch& scratch) const 
     scratch.blocks.push_back(first);
   }
   finish(tile, scratch);
-  if (keeps_blocks()) receive(tile, stripe, seen.stop, scratch);
+  if (call_.received.data != nullptr || call_.distance_histogram.data != nullptr)
+    receive(tile, stripe, seen.stop, scratch);
+  if (bins_weights()) bin_weights(tile, stripe, seen.stop, scratch);
 }
 
 // The scores of one block, their exponentials, and what these add to every row.
@@ -165,6 +177,7 @@ void Forward<T>::block(const Tile& tile, Span keys, T* scores, Scratch& scratch)
       const int64_t stop = std::min(keys.stop, position + call_.window);
       if (first < stop) sums.local += sum_of(mine + first - keys.first, stop - first);
     }
+    if (kept_ != nullptr) sums.kept += dot(mine, kept_.get() + kv_head * slot_keys_ + keys.first, width);
   }
   if (call_.value.data != nullptr)
     multiply<T>(rows, value_width, keys.stop - keys.first, {scores, stride, 1}, values_.at(kv_head, keys.first),
@@ -234,8 +247,17 @@ void Forward<T>::finish(const Tile& tile, Scratch& scratch) const {
     put(call_, call_.sink_mass, index, sums.sink * inverse + none);
     put(call_, call_.local_mass, index, sums.local * inverse + none);
     put(call_, call_.mean_distance, index, sum<T>(sums.distance) * inverse + none);
+    put(call_, call_.kept_mass, index, sums.kept * inverse + none);
     put(call_, call_.learned_sink_mass, index, sums.learned * inverse + none);
   }
+}
+
+// What makes final weights of the exponentials of a row in one block.
+template <class T>
+T Forward<T>::factor_of(int64_t row, size_t slot, int64_t rows, const Scratch& scratch) {
+  const T then = scratch.maxima[static_cast<int64_t>(slot) * rows + row];
+  const T most = scratch.sums[static_cast<size_t>(row)].most;
+  return scratch.factors[row] * (then == most ? T{1} : std::exp(then - most));
 }
 
 // Final weights: the kept exponentials times what their block lacks.
@@ -247,26 +269,38 @@ void Forward<T>::receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch
     const Span keys{scratch.blocks[slot], std::min(scratch.blocks[slot] + stride, stop)};
     const int64_t width = round_up(keys.stop - keys.first, kLanes<T>);
     const T* exponentials = scratch.scores.get() + static_cast<int64_t>(slot) * rows * stride;
-    const T* maxima = scratch.maxima.get() + static_cast<int64_t>(slot) * rows;
     for (int64_t member = 0; member < tile.group; ++member) {
       const int64_t head = tile.batch * call_.heads + tile.kv_head * tile.group + member;
-      const int64_t first_row = member * tile.queries;
-      for (int64_t i = 0; i < tile.queries; ++i) {
-        const T most = scratch.sums[static_cast<size_t>(first_row + i)].most;
-        const T missing = maxima[first_row + i] == most ? T{1} : std::exp(maxima[first_row + i] - most);
-        factors[i] = scratch.factors[first_row + i] * missing;
-      }
+      const int64_t first_row = member * tile.queries, place = head * stripes_.count + stripe;
+      for (int64_t i = 0; i < tile.queries; ++i) factors[i] = factor_of(first_row + i, slot, rows, scratch);
       const T* weights = exponentials + first_row * stride;
       if (call_.received.data != nullptr) {
-        T* to = received_.get() + (head * stripes_.count + stripe) * slot_keys_ + keys.first;
+        T* to = received_.get() + place * slot_keys_ + keys.first;
         // One row of factors times the block.
         multiply<T>(1, width, tile.queries, {factors, 0, 1}, weights, stride, to, 0, true);
       }
       if (call_.distance_histogram.data == nullptr) continue;
-      T* bins = histogram_.get() + (head * stripes_.count + stripe) * bins_per_slot;
+      T* bins = histogram_.get() + place * bins_per_slot;
       for (int64_t i = 0; i < tile.queries; ++i)
         bin_distances(factors[i], weights + i * stride, keys, sight_.position(tile.first_row + i), bins);
     }
+  }
+}
+
+// The final weights of one head after the other, so that sums over all its blocks are made once.
+template <class T>
+void Forward<T>::bin_weights(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const {
+  const int64_t rows = tile.rows(), stride = call_.block_keys;
+  for (int64_t member = 0; member < tile.group; ++member) {
+    for (size_t slot = 0; slot < scratch.blocks.size(); ++slot) {
+      const int64_t at = static_cast<int64_t>(slot) * rows, first = scratch.blocks[slot];
+      const int64_t width = round_up(std::min(stride, stop - first), kLanes<T>);
+      for (int64_t row = member * tile.queries; row < (member + 1) * tile.queries; ++row)
+        scratch.bins.add(scratch.scores.get() + (at + row) * stride, width, factor_of(row, slot, rows, scratch));
+    }
+    const int64_t head = tile.batch * call_.heads + tile.kv_head * tile.group + member;
+    const int64_t place = (head * stripes_.count + stripe) * kWeightBins;
+    scratch.bins.flush(numbers_.get() + place, masses_.get() + place);
   }
 }
 
@@ -288,13 +322,15 @@ void Forward<T>::bin_distances(T factor, const T* weights, Span keys, int64_t po
 
 // Adds the slots of one head in their order.
 template <class T>
-void Forward<T>::reduce(const Tensor& to, const Buffer<T>& slots, int64_t slot_size, int64_t size, int64_t head) const {
+template <class From>
+void Forward<T>::reduce(const Tensor& to, const Buffer<From>& slots, int64_t slot_size, int64_t size,
+                        int64_t head) const {
   if (to.data == nullptr) return;
   T* totals = data_of<T>(to) + head * size;
   std::fill_n(totals, size, T{0});
   for (int64_t stripe = 0; stripe < stripes_.count; ++stripe) {
-    const T* slot = slots.get() + (head * stripes_.count + stripe) * slot_size;
-    for (int64_t i = 0; i < size; ++i) totals[i] += slot[i];
+    const From* slot = slots.get() + (head * stripes_.count + stripe) * slot_size;
+    for (int64_t i = 0; i < size; ++i) totals[i] += static_cast<T>(slot[i]);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "tile.h"
+#include "weight_bins.h"
 
 namespace llama_attn {
 
@@ -15,7 +16,7 @@ namespace llama_attn {
 template <class T>
 struct RowSums {
   Vector<T> total, centred, distance, squares;
-  T most, sink, local;
+  T most, sink, local, kept;
   T learned;  // what a learned sink takes
 
   // Makes the sums relative to a larger score.
@@ -23,7 +24,7 @@ struct RowSums {
     const T factor = std::exp(most - larger);
     centred = (centred + (most - larger) * total) * factor;
     total *= factor, distance *= factor, squares *= factor * factor;
-    sink *= factor, local *= factor;
+    sink *= factor, local *= factor, kept *= factor;
     most = larger;
     return factor;
   }
@@ -77,6 +78,7 @@ class Forward {
     Buffer<T> queries, scores, maxima, output, row, factors;
     std::vector<RowSums<T>> sums;
     std::vector<int64_t> blocks;  // the first key of each
+    WeightBins<T> bins;
   };
 
   Scratch make_scratch() const;
@@ -86,13 +88,19 @@ class Forward {
   void add_learned_sink(const Tile& tile, int64_t row, Scratch& scratch) const;
   void finish(const Tile& tile, Scratch& scratch) const;
   void receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const;
+  static T factor_of(int64_t row, size_t slot, int64_t rows, const Scratch& scratch);
+  void bin_weights(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const;
   void bin_distances(T factor, const T* weights, Span keys, int64_t position, T* bins) const;
-  void reduce(const Tensor& to, const Buffer<T>& slots, int64_t slot_size, int64_t size, int64_t head) const;
+  template <class From>
+  void reduce(const Tensor& to, const Buffer<From>& slots, int64_t slot_size, int64_t size, int64_t head) const;
 
   // Keys that one tile alone needs, as that of a decoded token, are read where they lie: packing would take longer.
   bool packs() const { return stripes_.tiles > 1; }
   int64_t rows_per_tile() const { return stripes_.queries_per_tile * (call_.heads / call_.kv_heads); }
-  bool keeps_blocks() const { return call_.received.data != nullptr || call_.distance_histogram.data != nullptr; }
+  bool bins_weights() const { return call_.weight_count.data != nullptr || call_.weight_mass.data != nullptr; }
+  bool keeps_blocks() const {
+    return call_.received.data != nullptr || call_.distance_histogram.data != nullptr || bins_weights();
+  }
   Span sinks_in(Span keys, int64_t batch) const;
 
   const Call& call_;
@@ -102,8 +110,10 @@ class Forward {
   Rows<T> values_;
   Buffer<T> sinks_;           // 1 for sink tokens, (batch, key); none if they are the first keys of the row
   std::vector<Span> within_;  // where the sinks of each (batch, panel) lie
+  Buffer<T> kept_;            // 1 for keys that are kept, (batch, kv_head, slot_keys_); none if nobody asks
   int64_t slot_keys_ = 0, depth_;  // channels, in whole vectors
   Buffer<T> received_, histogram_;  // (batch, head, stripe, …)
+  Buffer<double> numbers_, masses_;  // the same, of weights by their bin
   void (*exponentiate_)(T*, int64_t, T, RowSums<T>&);
 };
 

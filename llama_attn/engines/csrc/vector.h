@@ -122,6 +122,18 @@ inline T sum_of(const T* from, int64_t count) {
   return total;
 }
 
+// Σ of the products of `width` numbers, a multiple of the lanes.
+template <class T>
+inline T dot(const T* left, const T* right, int64_t width) {
+  constexpr int64_t kStep = 4 * kLanes<T>;
+  Vector<T> totals[4] = {};
+  int64_t i = 0;
+  for (; i + kStep <= width; i += kStep)
+    for (int k = 0; k < 4; ++k) totals[k] += load(left + i + k * kLanes<T>) * load(right + i + k * kLanes<T>);
+  for (; i < width; i += kLanes<T>) totals[0] += load(left + i) * load(right + i);
+  return sum<T>((totals[0] + totals[1]) + (totals[2] + totals[3]));
+}
+
 // e^x for x ≤ 0: 2^n e^r with n = round(x / ln 2), so |r| ≤ ln(2) / 2. Zero below the smallest normal number; NaN stays.
 inline Vector<float> exp_negative(Vector<float> x) {
   constexpr float kLowest = -87.336544f, kLog2e = 1.44269504f, kMagic = 12582912.0f;  // 1.5 · 2^23 rounds to integers

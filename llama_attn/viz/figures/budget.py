@@ -1,0 +1,76 @@
+"""What a smaller cache keeps of the attention, and what it costs the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llama_attn.viz.figures.canvas import colour_bar, entitle, label_axes
+from llama_attn.viz.style import AMBER, BLUE, GREEN, ORANGE, PINK, empty_figure, heat_map, written
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+COLUMNS = ("policy", "budget", "layer", "kept", "loss")
+
+
+def plot_budget(frame: pandas.DataFrame) -> Figure:
+    """Attention mass that each policy keeps with each budget, the loss with what was kept, and the mass in each layer.
+
+    Args:
+        frame: Columns ``policy``, ``budget`` [keys], ``layer``, ``kept`` [probability] and ``loss`` [nat] (the same in
+            all layers), as ``llama-attn budget`` writes them; ``attrs`` may hold ``full_loss`` [nat], ``model`` and
+            ``text``.
+
+    Raises:
+        ValueError: A column is missing, or there is no line.
+    """
+    if missing := [name for name in COLUMNS if name not in frame]:
+        raise ValueError(f"frame: expected the columns {list(COLUMNS)}, got {list(frame.columns)} without {missing}")
+    if frame.empty:
+        raise ValueError("frame: expected at least one policy and budget, got no line")
+    policies = list(dict.fromkeys(frame.policy))
+    columns = max(2, len(policies))
+    figure = empty_figure((3.6 * columns, 6.6))
+    grid = figure.add_gridspec(2, 2 * columns)
+    kept_axes, loss_axes = figure.add_subplot(grid[0, :columns]), figure.add_subplot(grid[0, columns:])
+    for policy, colour in zip(policies, _colours(len(policies)), strict=True):
+        by_budget = frame[frame.policy == policy].groupby("budget")
+        kept, loss = by_budget["kept"].agg(["min", "mean", "max"]), by_budget["loss"].first()
+        kept_axes.fill_between(kept.index, kept["min"], kept["max"], color=colour, alpha=0.12, linewidth=0)
+        kept_axes.plot(kept.index, kept["mean"], color=colour, marker="o", markersize=4, label=written(policy))
+        loss_axes.plot(loss.index, loss.values, color=colour, marker="o", markersize=4, label=written(policy))
+    if (full := frame.attrs.get("full_loss")) is not None:
+        loss_axes.axhline(full, color="black", linestyle="--", linewidth=1, label="all keys")
+    budgets = sorted(set(frame.budget))
+    for axes in (kept_axes, loss_axes):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+        axes.minorticks_off()
+        axes.grid(alpha=0.4)
+        axes.legend(fontsize="small")
+        label_axes(axes, "keys kept per KV head")
+    kept_axes.set_ylim(0, 1.02)
+    label_axes(kept_axes, y="attention on kept keys [probability]\nmean, least and most of the layers")
+    label_axes(loss_axes, y="loss when only they are seen [nat]")
+    drawn = []
+    for at, policy in enumerate(policies):
+        width = 2 * columns // len(policies)
+        axes = figure.add_subplot(grid[1, at * width : (at + 1) * width])
+        cells = frame[frame.policy == policy].pivot(index="layer", columns="budget", values="kept")
+        image = heat_map(axes, cells.values, vmin=0, vmax=1, origin="lower")
+        axes.set_xticks(range(cells.shape[1]), [f"{budget:,}" for budget in cells.columns])
+        places = range(0, cells.shape[0], -(-cells.shape[0] // 10))
+        axes.set_yticks(places, [str(cells.index[place]) for place in places])
+        label_axes(axes, "keys kept per KV head", "layer" if not at else None)
+        axes.set_title(written(policy), fontsize=10, parse_math=False)
+        drawn.append(axes)
+    colour_bar(image, drawn, "attention on kept keys [probability]")
+    about = ", ".join(written(str(frame.attrs[part]), 60) for part in ("model", "text") if frame.attrs.get(part))
+    entitle(figure, "What a smaller cache keeps", about)
+    return figure
+
+
+def _colours(count: int) -> list[str]:
+    colours = (BLUE, ORANGE, GREEN, PINK, AMBER)
+    return [colours[at % len(colours)] for at in range(count)]

@@ -1,0 +1,161 @@
+"""The C++ engine on weights by their size and on kept keys: numbers that are known by hand, and float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from test_native import SIZES
+from test_properties import cases
+
+from llama_attn import AttentionStatsConfig
+from llama_attn.engines import _library as library, native, torch as reference_engine
+from llama_attn.stats.block import Wanted
+from llama_attn.stats.counts import Counts
+from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.table import statistics_table
+from llama_attn.stats.visibility import Visibility
+from llama_attn.testing import make_inputs, relative_error
+
+COUNT, MASS, KEPT = (statistics_table()[name] for name in ("weight_count", "weight_mass", "kept_mass"))
+BINNED, CONFIG, CPU = (COUNT, MASS), AttentionStatsConfig(), torch.device("cpu")
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built():
+    try:
+        library.compiler()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    library.build()
+
+
+def binned(query, key, visibility, scoring=Scoring(1.0), **sizes):  # noqa: B008 - it is frozen
+    """Raw counts and masses."""
+    raw = native.walk(query, key, None, visibility, scoring, Wanted(BINNED, CONFIG), **sizes).raw
+    return raw["weight_count"].double(), raw["weight_mass"].double()
+
+
+@BOTH
+@pytest.mark.parametrize("sizes", [{}, {"tile_rows": 5, "block_keys": 64}, {"tile_rows": 4096, "block_keys": 4096}])
+@pytest.mark.parametrize("length", [1, 2, 17, 129, 2100])
+def test_uniform_attention(length, sizes, dtype):
+    """Query i gives 1 / (i + 1) to every key; powers of two are the largest of their bin.
+
+    2,100 queries in one tile are more weights than sums hold at once.
+    """
+    zeros = torch.zeros(1, 2, length, 8, dtype=dtype)
+    counts, masses = binned(zeros, zeros[:, :1], Visibility(1, 0, length, CPU), **sizes)
+    expected_counts, expected_masses = torch.zeros(31, dtype=torch.float64), torch.zeros(31, dtype=torch.float64)
+    for seen in range(1, length + 1):
+        expected_counts[seen.bit_length() - 1] += seen
+        expected_masses[seen.bit_length() - 1] += 1
+    assert torch.equal(counts[0, :, :-1], expected_counts[:-1].expand(2, -1))
+    # In float32 sums are integers; in float64 up to a million numbers are added one after the other.
+    bound = {torch.float32: 5e-7, torch.float64: 1e-11}[dtype]
+    assert relative_error(masses[0], expected_masses.expand(2, -1)) < bound
+
+
+@BOTH
+@pytest.mark.parametrize("bin", range(31))
+def test_both_ends_of_every_bin(bin, dtype):
+    """One key takes nearly all, and others 2^−bin, just below it, and just above the next power of two."""
+    next_to_one = 1 - 4 * torch.finfo(dtype).eps
+    weights = torch.tensor([1.0, next_to_one, 0.5 / next_to_one], dtype=torch.float64) * 2.0**-bin
+    # A learned sink takes what is missing to 1, so that exp(score) is the weight.
+    rest = 1 - float(weights.sum())
+    if rest < 0:
+        weights, rest = weights[1:2], 1 - float(weights[1])
+    query = torch.ones(1, 1, 1, 8, dtype=dtype)
+    key = (weights.log() / 8).to(dtype)[None, None, :, None].expand(-1, -1, -1, 8)
+    scoring = Scoring(1.0, sinks=torch.tensor([math.log(rest)], dtype=torch.float64).to(dtype))
+    counts, masses = binned(query, key, Visibility(1, len(weights) - 1, len(weights), CPU), scoring)
+    # Rounding of the scores moves those at the ends, but none beyond the bins beside it.
+    assert counts[0, 0, max(0, bin - 1) : bin + 2].sum() == (len(weights) if bin < 29 else counts.sum())
+    exact = (masses[0, 0].sum() / weights.sum() - 1).abs()
+    assert exact < torch.finfo(dtype).eps * 64
+
+
+@BOTH
+def test_weights_that_are_small(dtype):
+    """Down to 2^−46, and some that are rounded to 0; the mass of the last bin is right in proportion to itself."""
+    scores = -torch.linspace(0, 32, 500, dtype=torch.float64) - torch.rand(500, dtype=torch.float64) * 1e-3
+    scores[-40:] = -800
+    query, key = torch.ones(1, 1, 1, 4, dtype=dtype), (scores / 4).to(dtype)[None, None, :, None].expand(-1, -1, -1, 4)
+    counts, masses = binned(query, key, Visibility(1, 499, 500, CPU))
+    weights = (key[0, 0].double().sum(-1)).softmax(0)
+    for bin in range(31):
+        inside = (weights <= 2.0**-bin) & (weights > (2.0 ** -(bin + 1) if bin < 30 else -1))
+        mass = weights[inside].sum()
+        assert (masses[0, 0, bin] - mass).abs() <= 64 * torch.finfo(dtype).eps * mass, bin
+        if bin < 30:
+            assert counts[0, 0, bin] == inside.sum(), bin
+
+
+@given(cases(dtypes=(torch.float64, torch.float32, torch.bfloat16)), SIZES)
+def test_counts_and_masses_of_anything(case, sizes):
+    """Weights that lie within rounding of the end of a bin may be counted on either side; all others are not moved."""
+    raw = native.walk(case.query, case.key, None, case.visibility, case.scoring, Wanted(BINNED, CONFIG), *sizes).raw
+    reference = case.reference()
+    pairs = (reference.visible & reference.real_queries[:, None, :, None]).expand_as(reference.weights)
+    counts = COUNT.finish(raw["weight_count"][None], Counts.of(case.visibility), CONFIG)[0].double()
+    real = reference.real_queries.sum(-1)[:, None].double()
+    # Of a row of the batch without a real query there is no mean.
+    there = real[:, 0] > 0
+    for bin in range(30):
+        least, slack = 2.0 ** -(bin + 1), 2 * case.bound
+        larger = counts[..., : bin + 1].sum(-1) * real
+        surely = (pairs & (reference.weights > least * (1 + slack))).sum((-2, -1))
+        perhaps = (pairs & (reference.weights > least * (1 - slack))).sum((-2, -1))
+        assert (larger >= surely - 1e-2)[there].all(), bin
+        assert (larger <= perhaps + 1e-2)[there].all(), bin
+    assert relative_error((counts.sum(-1) * real)[there], pairs.sum((-2, -1))[there]) < 1e-5
+    total = raw["weight_mass"].double().sum(-1)
+    assert relative_error(total, reference.weights.masked_fill(~pairs, 0).sum((-2, -1))) <= case.bound
+
+
+@BOTH
+def test_rows_that_are_no_numbers(dtype):
+    inputs = make_inputs(queries=80, padding="right", dtype=dtype)
+    query = inputs.query.clone()
+    query[0, 1, 40] = torch.nan
+    call = (query, inputs.key, None, inputs.visibility, inputs.scoring, Wanted(BINNED, CONFIG))
+    actual, expected = native.walk(*call).raw, reference_engine.walk(*call).raw
+    for name in ("weight_count", "weight_mass"):
+        assert torch.equal(actual[name][..., :-1].isnan(), expected[name][..., :-1].isnan()), name
+        assert actual[name].isnan().sum() == 1
+        assert actual[name][0, 1, 0].isnan()
+
+
+@BOTH
+@pytest.mark.parametrize("queries", [1, 90])
+def test_kept_keys(queries, dtype):
+    """One mask for all KV heads or one for each, in any layout; all and none."""
+    inputs = make_inputs(heads=6, kv_heads=3, queries=queries, cached=70, padding="left", dtype=dtype)
+    call = (inputs.query, inputs.key, None, inputs.visibility, inputs.scoring)
+    keys = inputs.key.shape[2]
+
+    def kept_mass(keep):
+        return native.walk(*call, Wanted([KEPT], CONFIG, keep=keep), block_keys=64).raw["kept_mass"]
+
+    keep = torch.rand(keys, 2, 3, generator=torch.Generator().manual_seed(0)).permute(1, 2, 0) < 0.4
+    expected = reference_engine.walk(*call, Wanted([KEPT], CONFIG, keep=keep)).raw["kept_mass"]
+    real = inputs.visibility.real_queries[:, None].expand_as(expected)
+    bound = torch.finfo(dtype).eps * 32
+    assert relative_error(kept_mass(keep)[real], expected[real]) < bound
+    whole = reference_engine.walk(*call, Wanted([KEPT], CONFIG, keep=keep[:, :1])).raw["kept_mass"]
+    assert relative_error(kept_mass(keep[:, :1])[real], whole[real]) < bound
+    assert not kept_mass(torch.zeros(2, 1, keys, dtype=torch.bool))[real].any()
+    assert relative_error(kept_mass(torch.ones(2, 1, keys, dtype=torch.bool))[real], torch.ones_like(whole)[real]) < bound
+
+
+def test_kept_keys_that_nobody_gave():
+    inputs = make_inputs()
+    call = (inputs.query, inputs.key, None, inputs.visibility, inputs.scoring)
+    with pytest.raises(ValueError, match="kept_mass: needs `keep`"):
+        native.walk(*call, Wanted([KEPT], CONFIG))
+    with pytest.raises(ValueError, match="kept: expected a tensor of"):
+        native.walk(*call, Wanted([KEPT], CONFIG, keep=torch.ones(2, 1, 3, dtype=torch.bool)))
