@@ -277,7 +277,10 @@ def test_heads_that_are_not_there(heads, mode, message):
 @torch.no_grad()
 def test_means_that_take_nothing_out(ids):
     model = made(DECODERS["qwen3"], "sdpa")
-    with pytest.raises(ValueError, match="has a single query, of which the mean is itself"), ablate_heads(model, {0: 0}, "mean"):
+    with (
+        pytest.raises(ValueError, match="has a single query, of which the mean is itself"),
+        ablate_heads(model, {0: 0}, "mean"),
+    ):
         model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
     with (
         pytest.raises(ValueError, match=r"head=4, value_channel=16\) for layer 0, got \(3, 2, 16\)"),
@@ -308,7 +311,12 @@ def test_a_query_that_would_see_nothing(backend, ids, left_padding):
     model = tiny_model(backend)
     runs = []
     hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
-    with pytest.raises(ValueError, match="got none for query 9 of row 0 in layer 0; without blocking it sees the keys 9:"), block_keys(model, [9]):
+    with (
+        pytest.raises(
+            ValueError, match="got none for query 9 of row 0 in layer 0; without blocking it sees the keys 9:"
+        ),
+        block_keys(model, [9]),
+    ):
         logits(model, ids, left_padding)
     with pytest.raises(ValueError, match="first_query"):
         block_keys(model, [9], first_query=-1)
