@@ -22,7 +22,7 @@ from llama_attn.backends.registry import Backend, rule_of
 from llama_attn.engines import choose_engine
 from llama_attn.engines._fused import fused
 from llama_attn.observe import compiled
-from llama_attn.observe.requests import note_requests, request_of, stop_noting
+from llama_attn.observe.requests import Noting, forget, request_of
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.sight import Share
 from llama_attn.stats.visibility import Visibility
@@ -220,7 +220,8 @@ def interfaces_of(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
 
 def _shadow(interface: Any) -> None:
     if interface is ALL_MASK_ATTENTION_FUNCTIONS:
-        note_requests(interface)
+        for name in list(interface):
+            interface[name] = Noting(interface[name], name in interface._local_mapping)
         return
     given = interface.get_interface
 
@@ -248,10 +249,18 @@ def _shadow(interface: Any) -> None:
 
 
 def _unshadow(interface: Any) -> None:
-    if interface is ALL_MASK_ATTENTION_FUNCTIONS:
-        stop_noting(interface)
-    else:
+    if interface is not ALL_MASK_ATTENTION_FUNCTIONS:
         del interface.get_interface
+        return
+    for name in list(interface):
+        made = interface._local_mapping.get(name)
+        if isinstance(made, Noting):
+            made.is_open = False
+            if made.was_local:
+                interface[name] = made.make
+            else:
+                del interface[name]
+    forget()
 
 
 def _observe(

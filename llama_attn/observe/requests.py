@@ -1,7 +1,4 @@
-"""Which request a mask was made for: mask functions note it while attention is watched or changed.
-
-A mask carries its request. Where the answer was that no mask is needed, the request is kept until the layers have run.
-"""
+"""What a mask was asked for: masks that transformers makes carry the request with which they were made."""
 
 from __future__ import annotations
 
@@ -14,27 +11,8 @@ from torch import nn
 
 from llama_attn.backends._masks import MaskRequest
 
-# Where a mask carries the request that it was made for.
+# Where a mask carries it.
 REQUEST = "_llama_attn_request"
-
-
-def note_requests(functions: Any) -> None:
-    """Let every mask function of transformers' table note what it is asked for."""
-    for name in list(functions):
-        functions[name] = _Noting(functions[name], name in functions._local_mapping)
-
-
-def stop_noting(functions: Any) -> None:
-    """Take back what `note_requests` did."""
-    for name in list(functions):
-        made = functions._local_mapping.get(name)
-        if isinstance(made, _Noting):
-            made.is_open = False
-            if made.was_local:
-                functions[name] = made.make
-            else:
-                del functions[name]
-    _notes.requests.clear()
 
 
 class _Notes(threading.local):
@@ -48,7 +26,7 @@ class _Notes(threading.local):
 _notes = _Notes()
 
 
-class _Noting:
+class Noting:
     """A mask function whose result can be traced back to what was asked for."""
 
     def __init__(self, make: Callable[..., Any], was_local: bool) -> None:
@@ -57,6 +35,7 @@ class _Noting:
         self.__wrapped__, self.is_open = make, True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The mask, which carries its request."""
         mask = self.make(*args, **kwargs)
         if self.is_open and not isinstance(mask, MaskRequest) and not args:
             _note(MaskRequest(**kwargs), mask)
@@ -87,3 +66,8 @@ def request_of(mask: Any, module: nn.Module, num_queries: int, num_slots: int) -
     own = [request for request in fitting if request.config is getattr(module, "config", None)]
     found = own or fitting
     return found[-1] if found else None
+
+
+def forget() -> None:
+    """Drop the requests of forwards that have run."""
+    _notes.requests.clear()

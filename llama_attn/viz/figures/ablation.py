@@ -8,7 +8,7 @@ import numpy as np
 
 from llama_attn.viz.figures.canvas import colour_bar, entitle, explain_no_data, new_figure
 from llama_attn.viz.figures.grids import grid_size, label_grid
-from llama_attn.viz.style import DIVERGING, heat_map, written
+from llama_attn.viz.style import DIVERGING, heat_map, model_name, written
 
 if TYPE_CHECKING:
     import pandas
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = ("layer", "head", "loss", "change")
+# Characters of names of files, in a title.
+LONGEST = 60
 # What stood in place of a head's output, in words.
 MODES = {"zero": "silenced", "mean": "replaced by its mean"}
 
@@ -49,10 +51,11 @@ def plot_ablation(frame: pandas.DataFrame, *, ax: Axes | None = None) -> Figure:
     image = heat_map(axes, cells, cmap=DIVERGING, vmin=-limit, vmax=limit)
     label_grid(axes, grid.index.to_numpy(), grid.columns.to_numpy(), "head")
     colour_bar(image, axes, "change of the loss [nat]")
-    about = [written(str(frame.attrs[part]), 60) for part in ("model", "text") if frame.attrs.get(part)]
+    names = model_name(str(frame.attrs.get("model", ""))), written(str(frame.attrs.get("text", "")), LONGEST)
+    about = ", ".join(filter(None, names))
     if (loss := frame.attrs.get("loss")) is not None:
-        about.append(f"loss {loss:.3f} nat with all heads")
+        about += f"\nloss {loss:.3f} nat with all heads"
     done = MODES.get(str(frame.attrs.get("mode", "zero")), "replaced")
-    entitle(axes, f"Loss with one head {done}", ", ".join(about))
+    entitle(axes, f"Loss with one head {done}", about)
     explain_no_data(figure, cells, ax)
     return figure
