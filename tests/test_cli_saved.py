@@ -35,7 +35,12 @@ def words(result) -> str:
 
 
 def test_every_picture_can_be_named(saved):
-    names = {name for name in viz.__all__ if name.startswith("plot_")} - {"plot_comparison", "plot_head_comparison", "plot_ablation", "plot_budget"}
+    names = {name for name in viz.__all__ if name.startswith("plot_")} - {
+        "plot_comparison",
+        "plot_head_comparison",
+        "plot_ablation",
+        "plot_budget",
+    }
     assert {f"plot_{name.replace('-', '_')}" for name in _pictures("source")} == names
     for what in _pictures("source"):
         result = invoke("plot", saved / "a.safetensors", "--what", what, "--dpi", 30)
