@@ -85,6 +85,14 @@ ENTRIES = (
         "hundredths. Induction heads (green) need previous-token heads (dark orange) in some earlier layer.",
     ),
     Entry(
+        "ablation",
+        "plot_ablation(ablation)",
+        lambda runs: viz.plot_ablation(runs.ablation),
+        "How much worse the next token is predicted without each head: red heads are missed, blue ones were in the way of "
+        "this text. `ablation` is the table that `llama-attn ablate` writes, here of six layers and the first 40 tokens; on "
+        "so short a text small changes mean little.",
+    ),
+    Entry(
         "layer_profile",
         'plot_layer_profile(text, statistic="entropy")',
         lambda runs: viz.plot_layer_profile(runs.text, statistic="entropy"),

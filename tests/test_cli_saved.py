@@ -38,6 +38,7 @@ def test_every_picture_can_be_named(saved):
     names = {name for name in viz.__all__ if name.startswith("plot_")} - {
         "plot_comparison",
         "plot_head_comparison",
+        "plot_ablation",
         "plot_budget",
     }
     assert {f"plot_{name.replace('-', '_')}" for name in _pictures("source")} == names

@@ -31,7 +31,13 @@ def _nothing_is_left():
     yield
     after = sorted(vars(ALL_ATTENTION_FUNCTIONS)), dict(interface.ALL_MASK_ATTENTION_FUNCTIONS._local_mapping)
     assert after == before
-    for registry in (interface._watched, interface._cross, interface._shadowed, compiled.modules):
+    for registry in (
+        interface._watched,
+        interface._intervening,
+        interface._cross,
+        interface._shadowed,
+        compiled.modules,
+    ):
         assert not registry
     assert not requests._notes.requests
 

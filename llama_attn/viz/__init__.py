@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llama_attn.viz.figures.ablation import plot_ablation
 from llama_attn.viz.figures.activations import plot_massive_activations
 from llama_attn.viz.figures.attention import plot_attention_map
 from llama_attn.viz.figures.budget import plot_budget
@@ -15,6 +16,7 @@ from llama_attn.viz.figures.tokens import plot_token_strip
 from llama_attn.viz.report.html import report
 
 __all__ = [
+    "plot_ablation",
     "plot_attention_map",
     "plot_budget",
     "plot_comparison",

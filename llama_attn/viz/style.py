@@ -90,10 +90,6 @@ def about(dataset: xarray.Dataset, batch: int | None = None) -> str:
         dataset: Any statistics.
         batch: Row of the batch; None if all rows count.
     """
-    # Of a path the last part; an id of the hub is two words.
-    model = str(dataset.attrs.get("model", "")).rstrip("/\\")
-    if model.count("/") != 1 or model[0] in "./":
-        model = re.split(r"[/\\]", model)[-1]
     if batch is None and dataset.sizes["batch"] == 1:
         batch = dataset["batch"].values[0]
     if batch is None:
@@ -107,7 +103,15 @@ def about(dataset: xarray.Dataset, batch: int | None = None) -> str:
         text = "".join(readable(token, LONGEST_TEXT) for token in tokens[:LONGEST_TEXT]).replace("␣", " ").strip()
         of_row = f"row {batch}, " if dataset.sizes["batch"] > 1 else ""
         what = f"{of_row}{count}{': ' if text else ''}{written(text, LONGEST_TEXT)}"
-    return ", ".join(filter(None, (written(model), what)))
+    return ", ".join(filter(None, (model_name(str(dataset.attrs.get("model", ""))), what)))
+
+
+def model_name(model: str) -> str:
+    """What a model is called in a title: an id of the hub is two words, of a path it is the last part."""
+    model = model.rstrip("/\\")
+    if model.count("/") != 1 or model[0] in "./":
+        model = re.split(r"[/\\]", model)[-1]
+    return written(model)
 
 
 def drawable(token: str) -> str:
