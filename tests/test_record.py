@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import ENTRIES, NOT_SERVED
 
 from llama_attn import AttentionStatsConfig, record
-from llama_attn.observe import compiled, interface
+from llama_attn.observe import compiled, interface, requests
 from llama_attn.testing import relative_error
 
 IDS = draw(12)
@@ -33,7 +33,7 @@ def _nothing_is_left():
     assert after == before
     for registry in (interface._watched, interface._cross, interface._shadowed, compiled.modules):
         assert not registry
-    assert not interface._notes.requests
+    assert not requests._notes.requests
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from llama_attn.analysis.activations import massive_activations
 from llama_attn.analysis.compare import compare
+from llama_attn.analysis.coverage import coverage
 from llama_attn.analysis.dataset import as_dataset, require
 from llama_attn.analysis.heads import classify_heads
+from llama_attn.analysis.keep_mask import keep_mask
 from llama_attn.analysis.layers import head_means, layer_evolution
 from llama_attn.analysis.locality import locality
 from llama_attn.analysis.sinks import sink_positions, sink_rate
@@ -15,7 +17,9 @@ __all__ = [
     "as_dataset",
     "classify_heads",
     "compare",
+    "coverage",
     "head_means",
+    "keep_mask",
     "layer_evolution",
     "locality",
     "massive_activations",

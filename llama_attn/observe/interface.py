@@ -8,7 +8,6 @@ configuration, and layers that nobody watches get what they always got.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llama_attn.backends._masks import MaskRequest
 from llama_attn.backends._rules import AttentionCall, is_paged, scoring, unknown_ways
 from llama_attn.backends._streaming import streaming_call
 from llama_attn.backends.registry import Backend, rule_of
 from llama_attn.engines import choose_engine
 from llama_attn.engines._fused import fused
 from llama_attn.observe import compiled
+from llama_attn.observe.requests import Noting, forget, request_of
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.sight import Share
 from llama_attn.stats.visibility import Visibility
@@ -32,8 +31,6 @@ from llama_attn.stats.visibility import Visibility
 # The interfaces that models use whose files have none of their own.
 TRANSFORMERS_OWN = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
 TENSORS = ("query", "key", "value", "attention_mask")
-# Where a mask carries the request that it was made for.
-REQUEST = "_llama_attn_request"
 
 
 class CallObserver(Protocol):
@@ -98,17 +95,6 @@ _cross: dict[int, None] = {}
 # Those who are shown hidden states.
 _seeing: dict[int, Observer] = {}
 _shadowed: dict[int, tuple[Any, int]] = {}
-
-
-class _Notes(threading.local):
-    """Requests whose answer was no mask, which carries nothing; those of the forward that runs in this thread."""
-
-    def __init__(self) -> None:
-        self.requests: list[MaskRequest] = []
-        self.are_used = False
-
-
-_notes = _Notes()
 
 
 def watching(module: nn.Module) -> tuple[Observer, ...]:
@@ -235,7 +221,7 @@ def interfaces_of(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
 def _shadow(interface: Any) -> None:
     if interface is ALL_MASK_ATTENTION_FUNCTIONS:
         for name in list(interface):
-            interface[name] = _Noting(interface[name], name in interface._local_mapping)
+            interface[name] = Noting(interface[name], name in interface._local_mapping)
         return
     given = interface.get_interface
 
@@ -269,54 +255,13 @@ def _unshadow(interface: Any) -> None:
         return
     for name in list(interface):
         made = interface._local_mapping.get(name)
-        if isinstance(made, _Noting):
+        if isinstance(made, Noting):
             made.is_open = False
             if made.was_local:
                 interface[name] = made.make
             else:
                 del interface[name]
-    _notes.requests.clear()
-
-
-class _Noting:
-    """A mask function whose result can be traced back to what was asked for."""
-
-    def __init__(self, make: Callable[..., Any], was_local: bool) -> None:
-        self.make, self.was_local = make, was_local
-        # What `inspect.unwrap` finds: whoever registers it under another name keeps it.
-        self.__wrapped__, self.is_open = make, True
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mask = self.make(*args, **kwargs)
-        if self.is_open and not isinstance(mask, MaskRequest) and not args:
-            _note(MaskRequest(**kwargs), mask)
-        return mask
-
-
-def _note(request: MaskRequest, mask: Any) -> None:
-    if mask is not None:
-        setattr(mask, REQUEST, request)
-    elif not torch.compiler.is_compiling():
-        if _notes.are_used:
-            # Of a forward whose layers have run.
-            _notes.requests, _notes.are_used = [], False
-        _notes.requests.append(request)
-
-
-def _request_of(mask: Any, module: nn.Module, num_queries: int, num_slots: int) -> MaskRequest | None:
-    """What was asked for when ``mask`` was made."""
-    if isinstance(mask, MaskRequest):
-        return mask
-    if mask is not None:
-        made: MaskRequest | None = getattr(mask, REQUEST, None)
-        return made
-    if torch.compiler.is_compiling():
-        return None
-    _notes.are_used = True
-    fitting = [request for request in _notes.requests if request.fits(num_queries, num_slots)]
-    own = [request for request in fitting if request.config is getattr(module, "config", None)]
-    found = own or fitting
-    return found[-1] if found else None
+    forget()
 
 
 def _observe(
@@ -363,7 +308,7 @@ def _observe(
         result: Any = _changed_output(changes, call, backend, output), None
     else:
         _refuse(module, name, options)
-        request = _request_of(mask, module, query.shape[2], key.shape[2])
+        request = request_of(mask, module, query.shape[2], key.shape[2])
         call = AttentionCall(module, query, key, value, mask, options, request, cross)
         # Before anything has run, so that what cannot be measured is refused at once.
         known = first.visibility(call, backend) if first else backend.sees(call) if outside else None
@@ -388,7 +333,7 @@ def _changed_mask(changes: Sequence[Change], call: AttentionCall, backend: Backe
     if torch.compiler.is_compiling():
         raise ValueError("ablate_heads, block_keys: a compiled graph would keep the change; use the model uncompiled")
     for intervention in changes:
-        request = _request_of(call.mask, call.module, call.num_queries, call.num_slots)
+        request = request_of(call.mask, call.module, call.num_queries, call.num_slots)
         call = replace(call, request=request)
         call = replace(call, mask=intervention.mask(call, backend, name))
     return call.mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llama_attn.viz.figures.activations import plot_massive_activations
 from llama_attn.viz.figures.attention import plot_attention_map
+from llama_attn.viz.figures.budget import plot_budget
 from llama_attn.viz.figures.comparison import plot_comparison, plot_head_comparison
 from llama_attn.viz.figures.grids import plot_head_grid, plot_head_roles
 from llama_attn.viz.figures.multiples import plot_layer_heads, plot_model_view
@@ -15,6 +16,7 @@ from llama_attn.viz.report.html import report
 
 __all__ = [
     "plot_attention_map",
+    "plot_budget",
     "plot_comparison",
     "plot_distance_histogram",
     "plot_head_comparison",

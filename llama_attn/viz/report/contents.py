@@ -8,6 +8,7 @@ import numpy as np
 
 from llama_attn.analysis import head_means, layer_evolution
 from llama_attn.analysis.dataset import real_tokens
+from llama_attn.analysis.row import row_alone
 from llama_attn.viz.figures.attention import bin_width
 from llama_attn.viz.figures.multiples import pooled_maps
 from llama_attn.viz.report.answer import OF_SEGMENT, ROWS, answer_parts, writers
@@ -31,12 +32,11 @@ WORTH_OF_HEADS, WORTH_OF_MAP = 2, 6
 
 
 def one_row(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
-    """One row of the batch: axes as they were measured, layers and heads as in the model, one statistic per segment."""
-    at = int(np.flatnonzero(dataset["batch"].values == batch)[0])
-    # Slices, and nothing sorted that is in order: a copy of a long run takes seconds.
-    row = dataset.isel(batch=slice(at, at + 1))
+    """One row of the batch without padding: axes as they were measured, layers and heads as in the model, one statistic per segment."""
+    row = row_alone(dataset, batch)
     row = row.transpose(*LAYER_AXES, "batch", *HEAD_AXES, *TOKEN_AXES, ..., missing_dims="ignore")
     for axis in (*LAYER_AXES, *HEAD_AXES):
+        # Nothing is sorted that is in order: a copy of a long run takes seconds.
         if axis in row.dims and not row.indexes[axis].is_monotonic_increasing:
             row = row.sortby(axis)
     if "segment_mass" in row:

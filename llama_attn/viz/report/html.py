@@ -17,6 +17,7 @@ from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed
 from llama_attn.analysis.dataset import direction_of, real_tokens, without_attention
 from llama_attn.analysis.heads import NEEDED
 from llama_attn.analysis.part import measured_layers, named_layers
+from llama_attn.analysis.row import row_alone
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.token_text import readable
 from llama_attn.viz.report.answer import about_answer
@@ -79,7 +80,7 @@ def report(
         source: Any statistics.
         path: Where to; the file appears under its name only once it is complete.
         max_megabytes: Largest size of the file [10⁶ bytes]; about 2 of them are plotly.
-        batch: Row of the batch.
+        batch: Row of the batch. It is shown as its own text: positions are counted from its first token.
         exact: Positions of queries whose own most attended keys must be in the page [token]: integers, negative ones
             from the end of the row, or slices.
 
@@ -113,7 +114,7 @@ def report(
     asked = asked_queries(row, exact)
     with complete_file(path) as unfinished:
         # In words, segments are parts of one statistic.
-        found = [asdict(finding) for finding in findings(dataset.sel(batch=[batch]))]
+        found = [asdict(finding) for finding in findings(row_alone(dataset, batch))]
         about = _about(row) | {"findings": found, "row": int(batch), "rows": dataset.sizes["batch"]}
         plotly = embed(np.frombuffer(get_plotlyjs().encode(), np.uint8))
         parts = parts_of(from_the_first_token(row), asked)
@@ -183,6 +184,8 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "withoutAttention": named_layers(absent) if absent else "",
         "length": last + 1,
         "firstKey": first,
+        # Where the first bin of the maps begins: before the text if it holds padding too.
+        "mapStart": int(row["key_bin"].values[0]) if MAP in row else 0,
         "queries": _queries(row["query"].values),
         "tokens": None if tokens is None else [_shown(token) for token in tokens],
         "opening": _opening(row),
