@@ -133,7 +133,7 @@ function buildMethod() {
     !listed && !allKeepLists() ? `The most attended keys: ${hasKeys() ? ownWords() : "left out"}. ` : "",
     answerWords(),
     mapWidth() > 1 ? `Attention maps are in bins of ${mapWidth()} × ${mapWidth()} tokens. ` : "",
-    pooledWords() || leftOut.length || mapWidth() > 1 || !(listed || allKeepLists()) ? "" : "Nothing was pooled: every token and head has its own numbers. ",
+    pooledWords() || leftOut.length || answerWords() || mapWidth() > 1 || !(listed || allKeepLists()) ? "" : "Nothing was pooled: every token and head has its own numbers. ",
     "The head grids and layer profiles are neither rounded nor pooled. Infinite numbers count as no data; grey means “no data”.",
   ];
   body.append(element("p", { id: "pooling" }, words.join("")));
