@@ -147,10 +147,14 @@ def test_keys_are_hidden_as_a_mask_would_hide_them(name, backend, situation):
         warnings.simplefilter("ignore")
         run = prepare(entry, model, situation)
     config = AttentionStatsConfig(statistics=("max_weight",))
-    with capture(model, entry.stacks) as captured, block_keys(model, keep, first_query=FIRST, stack=stack.path):
-        with record(model, config, stack=stack.path) as recording, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            run.play()
+    with (
+        capture(model, entry.stacks) as captured,
+        block_keys(model, keep, first_query=FIRST, stack=stack.path),
+        record(model, config, stack=stack.path) as recording,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        run.play()
     blocked = captured.of(stack)
     real = run.axes[stack.axis].real
     where = places(plain, stack, run.axes)
