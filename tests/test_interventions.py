@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+import xarray
 from any_model import state
 from conftest import tiny_model
 from oracle import stock_of
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -19,9 +23,13 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from zoo import ENTRIES
+from zoo_situations import prepare
 
-from llama_attn import AttentionStatsConfig, ablate_heads, block_keys, record
+from llama_attn import AttentionStatsConfig, ablate_heads, block_keys, record, register_backend
 from llama_attn.observe import interface
+from llama_attn.stats.parallel import HeadShard
 
 BACKENDS = ("eager", "sdpa", "streaming")
 SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 97}
@@ -335,3 +343,178 @@ def test_what_is_compiled_or_has_no_attention(ids):
         ablate_heads(3, {0: 0})
     with pytest.raises(ValueError, match=r"there is no 'x'"):
         ablate_heads(tiny_model(), {0: 0}, stack="x")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hidden_keys_of_a_window_that_moves_on(backend, ids):
+    """Slots of a full window hold other positions at each step, and masks of each step look alike."""
+    model = made(DECODERS["mistral"], backend)
+    rows = AttentionStatsConfig(statistics=("max_weight",), rows="generated")
+    with block_keys(model, [39, 40], first_query=41), record(model, rows) as recording:
+        sequences = model.generate(ids, min_new_tokens=10, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    weights = recording.stats["row_weights"]
+    at = recording.stats.row_positions if hasattr(recording.stats, "row_positions") else range(36, 46)
+    for place, query in enumerate(at):
+        shown = weights[:, :, :, place, 39:41].nan_to_num()
+        if query >= 41:
+            assert float(shown.abs().max()) == 0, query
+    assert recording.stats["visible_keys"][..., 41:].reshape(-1, 5)[0].tolist() == [4, 4, 4, 4, 5]
+    with block_keys(model, [39, 40], first_query=41):
+        whole = logits(model, sequences[:, :-1])
+    assert torch.equal(whole[:, 36:].argmax(-1), sequences[:, 37:])
+
+
+@torch.no_grad()
+def test_a_module_that_is_several_layers(ids):
+    albert = ENTRIES["albert"].build("sdpa")
+    ids = ids % 90
+    output = albert.encoder.albert_layer_groups[0].albert_layers[0].attention.dense
+    taken = []
+    hook = output.register_forward_pre_hook(lambda _, args: taken.append(args[0][..., 8:16].abs().max()))
+    with ablate_heads(albert, {1: [1]}):
+        albert(ids)
+        albert(ids)
+    assert [float(size) == 0 for size in taken] == [False, True, False] * 2
+    hook.remove()
+    called = r"got \[3\]; of .* those that were called are \[0, 1, 2\]"
+    with pytest.raises(ValueError, match=called), ablate_heads(albert, {3: [1]}):
+        albert(ids)
+
+
+def test_layers_that_run_again_for_the_backward(ids):
+    model = made(DECODERS["qwen3"], "sdpa")
+    gradients = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        model.train(checkpointed)
+        if checkpointed:
+            for layer in model.model.layers:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        with ablate_heads(model, {1: 2}, "mean"), block_keys(model, 0, first_query=1):
+            model(ids, labels=ids).loss.backward()
+        gradients.append([weights.grad.clone() for weights in model.parameters()])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_part_of_the_heads_of_every_layer(ids, monkeypatch):
+    """Each process of tensor parallelism takes out, and hides keys of, the heads that it holds."""
+    model = made(DECODERS["qwen3"], "sdpa")
+    keep = torch.rand(3, 2, 2, 30, generator=torch.Generator().manual_seed(0)) < 0.5
+    with ablate_heads(model, {1: [1]}), block_keys(model, keep, first_query=10):
+        expected = logits(model, ids)
+    for rank in range(2):
+        shard = SimpleNamespace(size=2, rank=rank)
+        monkeypatch.setattr(HeadShard, "of_attention", lambda _, shard=shard: shard)
+        parts = torch.ones(3, 2, 4, 30, dtype=torch.bool)
+        parts[:, :, 2 * rank : 2 * rank + 2] = keep
+        with ablate_heads(model, {1: [4 * rank + 1, 4 * (1 - rank) + 2]}), block_keys(model, parts, first_query=10):
+            assert torch.equal(logits(model, ids), expected)
+        with pytest.raises(ValueError, match=r"got \[8\]; there are 0 to 7"), ablate_heads(model, {1: [8]}, stack=None):
+            logits(model, ids)
+
+
+@torch.no_grad()
+def test_an_array_with_names(ids):
+    """Layers and keys by their coordinates, whatever the order of the axes; other layers are left alone."""
+    model = made(DECODERS["qwen3"], "sdpa")
+    keep = torch.rand(2, 2, 2, 30, generator=torch.Generator().manual_seed(0)) < 0.5
+    named = xarray.DataArray(keep.numpy(), dims=("layer", "batch", "kv_head", "key"), coords={"layer": [2, 0]})
+    whole = torch.ones(3, 2, 2, 30, dtype=torch.bool)
+    whole[[2, 0]] = keep
+    for array, mask in (
+        (named, whole),
+        (named.transpose("key", "kv_head", "layer", "batch"), whole),
+        (
+            named.isel(key=slice(4, None)).assign_coords(key=range(6, 32)),
+            torch.nn.functional.pad(whole[..., 4:], (6, 0), value=True),
+        ),
+    ):
+        with block_keys(model, mask, first_query=5):
+            expected = logits(model, ids)
+        with block_keys(model, array, first_query=5):
+            assert torch.equal(logits(model, ids), expected)
+    for wrong, message in (
+        (named.isel(batch=0), r"got bool with \('layer', 'kv_head', 'key'\)"),
+        (named.astype(int), "got int64 with"),
+        (named.assign_coords(layer=[0, 9]), "of 3 layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block_keys(model, wrong)
+
+
+@torch.no_grad()
+def test_backends_that_take_no_matrix(ids, restored_registry):
+    model = made(DECODERS["qwen3"], "sdpa")
+    register_backend("mine", sdpa_attention_forward)
+    register_backend("of_vectors", sdpa_attention_forward, lambda **_: None)
+    with block_keys(model, [3], first_query=4):
+        expected = logits(model, ids)
+    model.set_attn_implementation("mine")
+    with block_keys(model, [3], first_query=4):
+        assert torch.equal(logits(model, ids), expected)
+    model.set_attn_implementation("of_vectors")
+    with pytest.raises(ValueError, match="takes a 4-D mask, got 'of_vectors'"), block_keys(model, [3], first_query=4):
+        logits(model, ids)
+    with ablate_heads(model, {0: [1]}):
+        logits(model, ids)
+
+
+@torch.no_grad()
+def test_a_slice_without_an_end_and_every_second_key(ids):
+    model = made(DECODERS["qwen3"], "sdpa")
+    for given, positions in (
+        (slice(20, None), range(20, 37)),
+        (slice(4, None, 2), range(4, 37, 2)),
+        (slice(4, 9), range(4, 9)),
+    ):
+        with block_keys(model, positions):
+            expected = logits(model, ids)
+        with block_keys(model, given):
+            assert torch.equal(logits(model, ids), expected)
+    with pytest.raises(ValueError, match="expected a slice of positions"):
+        block_keys(model, slice(9, 4, -1))
+    with pytest.raises(ValueError, match="leaves every row some keys, got none in row 1"):
+        block_keys(model, torch.tensor([[True, False], [False, False]]))
+
+
+@torch.no_grad()
+def test_a_block_that_changes_nothing_says_so(ids):
+    model, clip = made(DECODERS["qwen3"], "sdpa"), ENTRIES["siglip"]
+    for block in (lambda: ablate_heads(model, {0: [1]}), lambda: block_keys(model, [3])):
+        with pytest.raises(ValueError, match="nothing was changed"), block():
+            pass
+    two = clip.build("sdpa")
+    with pytest.raises(ValueError, match=r"its stacks are \['text_model"), ablate_heads(two, {0: [1]}):
+        prepare(clip, two, "plain").play()
+
+
+@torch.no_grad()
+def test_the_decoder_is_meant_where_there_are_several_stacks(ids):
+    t5 = ENTRIES["t5"]
+    model = t5.build("sdpa")
+    plain = prepare(t5, model, "plain").play()[0]
+    with ablate_heads(model, {1: "all"}):
+        lazily = prepare(t5, model, "plain").play()[0]
+    with ablate_heads(model, {1: "all"}, stack=t5.stacks[0].path):
+        named = prepare(t5, model, "plain").play()[0]
+    assert torch.equal(lazily.logits, named.logits)
+    assert not torch.equal(lazily.logits, plain.logits)
+    assert torch.equal(lazily.encoder_last_hidden_state, plain.encoder_last_hidden_state)
+    with pytest.raises(ValueError, match=r"got \[9\]; there are"), ablate_heads(model, {9: "all"}):
+        prepare(t5, model, "plain").play()
+    cross = next(stack for stack in t5.stacks if stack.cross)
+    for keys, first in (([1], 2), (torch.ones(1, 7, 10, dtype=torch.bool), None)):
+        with (
+            pytest.raises(ValueError, match="have no positions among its keys"),
+            block_keys(model, keys, first_query=first, stack=cross.path),
+        ):
+            prepare(t5, model, "plain").play()
+    with block_keys(model, [1], stack=cross.path), record(model, stack=cross.path) as recording:
+        prepare(t5, model, "cached").play()
+    assert recording.stats["received"][..., 1].isnan().all()
+    assert recording.stats["visible_keys"].unique().tolist() == [9]
+    assert recording.stats["visible_keys"].shape[-1] == 7

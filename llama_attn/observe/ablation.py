@@ -64,7 +64,9 @@ class Ablation(Intervening):
                 f"heads: expected layers of {stack.name!r}, got {unknown}; there are {sorted(stack.indices)}"
             )
         for module, (layer, _) in stack.layers.items():
-            if layer in self._heads and (count := _count_heads(module)) is not None:
+            # A part of a layer may count its own heads or all of them: its call shows which.
+            whole = layer in self._heads and HeadShard.of_attention(module) is None
+            if whole and (count := _count_heads(module)) is not None:
                 self._check_heads(layer, count)
         if isinstance(self._mode, Tensor) and self._mode.ndim == 3 and len(self._mode) <= max(self._heads):
             raise ValueError(

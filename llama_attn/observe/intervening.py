@@ -95,6 +95,7 @@ class Intervening:
         self._called: set[nn.Module] = set()
         self._last: nn.Module | None = None
         self._calls = 0
+        self._sees_forwards = False
         self._sights: list[tuple[tuple[Any, ...], tuple[Any, ...], Visibility]] = []
         chosen = self._chosen_layer(paths)
         if chosen is not None:
@@ -153,7 +154,7 @@ class Intervening:
     def _begin(self, *_: Any) -> None:
         """A forward begins."""
         if not is_replay():
-            self._calls = 0
+            self._calls, self._sees_forwards = 0, True
             self._new_forward()
 
     def _new_forward(self) -> None:
@@ -168,6 +169,8 @@ class Intervening:
         """The call as it is made instead, if it is one of the stack."""
         if self._stack is None and call.is_decoder:
             self._choose(call.module)
+            # The forward that shows which stack it is has begun.
+            self._sees_forwards = True
         if self._stack is None or call.module not in self._stack.layers:
             return call
         layer = self._layer_of(call.module)
@@ -190,6 +193,11 @@ class Intervening:
                     "them again it cannot be told which is which; switch it off"
                 )
             return index
+        if self._brackets and not self._sees_forwards:
+            raise ValueError(
+                f"{self.name}: layers of {self._stack.name!r} share a module or are alone, and in a compiled model it cannot "
+                "be seen where one forward ends; use the model as it is"
+            )
         if self._brackets:
             index = self._calls if self._calls or self._is_shared else index
             self._calls += 1
