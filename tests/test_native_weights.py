@@ -149,7 +149,9 @@ def test_kept_keys(queries, dtype):
     whole = reference_engine.walk(*call, Wanted([KEPT], CONFIG, keep=keep[:, :1])).raw["kept_mass"]
     assert relative_error(kept_mass(keep[:, :1])[real], whole[real]) < bound
     assert not kept_mass(torch.zeros(2, 1, keys, dtype=torch.bool))[real].any()
-    assert relative_error(kept_mass(torch.ones(2, 1, keys, dtype=torch.bool))[real], torch.ones_like(whole)[real]) < bound
+    assert (
+        relative_error(kept_mass(torch.ones(2, 1, keys, dtype=torch.bool))[real], torch.ones_like(whole)[real]) < bound
+    )
 
 
 def test_kept_keys_that_nobody_gave():
