@@ -115,7 +115,7 @@ def lookback_ratio(ds: Source, context: str | Sequence[str] | None = None) -> xa
     """
     dataset = as_dataset(ds)
     require_segments(dataset)
-    first_generated(dataset)
+    answer = answering(dataset)
     names = None if context is None else pick_names("context", context, dataset)
     if GENERATED not in dataset["segment"].values:
         raise ValueError(
@@ -123,9 +123,7 @@ def lookback_ratio(ds: Source, context: str | Sequence[str] | None = None) -> xa
         )
     if names is not None and GENERATED in names:
         raise ValueError(f"context: expected segments of the prompt, got {context!r}")
-    seen = seen_of_segments(dataset)
-    answer = answering(dataset)
-    seen = seen.sel(query=answer["query"].values)
+    seen = seen_of_segments(dataset).sel(query=answer["query"].values)
     mass, new, new_tokens = answer.segment_mass, answer.segment_mass.sel(segment=GENERATED), seen.sel(segment=GENERATED)
     if names is None:
         on_keys = 1 - answer.learned_sink_mass if "learned_sink_mass" in answer else 1.0

@@ -11,7 +11,6 @@ from llama_attn.analysis.answer import (
     GENERATED,
     SPECIAL,
     answering,
-    first_generated,
     generated_tokens,
     pick_names,
     require_segments,
@@ -74,7 +73,6 @@ def sources(
 
     dataset = as_dataset(ds)
     require_segments(dataset)
-    first_generated(dataset)
     if batch not in dataset["batch"].values:
         raise ValueError(f"batch: {batch} was not measured; there are {dataset['batch'].values.tolist()}")
     names = [str(name) for name in dataset["segment"].values]
@@ -84,11 +82,11 @@ def sources(
     dataset = dataset.sel(batch=[batch])
     chosen = _chosen_heads(dataset, heads)
     marks = _sink_keys(dataset)
+    answer = answering(dataset)
+    queries = answer["query"].values
     seen, of_sink = seen_of_segments(dataset), seen_of_segments(dataset, marks)
     visible = dataset.visible_keys
     sinks_seen = seen_keys(dataset, marks.expand_dims(segment=["sink"])).isel(segment=0, drop=True)
-    answer = answering(dataset)
-    queries = answer["query"].values
     taken, exact = _taken_by_sink(answer, marks, names)
 
     def pooled(values: xarray.DataArray, where: xarray.DataArray) -> xarray.DataArray:
