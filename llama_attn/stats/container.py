@@ -20,6 +20,7 @@ from llama_attn.stats.display import as_html, as_text
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.header import FORMAT_VERSION, check_against_tensors, read_header
 from llama_attn.stats.hub import HubMixin
+from llama_attn.stats.joining import joined
 from llama_attn.stats.labels import SEGMENT_LABELS, VISIBILITY_LABELS, Label
 from llama_attn.stats.part import part_of
 from llama_attn.stats.token_ids import read_ids, token_strings
@@ -201,6 +202,24 @@ class AttentionStats(HubMixin):
                 sees whom.
         """
         return part_of(self, layers, heads, batch, queries)
+
+    @classmethod
+    def concat(cls, stats: Sequence[AttentionStats], dim: str = "batch") -> AttentionStats:
+        """Several texts as rows of one batch, padded on the right.
+
+        Everything is as if they had been measured together: behind the end of shorter texts stand NaN, −1, counts
+        of 0 and empty token strings. Segments go by name. ``row_weights`` are of all rows that some text has, NaN
+        where a text has others. What was kept and how segments were given is no longer known to ``config``.
+
+        Args:
+            stats: The same statistics of the same layers and heads of one model, measured in the same way.
+            dim: The axis; "batch".
+
+        Raises:
+            ValueError: An empty list, something else than `AttentionStats`, another axis; or they differ in what they
+                hold or in how they were measured, or their maps in the width of bins.
+        """
+        return joined(stats, dim)
 
     def coordinates(self) -> dict[str, Sequence[int] | Sequence[str]]:
         """The values of every axis: indices, positions in tokens, left edges of bins, names of segments."""
