@@ -139,6 +139,14 @@ ENTRIES = (
         "drop from a cache.",
     ),
     Entry(
+        "budget",
+        "plot_budget(frame)",
+        lambda runs: viz.plot_budget(runs.budget),
+        "What `llama-attn budget` writes. Left, how much of the attention of the tokens that follow lies on the keys that a "
+        "policy kept; right, the loss of the model when it sees only these; below, the left one layer by layer. Curves that "
+        "meet the dashes cost nothing.",
+    ),
+    Entry(
         "comparison",
         "plot_comparison(beginning, other, layer=12, head=2)",
         lambda runs: viz.plot_comparison(runs.beginning, runs.other_start, layer=12, head=2),

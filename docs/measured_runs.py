@@ -9,7 +9,9 @@ import torch
 from transformers import AutoTokenizer
 
 from llama_attn import AttentionStats, AttentionStatsConfig, LlamaForCausalLM
+from llama_attn.analysis.keep_mask import POLICIES
 from llama_attn.cli.ablate import losses
+from llama_attn.cli.budget import curves
 from llama_attn.demo import demo_checkpoint
 
 # Herman Melville, Moby-Dick (1851).
@@ -27,6 +29,8 @@ BEGINNING = 40
 ABLATED = 6
 # Length of the random sequence, its copies per row, and rows.
 REPEATED, ROWS = 64, 4
+# Tokens that are read before those whose loss is taken.
+READ = 96
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Runs:
         beginning: Its first `BEGINNING` tokens.
         other_start: The same with the first token replaced by the one that begins a chat.
         repeated: Rows of that token and twice the same random tokens.
+        budget: What smaller caches keep of the first `READ` tokens of the text, and the loss of those behind them.
         ablation: The loss on the beginning without each head of the first `ABLATED` layers.
     """
 
@@ -45,6 +50,7 @@ class Runs:
     beginning: AttentionStats
     other_start: AttentionStats
     repeated: AttentionStats
+    budget: pandas.DataFrame
     ablation: pandas.DataFrame
 
 
@@ -69,7 +75,18 @@ def measure() -> Runs:
     other[0, 0] = tokenizer.bos_token_id
     half = torch.randint(100, 48_000, (ROWS, REPEATED), generator=torch.Generator().manual_seed(0))
     repeated = torch.cat([torch.full((ROWS, 1), tokenizer.bos_token_id), half, half], 1)
-    return Runs(run(ids), run(beginning), run(other), run(repeated), ablate(model, beginning))
+    return Runs(
+        run(ids), run(beginning), run(other), run(repeated), _budget(model, ids), ablate(model, beginning)
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _budget(model: LlamaForCausalLM, ids: torch.Tensor) -> pandas.DataFrame:
+    config = AttentionStatsConfig(statistics=("received_total", "key_norm"), rows=slice(-64, None))
+    read = model(ids[:, :READ], use_cache=False, output_attention_stats=config).attention_stats
+    frame = curves(model, ids, READ, read.to_xarray(), POLICIES, (8, 16, 32, 64))
+    frame.attrs |= {"model": "SmolLM2-135M-Instruct", "text": f"Call me Ishmael: {READ} tokens kept from"}
+    return frame
 
 
 def ablate(model: LlamaForCausalLM, ids: torch.Tensor) -> pandas.DataFrame:

@@ -53,13 +53,14 @@ def test_kept_sets(policy, budget, ids):
     stats = measure(model, ids, CONFIG)
     cache = model(ids, use_cache=True).past_key_values
     keys = torch.stack([layer.keys for layer in cache.layers])
+    if policy == "snapkv" and budget <= 8:
+        with pytest.raises(ValueError, match="expected a budget above 8, or fewer queries"):
+            keep_mask(stats, policy, budget)
+        return
     found = keep_mask(stats, policy, budget)
     assert found.dims == ("layer", "batch", "kv_head", "key")
     assert found.attrs["policy"] == policy
-    if policy == "snapkv" and budget == 1:
-        # Of its window no more than the budget, the last.
-        expected = torch.arange(37).expand(3, 2, 2, -1) == 36
-    elif policy == "h2o" and budget == 1:
+    if policy == "h2o" and budget == 1:
         # Half of one key is none that is always kept.
         expected = kept_sets(by_group(weights_of(model, ids).double().sum(-2)), 1)
     else:

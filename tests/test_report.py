@@ -49,7 +49,7 @@ def test_every_statistic_is_there_within_the_stated_rounding(batch, ids, left_pa
     roles = classify_heads(dataset.sel(batch=[batch])).role.tolist()
     assert [role for layer in page.about["roles"] for role in layer] == roles
     assert page.about["missing"] == []
-    assert page.about["notShown"] == ["logits_map"]
+    assert page.about["notShown"] == ["logits_map", "weight_count", "weight_mass"]
     assert (page.about["row"], page.about["rows"]) == (batch, 2)
 
 

@@ -116,6 +116,11 @@ def _scores(dataset: xarray.Dataset, policy: Policy, budget: int, recent: int | 
             2, keepdims=True
         ), 1 if recent is None else recent
     window = _measured_window(dataset) if recent is None else recent
+    if not 0 < window < budget:
+        raise ValueError(
+            f'budget: "snapkv" keeps the keys of the {window} queries that it observes and others besides, so expected a '
+            f"budget above {window}, or fewer queries (recent=…), got {budget}"
+        )
     rows = _rows(dataset, list(range(last - window + 1, last + 1)), f"slice(-{max(window, 1)}, None)")
     means = rows.mean("row").transpose(*axes).fillna(0).values[..., : dataset.sizes["key"] - window]
     around = POOLED // 2

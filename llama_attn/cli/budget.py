@@ -79,6 +79,8 @@ def budget(
         fail(
             f"--budgets: expected 1 to {first} keys, since {first} of {length} tokens are read before, got {max(sizes)}"
         )
+    if "snapkv" in names and min(sizes) < 2:
+        fail("--budgets: snapkv keeps the last key and others besides, so expected 2 or more, got 1")
     with folder(out):
         loaded = load_model(chosen, attn=attn, dtype=dtype, device=device, adapter=adapter)
         subject = Subject.of(loaded, generates=True)
@@ -132,7 +134,9 @@ def curves(
     lines = []
     for policy in policies:
         for size in budgets:
-            keep = keep_mask(dataset, policy, size)
+            # It keeps the keys of the queries that it observes, so that these may be half of the budget at most.
+            recent = min(WINDOW, size // 2, first - 1) if policy == "snapkv" else None
+            keep = keep_mask(dataset, policy, size, recent=recent)
             layers, mask = keep["layer"].values.tolist(), torch.as_tensor(keep.values)
             config = AttentionStatsConfig(statistics="kept_mass", keep=mask, layers=tuple(layers))
             with record(model, config) as recording:

@@ -11,6 +11,7 @@ from llama_attn.analysis.dataset import real_tokens
 from llama_attn.analysis.row import row_alone
 from llama_attn.viz.figures.attention import bin_width
 from llama_attn.viz.figures.multiples import pooled_maps
+from llama_attn.viz.report.answer import OF_SEGMENT, ROWS, answer_parts, writers
 from llama_attn.viz.report.embedding import Embedded, Level, Part, embed, embed_rounded
 from llama_attn.viz.report.links import FEWEST_BINS, TOP_KEYS, first_seen, links_part
 from llama_attn.viz.report.pooling import mean_of_known, pool_tokens, widths
@@ -24,8 +25,6 @@ LAYER_AXES, HEAD_AXES, TOKEN_AXES = ("layer", "hidden_layer"), ("head", "kv_head
 MAP, HISTOGRAM = "weights_map", "distance_histogram"
 # What massive activations are found with.
 OF_MASSIVE = ("hidden_max_channel", "hidden_top", "hidden_top_channel", "hidden_layer_median")
-# How a statistic of one segment is named in a row; the space sets it apart from names of statistics.
-OF_SEGMENT = "segment_mass "
 # As coarse as maps may become [bins].
 FEWEST_MAP_BINS = 16
 # How many times the size of another part single heads and maps may have before they are coarsened first.
@@ -72,6 +71,8 @@ def along_text(row: xarray.Dataset) -> list[str]:
 def not_shown(row: xarray.Dataset) -> list[str]:
     """Names of what was measured and has no place in the report."""
     shown = {*along_text(row), MAP, *TOP_KEYS, HISTOGRAM, *OF_MASSIVE, "visible_keys", "visible_queries"}
+    if len(writers(row)):
+        shown.add(ROWS)
     return [str(name) for name in row.data_vars if name not in shown]
 
 
@@ -107,6 +108,7 @@ def parts_of(row: xarray.Dataset, asked: Int[np.ndarray, " asked"]) -> list[Part
         histogram = row[HISTOGRAM].isel(batch=0).transpose("layer", "head", ...).values
         parts.append(_fixed(HISTOGRAM, histogram))
     parts.extend(_summaries(row))
+    parts.extend(answer_parts(row))
     real = real_tokens(row, "key").isel(batch=0).values.astype(np.uint8)
     parts.append(Part("real", [Level(real.size, lambda: {"real": embed(real)})]))
     if (seen := first_seen(row)) is not None:

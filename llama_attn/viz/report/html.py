@@ -20,6 +20,7 @@ from llama_attn.analysis.part import measured_layers, named_layers
 from llama_attn.analysis.row import row_alone
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.token_text import readable
+from llama_attn.viz.report.answer import about_answer
 from llama_attn.viz.report.contents import (
     HISTOGRAM,
     MAP,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from llama_attn.viz.report.links import Positions
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("data", "words", "colours", "state", "lists", "shades", "text", "links", "maps", "charts", "main")
+SCRIPTS = ("data", "words", "colours", "state", "lists", "shades", "text", "links", "maps", "charts", "answer", "main")
 MEGABYTE = 1_000_000
 # Longer tokens are cut in the page.
 LONGEST_TOKEN = 80
@@ -64,7 +65,7 @@ def report(
     batch: int = 0,
     exact: Positions | None = None,
 ) -> Path:
-    """Write one HTML file that shows a run: findings in words, the text, maps, heads, layers and norms.
+    """Write one HTML file that shows a run: findings in words, what the answer draws on, the text, maps, heads, layers and norms.
 
     It opens from the file system in any browser of 2024 or later and makes no request. Statistics that were not
     measured are left out and named. Numbers are rounded to 16 bits, on a scale that keeps small ones apart. If they do
@@ -190,6 +191,7 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "opening": _opening(row),
         "direction": direction_of(row),
         "generated": first_generated(row),
+        "answer": about_answer(row),
         "topK": row.sizes.get("rank", 0),
         "statistics": [described(row, name) for name in along_text(row)],
         "distances": row["distance_bin"].values.tolist() if HISTOGRAM in row else [],
