@@ -55,7 +55,9 @@ class Run:
         self.ds = self.stats.to_xarray()
         fed = self.sequences[:, :-1]
         real = torch.cat([self.real, torch.ones(2, NEW - 1, dtype=torch.long)], 1)
-        written = Written(fed, real, AttentionStatsConfig(statistics="entropy"), position_ids=(real.cumsum(-1) - 1).clamp(min=0))
+        written = Written(
+            fed, real, AttentionStatsConfig(statistics="entropy"), position_ids=(real.cumsum(-1) - 1).clamp(min=0)
+        )
         self.weights, self.visible = written.weights, written.visible
         self.length = PROMPT + NEW - 1
         self.labels = [[*row, *["generated"] * (NEW - 1)] for row in self.segments]
@@ -92,7 +94,8 @@ def test_retrieval_heads(run):
     assert found.attrs["needle"] == [6, 12]
     frame = classify_heads(ds, needle=needle).set_index(["layer", "head"])
     close(frame.retrieval_score[1, 2], 1 / 6)
-    assert "retrieval" in frame.roles[1, 2] and "retrieval" not in frame.roles[0, 0]
+    assert "retrieval" in frame.roles[1, 2]
+    assert "retrieval" not in frame.roles[0, 0]
     assert classify_heads(ds).retrieval_score.isna().all()
 
 
@@ -129,7 +132,8 @@ def test_lookback_ratio(context, run):
             with np.errstate(invalid="ignore"):
                 on_new = run.weights[:, b, :, i][..., new].sum(-1) / len(new) if new else np.nan
             close(found[:, b, :, place], on_old / (on_old + on_new))
-    assert np.isnan(found[..., 0]).all() and np.isfinite(found[..., 1:]).all()
+    assert np.isnan(found[..., 0]).all()
+    assert np.isfinite(found[..., 1:]).all()
 
 
 def test_streaming_heads(run):
@@ -141,7 +145,7 @@ def test_streaming_heads(run):
             for b in range(2):
                 first = int(run.visible[b].any(-1).argmax())
                 for i in range(first, run.length):
-                    far = [key for key in range(first + 1, i - WINDOW + 1)]
+                    far = list(range(first + 1, i - WINDOW + 1))
                     if far:
                         masses.append(run.weights[layer, b, head, i, far].sum())
                         uniform.append(len(far) / (i - first + 1))
@@ -183,13 +187,16 @@ def expected_sources(run, b, i, heads, sinks):
         share, without = mean(picked, mine), mean(picked, left) / mean(picked, rest)
         with np.errstate(divide="ignore", invalid="ignore"):
             lines[name] = [
-                len(mine), share, mean(chosen, mine), without,
-                share / (np.float64(len(mine)) / len(keys)), without / (np.float64(len(left)) / len(rest)),
+                len(mine), share, mean(chosen, mine),
+                len(mine) / len(keys), share / (np.float64(len(mine)) / len(keys)),
+                without, len(left) / len(rest), without / (np.float64(len(left)) / len(rest)),
             ]  # fmt: skip
     return lines
 
 
-COLUMNS = ["tokens", "share", "all_heads", "without_sink", "relative", "relative_without_sink"]
+COLUMNS = [
+    "tokens", "share", "all_heads", "uniform", "relative", "without_sink", "uniform_without_sink", "relative_without_sink",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -202,7 +209,7 @@ def test_sources(b, heads, exact, run):
     lines = []
     for i in run.answering:
         by_name = expected_sources(run, b, i, heads, {first})
-        best = max(NAMES, key=lambda name: by_name[name][3])
+        best = max(NAMES, key=lambda name: by_name[name][5])
         here = frame[frame.position == i + 1].set_index("segment")
         assert here.index.tolist() == [*NAMES, "generated"]
         if i + 1 < run.length:
@@ -213,10 +220,11 @@ def test_sources(b, heads, exact, run):
             close(here.loc[name, COLUMNS].to_numpy(dtype=float), numbers)
             assert here.wins[name] == (name == best)
         lines.append([by_name[name] for name in by_name])
-    means = frame[frame.token == "mean"].set_index("segment")
-    assert set(means.position) == {-1}
+    means = frame[frame.position == -1].set_index("segment")
+    assert set(means.token) == {"mean"}
     close(means[COLUMNS].to_numpy(dtype=float), np.nanmean(lines, 0))
-    assert means.wins.sum() == 1 and means.wins[means.without_sink[list(NAMES)].idxmax()]
+    assert means.wins.sum() == 1
+    assert means.wins[means.without_sink[list(NAMES)].idxmax()]
     assert len(frame) == 4 * (NEW + 1)
 
 
@@ -282,7 +290,7 @@ def test_what_is_missing_is_named(run):
 
 @pytest.mark.parametrize("needle", [(0, 31), (5, 5), (7, 3), (-1, 4), 3, (1, 2, 3), (0.0, 2), None])
 def test_bad_needles(needle, run):
-    with pytest.raises(ValueError, match="needle: expected its first position.*0 to 29, got"):
+    with pytest.raises(ValueError, match=r"needle: expected its first position.*0 to 29, got"):
         retrieval_heads(run.ds, needle)
 
 

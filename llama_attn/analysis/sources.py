@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
     from llama_attn.analysis.dataset import Source
 
-SHARES = ("share", "all_heads", "without_sink", "relative", "relative_without_sink")
+SHARES = (
+    "share", "all_heads", "uniform", "relative", "without_sink", "uniform_without_sink", "relative_without_sink",
+)  # fmt: skip
 
 
 def sources(
@@ -56,9 +58,10 @@ def sources(
         fed back; ``segment``; ``tokens``, how many of its tokens the query sees, on average over layers;
         ``share`` of the attention of the chosen heads, and ``all_heads`` of all; what is missing to 1 lies in no
         segment, or in a learned sink;
-        ``without_sink``, the share of what does not go to the first ``sink_tokens`` tokens;
-        ``relative`` and ``relative_without_sink``, both over the share of the tokens that each segment has of all
-        that the query sees: 1 is uniform attention, whatever the length of the segment;
+        ``uniform``, the share of the tokens that the query sees, which is what uniform attention would give;
+        ``relative``, share over uniform: 1 is uniform attention, whatever the length of the segment;
+        ``without_sink``, ``uniform_without_sink`` and ``relative_without_sink``, the same of what does not go to the
+        first ``sink_tokens`` tokens;
         ``wins``: whether the segment has the largest ``without_sink`` of those ``among`` which one shall win, the first
         of equal ones, and none where there is no data.
         ``attrs``: ``exact``, whether the sink was taken out of the weights themselves; ``part``.
@@ -109,8 +112,10 @@ def sources(
         "tokens": tokens,
         "share": share,
         "all_heads": of_all,
-        "without_sink": without,
+        "uniform": among_seen,
         "relative": share / among_seen.where(among_seen > 0),
+        "without_sink": without,
+        "uniform_without_sink": among_left,
         "relative_without_sink": without / among_left.where(among_left > 0),
     }
     numbers = {name: values.transpose("query", "segment").values[real.values] for name, values in numbers.items()}
@@ -127,7 +132,8 @@ def sources(
         | {name: values.reshape(-1) for name, values in numbers.items()}
     )
     means = lines.groupby("segment", sort=False)[["tokens", *SHARES]].mean().reset_index()
-    means = means.assign(**{"position": -1, "token": "mean"})[[*lines.columns]]
+    means["position"], means["token"] = -1, "mean"
+    means = means[[*lines.columns]]
     frame = pandas.concat([lines, means], ignore_index=True)
     frame["wins"] = _winners(frame, candidates)
     frame.attrs = {"exact": exact, "part": measured_part(dataset)}
