@@ -36,6 +36,8 @@ mean of A_ik over the queries that may see k.
 | What does each head do? | `classify_heads(ds, query_slice=None)` | scores and a role per head, see below | TransformerLens, head_detector; Olsson et al., arXiv 2209.11895; Gu et al. | `plot_head_roles` |
 | Where are the massive activations? | `massive_activations(ds, magnitude=100, ratio=1000)` | numbers that exceed 100 and reach 1,000 × the median of the state; every channel of each token, layers where they appear and disappear, share of heads for which the token is a sink | Sun et al., arXiv 2402.17762 | `plot_massive_activations` |
 | What differs between two runs? | `compare(a, b)` | per statistic, layer and head: difference of the means over aligned tokens; `matched`, the same at matched positions; effect = root mean square difference at matched positions / standard deviation of the statistic, or its rounding error where that is larger; `attrs` say how many tokens were aligned, what was left out, and warn of texts with little in common, see below | | `plot_comparison`, `plot_head_comparison` |
+| How many keys hold most of the attention? | `coverage(ds, mass=(0.5, 0.9, 0.95, 0.99))` | `least` and `most`: bounds on the keys per query that hold a share, from `weight_count` and `weight_mass` | | |
+| Which keys would a smaller cache keep? | `keep_mask(ds, policy, budget, sink=4, recent=None)` | booleans (layer, batch, kv_head, key) for `AttentionStatsConfig(keep=…)` and `block_keys`; policies `streaming`, `h2o`, `snapkv`, `tova`, `knorm` | Xiao et al.; Zhang et al.; Li et al.; Oren et al.; Devoto et al. | `plot_budget` |
 | All of it in one line per layer? | `summarize_layers(ds)` | sink mass, the key that takes most of all attention, largest activation | Gu et al.; Sun et al. | what `llama-attn demo` prints |
 
 `head_means(ds, statistic)` is the (layer, head) table behind `plot_head_grid`.
@@ -77,7 +79,8 @@ alone, of one key.
 {roles}
 
 `role` has the largest score relative to its threshold, `roles` lists all that passed, `mixed` passed none. Of both
-kinds of sinks the role is `first_token_sink` where at least half of what is on sinks is on the first tokens. Sink,
+kinds of sinks the role is `first_token_sink` where its own score passes and at least half of what is on sinks is on the
+first tokens. Sink,
 previous-token, duplicate-token and induction scores are shares of the same attention, so they have the same threshold,
 the ε of Gu et al.; `local` is where `locality` draws the line; 0.9 for `uniform` is a choice. In ordinary text few
 tokens have an earlier copy, and heads that look for one rest on the sink, so use a random sequence repeated twice and

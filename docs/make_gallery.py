@@ -85,6 +85,14 @@ ENTRIES = (
         "hundredths. Induction heads (green) need previous-token heads (dark orange) in some earlier layer.",
     ),
     Entry(
+        "ablation",
+        "plot_ablation(ablation)",
+        lambda runs: viz.plot_ablation(runs.ablation),
+        "How much worse the next token is predicted without each head: red heads are missed, blue ones were in the way of "
+        "this text. `ablation` is the table that `llama-attn ablate` writes, here of six layers and the first 40 tokens; on "
+        "so short a text small changes mean little.",
+    ),
+    Entry(
         "layer_profile",
         'plot_layer_profile(text, statistic="entropy")',
         lambda runs: viz.plot_layer_profile(runs.text, statistic="entropy"),
@@ -129,6 +137,14 @@ ENTRIES = (
         "Solid lines are the mean over heads of the norms, dashed lines the norm of the mean over heads, which is "
         "smaller where heads point in different directions. Tokens with small keys and values are sinks or easy to "
         "drop from a cache.",
+    ),
+    Entry(
+        "budget",
+        "plot_budget(frame)",
+        lambda runs: viz.plot_budget(runs.budget),
+        "What `llama-attn budget` writes. Left, how much of the attention of the tokens that follow lies on the keys that a "
+        "policy kept; right, the loss of the model when it sees only these; below, the left one layer by layer. Curves that "
+        "meet the dashes cost nothing.",
     ),
     Entry(
         "comparison",

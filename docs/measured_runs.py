@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pandas
 import torch
 from transformers import AutoTokenizer
 
 from llama_attn import AttentionStats, AttentionStatsConfig, LlamaForCausalLM
+from llama_attn.analysis.keep_mask import POLICIES
+from llama_attn.cli.ablate import losses
+from llama_attn.cli.budget import curves
 from llama_attn.demo import demo_checkpoint
 
 # Herman Melville, Moby-Dick (1851).
@@ -21,8 +25,12 @@ TEXT = (
 )
 # So many tokens of it fit as labels of a map.
 BEGINNING = 40
+# Layers whose heads are taken out one by one.
+ABLATED = 6
 # Length of the random sequence, its copies per row, and rows.
 REPEATED, ROWS = 64, 4
+# Tokens that are read before those whose loss is taken.
+READ = 96
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,16 @@ class Runs:
         beginning: Its first `BEGINNING` tokens.
         other_start: The same with the first token replaced by the one that begins a chat.
         repeated: Rows of that token and twice the same random tokens.
+        budget: What smaller caches keep of the first `READ` tokens of the text, and the loss of those behind them.
+        ablation: The loss on the beginning without each head of the first `ABLATED` layers.
     """
 
     text: AttentionStats
     beginning: AttentionStats
     other_start: AttentionStats
     repeated: AttentionStats
+    budget: pandas.DataFrame
+    ablation: pandas.DataFrame
 
 
 def measure() -> Runs:
@@ -63,4 +75,24 @@ def measure() -> Runs:
     other[0, 0] = tokenizer.bos_token_id
     half = torch.randint(100, 48_000, (ROWS, REPEATED), generator=torch.Generator().manual_seed(0))
     repeated = torch.cat([torch.full((ROWS, 1), tokenizer.bos_token_id), half, half], 1)
-    return Runs(run(ids), run(beginning), run(other), run(repeated))
+    return Runs(
+        run(ids), run(beginning), run(other), run(repeated), _budget(model, ids), ablate(model, beginning)
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _budget(model: LlamaForCausalLM, ids: torch.Tensor) -> pandas.DataFrame:
+    config = AttentionStatsConfig(statistics=("received_total", "key_norm"), rows=slice(-64, None))
+    read = model(ids[:, :READ], use_cache=False, output_attention_stats=config).attention_stats
+    frame = curves(model, ids, READ, read.to_xarray(), POLICIES, (8, 16, 32, 64))
+    frame.attrs |= {"model": "SmolLM2-135M-Instruct", "text": f"Call me Ishmael: {READ} tokens kept from"}
+    return frame
+
+
+def ablate(model: LlamaForCausalLM, ids: torch.Tensor) -> pandas.DataFrame:
+    """The loss of the model without each head of its first layers."""
+    heads = [(layer, head) for layer in range(ABLATED) for head in range(model.config.num_attention_heads)]
+    with torch.no_grad():
+        whole, frame, _ = losses(model, [ids], heads)
+    frame.attrs |= {"model": model.config._name_or_path, "text": f"{ids.shape[1]} tokens", "loss": whole}
+    return frame

@@ -11,7 +11,7 @@ from any_model import draw, left_padding, state
 from torch._dynamo.utils import counters
 from zoo import ENTRIES
 
-from llama_attn import AttentionStatsConfig, record
+from llama_attn import AttentionStatsConfig, ablate_heads, block_keys, record
 from llama_attn.testing import relative_error
 
 # Dynamo warns about transformers' own code while it traces.
@@ -139,3 +139,29 @@ def test_gradients():
 
     off = gradients(False)
     assert all(torch.equal(a, b) for a, b in zip(gradients(True), off, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "streaming"])
+@pytest.mark.parametrize(
+    "change", [lambda model: ablate_heads(model, {1: [0]}, "mean"), lambda model: block_keys(model, [3], first_query=5)]
+)
+def test_what_is_changed_in_a_compiled_model(change, backend):
+    model = ENTRIES["qwen3"].build(backend)
+    compiled = torch.compile(model, backend="aot_eager")
+    plain = run(model).logits
+    torch.testing.assert_close(run(compiled).logits, plain, rtol=0, atol=1e-5)
+    with change(model):
+        expected = run(model).logits
+        for _ in range(3):
+            torch.testing.assert_close(run(compiled).logits, expected, rtol=0, atol=1e-5)
+    assert float((expected - plain).abs().max()) > 0.01
+    torch.testing.assert_close(run(compiled).logits, plain, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_change_of_one_of_several_layers_that_are_one_module():
+    model = ENTRIES["albert"].build("sdpa")
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(ValueError, match="in a compiled model it cannot be seen"), ablate_heads(model, {1: [1]}):
+        compiled(IDS)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
+from own_text import own_text
 
 from llama_attn import AttentionStats, viz
 from llama_attn.analysis import classify_heads
@@ -394,8 +395,17 @@ def kv_norms(figure, asked):
         assert len(colours) == 1
 
 
+def of_own_text(read):
+    """A figure of one row shows its own text alone; `head_comparison` is of all rows."""
+
+    def of_row(figure, asked):
+        read(figure, replace(asked, a=own_text(asked.a, asked.batch), b=own_text(asked.b, asked.batch)))
+
+    return read if read is head_comparison else of_row
+
+
 READ_BACK = {
-    f"plot_{read.__name__}": read
+    f"plot_{read.__name__}": of_own_text(read)
     for read in (
         attention_map, comparison, distance_histogram, head_comparison, head_grid, head_roles, hidden_norms, kv_norms,
         layer_heads, layer_profile, massive_activations, model_view, token_strip,

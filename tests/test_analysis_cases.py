@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import CACHE, tiny_model
+from hostile import changed
 from matplotlib.colors import to_rgb
 from oracle import visible_by_hand
 
 import llama_attn
-from llama_attn import AttentionStatsConfig
+from llama_attn import AttentionStats, AttentionStatsConfig
 from llama_attn.analysis import (
     classify_heads,
     compare,
@@ -127,9 +128,9 @@ def test_selected_layers_and_heads_keep_their_names(everything, ids):
     [
         ({}, ""),
         ({"layers": (2, 0)}, "layers 0, 2 of 3"),
-        ({"layers": (0, 1, 2), "heads": (0, 1, 5)}, "heads 0–1, 5"),
+        ({"layers": (0, 1, 2), "heads": (0, 1, 5)}, "heads 0–1, 5 of 6"),
         ({"query_stride": 3}, "every 3rd query"),
-        ({"layers": (1,), "heads": (4,), "query_stride": 12}, "layer 1 of 3, head 4, every 12th query"),
+        ({"layers": (1,), "heads": (4,), "query_stride": 12}, "layer 1 of 3, head 4 of 6, every 12th query"),
     ],
 )  # fmt: skip
 def test_what_rests_on_a_part_says_which(config, said, ids, tmp_path):
@@ -268,3 +269,21 @@ def test_every_kind_of_source(everything, tmp_path):
     for source in (everything, everything.to_xarray(), tmp_path / "run.safetensors"):
         assert sink_rate(source) == sink_rate(everything)
         assert compare(source, everything).effect.max() == 0
+
+
+def test_a_selection_of_heads_is_a_part_of_all(ids, tmp_path):
+    """Which are all is in the file; of one that was written before it was, they are named where they cannot be all."""
+    with torch.no_grad():
+        stats = tiny_model()(ids, output_attention_stats=True).attention_stats
+    stats.select(heads=range(4)).save(tmp_path / "part.safetensors")
+    assert locality(tmp_path / "part.safetensors").attrs["part"] == "heads 0–3 of 6"
+    assert locality(stats.select(heads=range(6))).attrs["part"] == ""
+    asked_for_all = AttentionStatsConfig(heads=tuple(range(6)))
+    with torch.no_grad():
+        assert locality(tiny_model()(ids, output_attention_stats=asked_for_all).attention_stats).attrs["part"] == ""
+    for heads, said in ((range(4), ""), ([1, 2], "heads 1–2")):
+        stats.select(heads=heads).save(tmp_path / "part.safetensors")
+        older = changed((tmp_path / "part.safetensors").read_bytes(), lambda header: header.pop("num_heads"))
+        (tmp_path / "older.safetensors").write_bytes(older)
+        assert AttentionStats.load(tmp_path / "older.safetensors").num_heads == 0
+        assert locality(tmp_path / "older.safetensors").attrs["part"] == said

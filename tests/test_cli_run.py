@@ -6,6 +6,7 @@ import io
 import re
 
 import cli_models
+import pandas
 import pytest
 import torch
 from conftest import tiny_model
@@ -13,7 +14,7 @@ from test_cli import invoke
 from transformers import AutoTokenizer
 
 from llama_attn import AttentionStats
-from llama_attn.cli import folder as folders, progress, terminal
+from llama_attn.cli import folder as folders, progress, showing, terminal
 from llama_attn.cli.measuring import Subject
 from llama_attn.cli.terminal import PlainConsole
 from llama_attn.cli.texts import Prompt
@@ -131,7 +132,7 @@ def test_without_packages_for_pictures_the_numbers_are_saved(command, packages, 
         "xarray, pandas", "pandas, xarray"
     )
     assert "[viz]'" in said
-    assert ("sink mass" in said or "strongest: layer" in said) == table
+    assert ("strongest key" in said or "strongest: layer" in said) == table
     result = invoke("report", tmp_path / "out" / "stats.safetensors")
     assert result.exit_code == 2, "where there is nothing but a picture to make"
 
@@ -217,3 +218,36 @@ def test_bad_requests_of_the_demo(arguments, message, tmp_path):
     assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("width", "cut"), [(80, True), (120, False)])
+@pytest.mark.parametrize("steps", [False, True])
+def test_the_table_of_layers_fits_the_terminal(width, cut, steps, monkeypatch):
+    """However large the numbers: tokens are cut, and nothing is broken into lines."""
+    monkeypatch.setattr(terminal.console, "_width", width)
+    with torch.no_grad():
+        config = AttentionStatsConfig(norms=True)
+        dataset = tiny_model()(torch.arange(3, 12)[None], output_attention_stats=config).attention_stats.to_xarray()
+    tokens = [["<|im_start|>"] * 8 + ["ĠPhiladelphia"]]
+    dataset = dataset.assign_coords(key=range(12_341, 12_350), key_token=(("batch", "key"), tokens))
+    if steps:
+        dataset = dataset.drop_vars("hidden_layer_median")
+    line = {
+        "sink_mass": 1.0, "sink_position": 12_345, "share": 1.0, "queries": 12_345, "boost": 1234.0,
+        "activation": 24_926.0, "activation_position": 12_349, "activation_over_median": 12_842.0,
+    }  # fmt: skip
+    lines = pandas.DataFrame([line] * 3, index=[0, 1, 29])
+    monkeypatch.setattr("llama_attn.analysis.summarize_layers", lambda row, batch: lines)
+    with terminal.console.capture() as captured:
+        terminal.console.print(showing._table_of_layers(dataset, "letters.txt"))
+    text = captured.get().splitlines()
+    assert max(map(len, text)) <= width
+    rows = [each.split() for each in text if "×, 1" in each]
+    assert [row[0] for row in rows] == ["0", "1", "29"]
+    for row in rows:
+        assert row[1:3] == ["100%", "12345"]
+        assert row[4:9] == ["100%,", "1,234", "×,", "12,345", "24,926,"]
+        assert row[9:12] == ["12,842", "×,", "12349"]
+        assert (row[3] == "<|im_start|>:", row[12] == "␣Philadelphia") == (not cut, not cut)
+        assert row[3][:2] == "<|"
+        assert row[12][:2] == "␣P"

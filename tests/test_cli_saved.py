@@ -35,7 +35,12 @@ def words(result) -> str:
 
 
 def test_every_picture_can_be_named(saved):
-    names = {name for name in viz.__all__ if name.startswith("plot_")} - {"plot_comparison", "plot_head_comparison"}
+    names = {name for name in viz.__all__ if name.startswith("plot_")} - {
+        "plot_comparison",
+        "plot_head_comparison",
+        "plot_ablation",
+        "plot_budget",
+    }
     assert {f"plot_{name.replace('-', '_')}" for name in _pictures("source")} == names
     for what in _pictures("source"):
         result = invoke("plot", saved / "a.safetensors", "--what", what, "--dpi", 30)
@@ -105,11 +110,24 @@ def test_report(saved):
     assert (saved / "b.html").stat().st_size <= 2.2e6
 
 
+def test_a_report_keeps_the_links_that_were_asked_for(saved, monkeypatch):
+    asked = []
+    monkeypatch.setattr(viz, "report", lambda stats, path, **settings: asked.append(settings["exact"]))
+    for exact in ("-1", "3, 5,-2:", ":4,1:2"):
+        assert invoke("report", saved / "a.safetensors", "--exact", exact).exit_code == 0
+    assert invoke("report", saved / "a.safetensors").exit_code == 0
+    assert asked == [[-1], [3, 5, slice(-2, None)], [slice(None, 4), slice(1, 2)], None]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--max-megabytes", "1"], "max_megabytes: 1 is too small for this run"),
         (["--batch", "7"], "batch: 7 was not measured; there are [0, 1]"),
+        (["--exact", "9999"], "exact: 9999 is no measured query"),
+        (["--exact", "1:2:3"], "--exact: expected positions and slices like -1,6227 or -32:, got '1:2:3'"),
+        (["--exact", "2,,3"], "--exact: expected positions and slices"),
+        (["--exact", "last"], "--exact: expected positions and slices"),
         (["--out", "page.txt"], "--out: expected a name that ends in .html, got 'page.txt'"),
         (["--out", "/missing/a.html"], "the folder '/missing' does not exist"),
     ],

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+import xarray
 from any_model import state
 from conftest import tiny_model
 from oracle import stock_of
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -19,9 +23,13 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from zoo import ENTRIES
+from zoo_situations import prepare
 
-from llama_attn import AttentionStatsConfig, ablate_heads, block_keys, record
+from llama_attn import AttentionStatsConfig, ablate_heads, block_keys, record, register_backend
 from llama_attn.observe import interface
+from llama_attn.stats.parallel import HeadShard
 
 BACKENDS = ("eager", "sdpa", "streaming")
 SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 97}
@@ -43,7 +51,7 @@ def made(config, backend):
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     yield
-    left = interface._changed, interface._watched, interface._shadowed, interface._cross
+    left = interface._intervening, interface._watched, interface._shadowed, interface._cross
     assert not any(left), left
 
 
@@ -154,7 +162,9 @@ def test_each_layer_and_head_has_its_own_mask(name, backend, ids, left_padding):
     found = recording.stats["row_weights"]
     assert torch.equal(before.stats["row_weights"].nan_to_num(), found.nan_to_num())
     later = torch.cat([keep, torch.ones(3, 2, 2, 7, dtype=torch.bool)], -1).repeat_interleave(2, 2)
-    blocked = ~later[:, :, :, None] & (torch.arange(37) >= first)[:, None]
+    # From there on each token still sees itself.
+    places = torch.arange(37)
+    blocked = ~later[:, :, :, None] & (places >= first)[:, None] & (places != places[:, None])
     seen = causal(left_padding, 6 if name == "mistral" else None)[None] & ~blocked
     for row in range(2):
         at = real[row].nonzero()[:, 0]
@@ -219,8 +229,6 @@ def test_an_encoder_and_one_stack_of_several(ids, left_padding):
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=97, d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=32)
     ).eval()
-    with pytest.raises(ValueError, match="stack: T5ForConditionalGeneration has several, choose one of"):
-        ablate_heads(t5, {0: 0})
     stacks = list(record(t5).stacks)
     cross = next(stack for stack in stacks if "EncDec" in stack)
     given = {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
@@ -245,8 +253,10 @@ def test_blocks_in_blocks_and_errors_in_them(ids):
         raise RuntimeError("mine")
     assert torch.equal(logits(model, ids), plain)
     block = ablate_heads(model, {0: 0})
-    with block, pytest.raises(ValueError, match="entered already"):
-        block.__enter__()
+    with block:
+        with pytest.raises(ValueError, match="entered already"):
+            block.__enter__()
+        logits(model, ids)
     with block:
         assert not torch.equal(logits(model, ids), plain)
 
@@ -254,15 +264,17 @@ def test_blocks_in_blocks_and_errors_in_them(ids):
 @pytest.mark.parametrize(
     ("heads", "mode", "message"),
     [
-        ({7: 0}, "zero", r"heads: unknown layers \[7\]; there are \[0, 1, 2\]"),
-        ({0: 4}, "zero", r"heads: unknown \[4\] in layer 0, which has heads 0 to 3"),
-        ({0: -1}, "zero", "expected indices from 0 up"),
-        ({0: []}, "zero", "expected indices from 0 up"),
-        ({0: "some"}, "zero", "expected indices from 0 up"),
-        ({}, "zero", r"expected \{layer: heads\}"),
-        ([0], "zero", r"expected \{layer: heads\}"),
-        ({0: 0}, "median", 'mode: expected "zero", "mean" or a tensor'),
-        ({0: 0}, torch.zeros(2, 4, 16), "with 3 layers"),
+        ({7: 0}, "zero", r"got \[7\]; there are \[0, 1, 2\]"),
+        ({0: 4}, "zero", r"heads of layer 0, got \[4\]; there are 0 to 3"),
+        ({0: -1}, "zero", "from 0 up, got"),
+        ({0: []}, "zero", "from 0 up, got"),
+        ({0: "some"}, "zero", "from 0 up, got"),
+        ({}, "zero", r"expected \{layer: "),
+        ([0], "zero", r"expected \{layer: "),
+        ({0: 0}, "median", r"mode: expected one of \['zero', 'mean'\] or a tensor"),
+        ({2: 0}, torch.zeros(2, 4, 16), "expected values of all layers up to 2, got those of 2"),
+        ({0: 0}, torch.zeros(4), r"expected values of the shape \(head, value_channel\)"),
+        ({0: 0}, torch.zeros(3, 4, 16, dtype=torch.long), "got torch.int64"),
     ],
 )
 def test_heads_that_are_not_there(heads, mode, message):
@@ -273,10 +285,13 @@ def test_heads_that_are_not_there(heads, mode, message):
 @torch.no_grad()
 def test_means_that_take_nothing_out(ids):
     model = made(DECODERS["qwen3"], "sdpa")
-    with pytest.raises(ValueError, match="mean over one query"), ablate_heads(model, {0: 0}, "mean"):
+    with (
+        pytest.raises(ValueError, match="has a single query, of which the mean is itself"),
+        ablate_heads(model, {0: 0}, "mean"),
+    ):
         model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
     with (
-        pytest.raises(ValueError, match="heads and channels in layer 0"),
+        pytest.raises(ValueError, match=r"head=4, value_channel=16\) for layer 0, got \(3, 2, 16\)"),
         ablate_heads(model, {0: 0}, torch.zeros(3, 2, 16)),
     ):
         logits(model, ids)
@@ -285,12 +300,12 @@ def test_means_that_take_nothing_out(ids):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ([], "expected positions from 0 up"),
-        ([-1], "expected positions from 0 up"),
-        (slice(3, None), "a slice of them with an end"),
-        (torch.ones(2, 37), "expected positions from 0 up"),
-        (torch.ones(37, dtype=torch.bool), r"expected \(batch, key\)"),
-        (torch.ones(2, 2, 2, 37, dtype=torch.bool), "expected a mask for the 3 layers"),
+        ([], r"expected positions \(integers from 0 up"),
+        ([-1], r"expected positions \(integers from 0 up"),
+        (slice(-3, None), "a slice of positions from 0 up, as the end of the row is not known"),
+        (torch.ones(2, 37), r"expected positions \(integers from 0 up"),
+        (torch.ones(37, dtype=torch.bool), r"got a mask of shape \(37,\)"),
+        (torch.ones(2, 2, 2, 37, dtype=torch.bool), r"of 3 layers, got one of 2"),
     ],
 )
 def test_masks_that_mean_nothing(keys, message):
@@ -304,11 +319,16 @@ def test_a_query_that_would_see_nothing(backend, ids, left_padding):
     model = tiny_model(backend)
     runs = []
     hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
-    with pytest.raises(ValueError, match="query 9 of row 0 has nothing left to see"), block_keys(model, [9]):
+    with (
+        pytest.raises(
+            ValueError, match="got none for query 9 of row 0 in layer 0; without blocking it sees the keys 9:"
+        ),
+        block_keys(model, [9]),
+    ):
         logits(model, ids, left_padding)
     with pytest.raises(ValueError, match="first_query"):
         block_keys(model, [9], first_query=-1)
-    with pytest.raises(ValueError, match="batch 1 or 2"), block_keys(model, torch.ones(3, 37, dtype=torch.bool)):
+    with pytest.raises(ValueError, match=r"batch 2 \(or 1\)"), block_keys(model, torch.ones(3, 37, dtype=torch.bool)):
         logits(model, ids, left_padding)
     hook.remove()
     assert not runs
@@ -323,3 +343,178 @@ def test_what_is_compiled_or_has_no_attention(ids):
         ablate_heads(3, {0: 0})
     with pytest.raises(ValueError, match=r"there is no 'x'"):
         ablate_heads(tiny_model(), {0: 0}, stack="x")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hidden_keys_of_a_window_that_moves_on(backend, ids):
+    """Slots of a full window hold other positions at each step, and masks of each step look alike."""
+    model = made(DECODERS["mistral"], backend)
+    rows = AttentionStatsConfig(statistics=("max_weight",), rows="generated")
+    with block_keys(model, [39, 40], first_query=41), record(model, rows) as recording:
+        sequences = model.generate(ids, min_new_tokens=10, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    weights = recording.stats["row_weights"]
+    at = recording.stats.row_positions if hasattr(recording.stats, "row_positions") else range(36, 46)
+    for place, query in enumerate(at):
+        shown = weights[:, :, :, place, 39:41].nan_to_num()
+        if query >= 41:
+            assert float(shown.abs().max()) == 0, query
+    assert recording.stats["visible_keys"][..., 41:].reshape(-1, 5)[0].tolist() == [4, 4, 4, 4, 5]
+    with block_keys(model, [39, 40], first_query=41):
+        whole = logits(model, sequences[:, :-1])
+    assert torch.equal(whole[:, 36:].argmax(-1), sequences[:, 37:])
+
+
+@torch.no_grad()
+def test_a_module_that_is_several_layers(ids):
+    albert = ENTRIES["albert"].build("sdpa")
+    ids = ids % 90
+    output = albert.encoder.albert_layer_groups[0].albert_layers[0].attention.dense
+    taken = []
+    hook = output.register_forward_pre_hook(lambda _, args: taken.append(args[0][..., 8:16].abs().max()))
+    with ablate_heads(albert, {1: [1]}):
+        albert(ids)
+        albert(ids)
+    assert [float(size) == 0 for size in taken] == [False, True, False] * 2
+    hook.remove()
+    called = r"got \[3\]; of .* those that were called are \[0, 1, 2\]"
+    with pytest.raises(ValueError, match=called), ablate_heads(albert, {3: [1]}):
+        albert(ids)
+
+
+def test_layers_that_run_again_for_the_backward(ids):
+    model = made(DECODERS["qwen3"], "sdpa")
+    gradients = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        model.train(checkpointed)
+        if checkpointed:
+            for layer in model.model.layers:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        with ablate_heads(model, {1: 2}, "mean"), block_keys(model, 0, first_query=1):
+            model(ids, labels=ids).loss.backward()
+        gradients.append([weights.grad.clone() for weights in model.parameters()])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_part_of_the_heads_of_every_layer(ids, monkeypatch):
+    """Each process of tensor parallelism takes out, and hides keys of, the heads that it holds."""
+    model = made(DECODERS["qwen3"], "sdpa")
+    keep = torch.rand(3, 2, 2, 30, generator=torch.Generator().manual_seed(0)) < 0.5
+    with ablate_heads(model, {1: [1]}), block_keys(model, keep, first_query=10):
+        expected = logits(model, ids)
+    for rank in range(2):
+        shard = SimpleNamespace(size=2, rank=rank)
+        monkeypatch.setattr(HeadShard, "of_attention", lambda _, shard=shard: shard)
+        parts = torch.ones(3, 2, 4, 30, dtype=torch.bool)
+        parts[:, :, 2 * rank : 2 * rank + 2] = keep
+        with ablate_heads(model, {1: [4 * rank + 1, 4 * (1 - rank) + 2]}), block_keys(model, parts, first_query=10):
+            assert torch.equal(logits(model, ids), expected)
+        with pytest.raises(ValueError, match=r"got \[8\]; there are 0 to 7"), ablate_heads(model, {1: [8]}, stack=None):
+            logits(model, ids)
+
+
+@torch.no_grad()
+def test_an_array_with_names(ids):
+    """Layers and keys by their coordinates, whatever the order of the axes; other layers are left alone."""
+    model = made(DECODERS["qwen3"], "sdpa")
+    keep = torch.rand(2, 2, 2, 30, generator=torch.Generator().manual_seed(0)) < 0.5
+    named = xarray.DataArray(keep.numpy(), dims=("layer", "batch", "kv_head", "key"), coords={"layer": [2, 0]})
+    whole = torch.ones(3, 2, 2, 30, dtype=torch.bool)
+    whole[[2, 0]] = keep
+    for array, mask in (
+        (named, whole),
+        (named.transpose("key", "kv_head", "layer", "batch"), whole),
+        (
+            named.isel(key=slice(4, None)).assign_coords(key=range(6, 32)),
+            torch.nn.functional.pad(whole[..., 4:], (6, 0), value=True),
+        ),
+    ):
+        with block_keys(model, mask, first_query=5):
+            expected = logits(model, ids)
+        with block_keys(model, array, first_query=5):
+            assert torch.equal(logits(model, ids), expected)
+    for wrong, message in (
+        (named.isel(batch=0), r"got bool with \('layer', 'kv_head', 'key'\)"),
+        (named.astype(int), "got int64 with"),
+        (named.assign_coords(layer=[0, 9]), "of 3 layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block_keys(model, wrong)
+
+
+@torch.no_grad()
+def test_backends_that_take_no_matrix(ids, restored_registry):
+    model = made(DECODERS["qwen3"], "sdpa")
+    register_backend("mine", sdpa_attention_forward)
+    register_backend("of_vectors", sdpa_attention_forward, lambda **_: None)
+    with block_keys(model, [3], first_query=4):
+        expected = logits(model, ids)
+    model.set_attn_implementation("mine")
+    with block_keys(model, [3], first_query=4):
+        assert torch.equal(logits(model, ids), expected)
+    model.set_attn_implementation("of_vectors")
+    with pytest.raises(ValueError, match="takes a 4-D mask, got 'of_vectors'"), block_keys(model, [3], first_query=4):
+        logits(model, ids)
+    with ablate_heads(model, {0: [1]}):
+        logits(model, ids)
+
+
+@torch.no_grad()
+def test_a_slice_without_an_end_and_every_second_key(ids):
+    model = made(DECODERS["qwen3"], "sdpa")
+    for given, positions in (
+        (slice(20, None), range(20, 37)),
+        (slice(4, None, 2), range(4, 37, 2)),
+        (slice(4, 9), range(4, 9)),
+    ):
+        with block_keys(model, positions):
+            expected = logits(model, ids)
+        with block_keys(model, given):
+            assert torch.equal(logits(model, ids), expected)
+    with pytest.raises(ValueError, match="expected a slice of positions"):
+        block_keys(model, slice(9, 4, -1))
+    with pytest.raises(ValueError, match="leaves every row some keys, got none in row 1"):
+        block_keys(model, torch.tensor([[True, False], [False, False]]))
+
+
+@torch.no_grad()
+def test_a_block_that_changes_nothing_says_so(ids):
+    model, clip = made(DECODERS["qwen3"], "sdpa"), ENTRIES["siglip"]
+    for block in (lambda: ablate_heads(model, {0: [1]}), lambda: block_keys(model, [3])):
+        with pytest.raises(ValueError, match="nothing was changed"), block():
+            pass
+    two = clip.build("sdpa")
+    with pytest.raises(ValueError, match=r"its stacks are \['text_model"), ablate_heads(two, {0: [1]}):
+        prepare(clip, two, "plain").play()
+
+
+@torch.no_grad()
+def test_the_decoder_is_meant_where_there_are_several_stacks(ids):
+    t5 = ENTRIES["t5"]
+    model = t5.build("sdpa")
+    plain = prepare(t5, model, "plain").play()[0]
+    with ablate_heads(model, {1: "all"}):
+        lazily = prepare(t5, model, "plain").play()[0]
+    with ablate_heads(model, {1: "all"}, stack=t5.stacks[0].path):
+        named = prepare(t5, model, "plain").play()[0]
+    assert torch.equal(lazily.logits, named.logits)
+    assert not torch.equal(lazily.logits, plain.logits)
+    assert torch.equal(lazily.encoder_last_hidden_state, plain.encoder_last_hidden_state)
+    with pytest.raises(ValueError, match=r"got \[9\]; there are"), ablate_heads(model, {9: "all"}):
+        prepare(t5, model, "plain").play()
+    cross = next(stack for stack in t5.stacks if stack.cross)
+    for keys, first in (([1], 2), (torch.ones(1, 7, 10, dtype=torch.bool), None)):
+        with (
+            pytest.raises(ValueError, match="have no positions among its keys"),
+            block_keys(model, keys, first_query=first, stack=cross.path),
+        ):
+            prepare(t5, model, "plain").play()
+    with block_keys(model, [1], stack=cross.path), record(model, stack=cross.path) as recording:
+        prepare(t5, model, "cached").play()
+    assert recording.stats["received"][..., 1].isnan().all()
+    assert recording.stats["visible_keys"].unique().tolist() == [9]
+    assert recording.stats["visible_keys"].shape[-1] == 7

@@ -107,7 +107,7 @@ def test_shorter_texts_have_the_window_there_is():
     """41 tokens: a window of 64 rows is all of them, so that only all keys fit."""
     short = Written(torch.randint(3, 97, (1, 41), generator=torch.Generator().manual_seed(2)), None, CONFIG)
     assert keep_mask(short.ds, "snapkv", 41).all()
-    with pytest.raises(ValueError, match="budget: snapkv keeps the 41 keys of its window, got 20"):
+    with pytest.raises(ValueError, match=r"budget: snapkv keeps the 41 keys of the queries that it observes.*got 20"):
         keep_mask(short.ds, "snapkv", 20)
     check(short, keep_mask(short.ds, "snapkv", 20, recent=16), "snapkv", 20, recent=16)
 
@@ -134,22 +134,18 @@ def test_right_padding_ends_each_row_where_it_ends():
         keep_mask(last_rows, "tova", 20)
 
 
-def test_heads_that_are_alike_need_no_kv_heads(run):
+def test_heads_of_a_group_must_all_be_there(run):
     bare = run.ds.drop_dims("kv_head")
-    for policy in ("streaming", "tova"):
-        alike = keep_mask(bare, policy, 20)
-        assert alike.sizes["kv_head"] == 1
-        np.testing.assert_array_equal(keep_mask(run.ds, policy, 20), alike.values.repeat(2, axis=2))
-    with pytest.raises(ValueError, match="kv_heads: h2o averages over the query heads of each KV head"):
-        keep_mask(bare, "h2o", 20)
-    np.testing.assert_array_equal(keep_mask(bare, "h2o", 20, kv_heads=2), keep_mask(run.ds, "h2o", 20))
-    with pytest.raises(ValueError, match="kv_heads: expected 2, the KV heads of the norms, got 3"):
-        keep_mask(run.ds, "h2o", 20, kv_heads=3)
-    with pytest.raises(ValueError, match="a multiple of 4 KV heads"):
-        keep_mask(bare, "h2o", 20, kv_heads=4)
-    some = bare.isel({"head": [0, 1, 3]})
-    with pytest.raises(ValueError, match=r"needs all query heads.*got \[0, 1, 3\]"):
-        keep_mask(some, "h2o", 20, kv_heads=3)
+    for policy in ("streaming", "h2o", "tova"):
+        np.testing.assert_array_equal(keep_mask(bare, policy, 20), keep_mask(run.ds, policy, 20))
+    some = run.stats.select(heads=[0, 1, 3])
+    assert keep_mask(some, "streaming", 20).sizes["kv_head"] == GROUPS
+    for policy, heads in (("h2o", some), ("tova", some), ("h2o", run.stats.select(heads=[1, 0, 2, 3, 4, 5]))):
+        with pytest.raises(ValueError, match=r"expected all 6 query heads of 2 KV heads, in order, got \[[01],"):
+            keep_mask(heads, policy, 20)
+    old = bare.assign_attrs(num_heads=0, num_kv_heads=0)
+    with pytest.raises(ValueError, match="an older file does not say how many KV heads"):
+        keep_mask(old, "h2o", 20)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +177,6 @@ def test_what_was_not_measured_is_named(policy, missing, asked, run):
         ({"policy": "h2o", "recent": 21}, "recent: expected no more than the budget of 20, got 21"),
         ({"policy": "snapkv", "recent": 0}, "recent: expected 1 to 90"),
         ({"policy": "snapkv", "budget": 90, "recent": 70}, "row_weights: expected those of the last 70 queries up to 89"),
-        ({"kv_heads": 0}, "kv_heads: expected a positive integer, got 0"),
     ],
 )  # fmt: skip
 def test_bad_calls(settings, message, run):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
 from test_native import SIZES
 from test_properties import cases
 
@@ -43,10 +43,7 @@ def binned(query, key, visibility, scoring=Scoring(1.0), **sizes):  # noqa: B008
 @pytest.mark.parametrize("sizes", [{}, {"tile_rows": 5, "block_keys": 64}, {"tile_rows": 4096, "block_keys": 4096}])
 @pytest.mark.parametrize("length", [1, 2, 17, 129, 2100])
 def test_uniform_attention(length, sizes, dtype):
-    """Query i gives 1 / (i + 1) to every key; powers of two are the largest of their bin.
-
-    2,100 queries in one tile are more weights than sums hold at once.
-    """
+    """Query i gives 1 / (i + 1) to every key; powers of two are the largest of their bin."""
     zeros = torch.zeros(1, 2, length, 8, dtype=dtype)
     counts, masses = binned(zeros, zeros[:, :1], Visibility(1, 0, length, CPU), **sizes)
     expected_counts, expected_masses = torch.zeros(31, dtype=torch.float64), torch.zeros(31, dtype=torch.float64)
@@ -57,6 +54,15 @@ def test_uniform_attention(length, sizes, dtype):
     # In float32 sums are integers; in float64 up to a million numbers are added one after the other.
     bound = {torch.float32: 5e-7, torch.float64: 1e-11}[dtype]
     assert relative_error(masses[0], expected_masses.expand(2, -1)) < bound
+
+
+@BOTH
+def test_more_weights_than_a_sum_holds(dtype):
+    """Four million of 2^−11 in one tile, whose sum is exact."""
+    zeros = torch.zeros(1, 1, 2048, 4, dtype=dtype)
+    counts, masses = binned(zeros, zeros, Visibility(1, 0, 2048, CPU, causal=False), tile_rows=2048)
+    assert counts[0, 0, 11] == counts[0, 0, :-1].sum() == 2048**2
+    assert masses[0, 0, 11] == masses.sum() == 2048
 
 
 @BOTH

@@ -66,7 +66,7 @@ def test_html_says_what_repr_says(ids):
     assert layers.strip() in page.text
     assert origin.strip() in page.text
     assert origin.endswith("on backend 'sdpa' of my/llama, replayed")
-    assert layers == "  layers 2, 0 of 3, heads 0–5"
+    assert layers == "  layers 2, 0 of 3, heads 0–5 of 6"
     _, statistics = page.tables
     assert [line.split() for line in lines] == [f"{name} ({axes}) [{unit}]".split() for name, axes, unit, _ in statistics[1:]]  # fmt: skip
     assert ["entropy", "layer: 2, batch: 2, head: 6, query: 37", "nat", stats.labels["entropy"].meaning] in statistics

@@ -91,7 +91,7 @@ ALLOWED_TO_ANALYSIS = {
 }  # fmt: skip
 ALLOWED_TO_VIZ = {
     "llama_attn.stats.files", "llama_attn.stats.files.complete_file",
-    "llama_attn.stats.token_text", "llama_attn.stats.token_text.readable", "llama_attn.stats.token_text.in_figure",
+    "llama_attn.stats.token_text", "llama_attn.stats.token_text.readable", "llama_attn.stats.token_text.drawn",
     "llama_attn.stats.token_text.printable",
 }  # fmt: skip
 

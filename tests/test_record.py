@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import ENTRIES, NOT_SERVED
 
 from llama_attn import AttentionStatsConfig, record
-from llama_attn.observe import compiled, interface
+from llama_attn.observe import compiled, interface, requests
 from llama_attn.testing import relative_error
 
 IDS = draw(12)
@@ -31,9 +31,15 @@ def _nothing_is_left():
     yield
     after = sorted(vars(ALL_ATTENTION_FUNCTIONS)), dict(interface.ALL_MASK_ATTENTION_FUNCTIONS._local_mapping)
     assert after == before
-    for registry in (interface._watched, interface._cross, interface._shadowed, compiled.modules):
+    for registry in (
+        interface._watched,
+        interface._intervening,
+        interface._cross,
+        interface._shadowed,
+        compiled.modules,
+    ):
         assert not registry
-    assert not interface._notes.requests
+    assert not requests._notes.requests
 
 
 @pytest.fixture

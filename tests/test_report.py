@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CACHE, tiny_model
+from own_text import own_text
 from report_page import measured, ordered, written
 from test_viz import TOKENS
 
@@ -20,7 +21,7 @@ from llama_attn.viz.report import html
 @pytest.mark.parametrize("batch", [0, 1])
 def test_every_statistic_is_there_within_the_stated_rounding(batch, ids, left_padding, tmp_path):
     stats = measured(ids, left_padding)
-    dataset = stats.to_xarray()
+    dataset = own_text(stats, batch).to_xarray()
     page = written(stats, tmp_path, batch=batch)
     row = dataset.sel(batch=batch)
     names = [each["name"] for each in page.about["statistics"]]
@@ -48,7 +49,7 @@ def test_every_statistic_is_there_within_the_stated_rounding(batch, ids, left_pa
     roles = classify_heads(dataset.sel(batch=[batch])).role.tolist()
     assert [role for layer in page.about["roles"] for role in layer] == roles
     assert page.about["missing"] == []
-    assert page.about["notShown"] == ["logits_map"]
+    assert page.about["notShown"] == ["logits_map", "weight_count", "weight_mass"]
     assert (page.about["row"], page.about["rows"]) == (batch, 2)
 
 

@@ -137,14 +137,14 @@ def test_shading_shows_nothing_that_the_token_cannot_see(window, open_page, tmp_
         choose(page, query, 1, 0)
         page.locator("#shade-note", has_text="From its own 4 most attended keys").wait_for()
         shown = shading(page)
-        line = model.weights[1, 0, query]
+        line = model.weights[1, 0, query + 3, 3:]
         assert {at for at, (share, _) in enumerate(shown) if share} == set(np.argsort(-line)[:4].tolist())
-        assert [("unseen" in kind) for _, kind in shown] == (~model.masks[1, query]).tolist()
+        assert [("unseen" in kind) for _, kind in shown] == (~model.masks[1, query + 3, 3:]).tolist()
         token(page, query + 1).hover()
         page.locator("#tip", has_text=f"not seen by token {query}").wait_for()
     page.select_option("#shade", "to")
     page.locator("#shade-note", has_text="From the most attended keys of each query").wait_for()
-    assert [("unseen" in kind) for _, kind in shading(page)] == (~model.masks[1, :, 150]).tolist()
+    assert [("unseen" in kind) for _, kind in shading(page)] == (~model.masks[1, 3:, 153]).tolist()
 
 
 def test_bins_are_named_at_the_control(run, small, open_page):
@@ -218,8 +218,8 @@ def test_who_sees_what_is_known_or_not_said(ids, left_padding):
         seen = first_seen(one_row(model.dataset(), 0))
         masks = model.masks if len(seen) > 1 else model.masks[:1]
         for mask, first in zip(masks, seen, strict=True):
-            expected = (np.arange(33) >= first[:, None]) & (np.arange(33) <= np.arange(33)[:, None])
-            np.testing.assert_array_equal(mask, expected & (np.arange(33) > 2))
+            expected = (np.arange(30) >= first[:, None]) & (np.arange(30) <= np.arange(30)[:, None])
+            np.testing.assert_array_equal(mask[3:, 3:], expected)
     # Holes in a mask of the user's: every other key.
     holes = torch.ones(37, 37, dtype=torch.bool).tril() & ((torch.arange(37)[:, None] - torch.arange(37)) % 2 == 0)
     stats = measured(ids, mask=holes.expand(2, 1, 37, 37))

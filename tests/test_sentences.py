@@ -89,7 +89,7 @@ def truth_of(stock, inputs, row, config):
 
 
 PARTS = {
-    "short": "", "long": "layers 2–3, 5, 13 of 30", "code": "layers 4, 12 of 30, heads 0, 4, 8, every 3rd query",
+    "short": "", "long": "layers 2–3, 5, 13 of 30", "code": "layers 4, 12 of 30, heads 0, 4, 8 of 9, every 3rd query",
     "padded": "layers 3, 6, 13 of 30", "generated": "layers 3, 12, 29 of 30", "windowed": "layers 1, 4, 7 of 30",
 }  # fmt: skip
 
@@ -153,9 +153,14 @@ def locality(truth, finding, text, name):
     text = says(text, f"{local.sum()} of {local.size} heads are local: the keys they attend to lie less than 0.5 × as far "
                 "away as under uniform attention. ")  # fmt: skip
     near = truth.distance < 64
-    text = says(text, "The mean distance is {} tokens, and would be {} if attention were uniform. The nearest 64 tokens "
-                "hold {} of the attention, against {}. ", far.mean(), uniform_far,
-                (truth.weights * near).sum(-1).mean(), (truth.uniform * near).sum(-1).mean())  # fmt: skip
+    text = says(
+        text, "The mean distance is {} tokens, and would be {} if attention were uniform. ", far.mean(), uniform_far
+    )
+    if name in ("short", "padded", "windowed"):
+        text = says(text, "No token sees further than the nearest 64 tokens. ")
+    else:
+        text = says(text, "The nearest 64 tokens hold {} of the attention, against {}. ",
+                    (truth.weights * near).sum(-1).mean(), (truth.uniform * near).sum(-1).mean())  # fmt: skip
     if name == "windowed":
         text = says(text, "In every layer a query sees at most 48 tokens. ")
     share = local.mean(1)

@@ -232,7 +232,7 @@ def test_tokens_that_stand_out_are_named(tokens):
     axes = plot_hidden_norms(stats, layer=1).axes[0]
     places = {text.get_text(): text.xy for text in axes.texts}
     expected = {52: 40.0, 200: 2.0}
-    assert places == {f"{at} t{at}" if tokens else f"{at}": (at, value) for at, value in expected.items()}
+    assert places == {f"{at} t{at}" if tokens else f"token {at}": (at, value) for at, value in expected.items()}
 
 
 def test_no_magnitude_of_a_long_text_is_left_out():

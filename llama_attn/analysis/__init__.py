@@ -7,7 +7,7 @@ from llama_attn.analysis.compare import compare
 from llama_attn.analysis.coverage import coverage
 from llama_attn.analysis.dataset import as_dataset, require
 from llama_attn.analysis.heads import classify_heads
-from llama_attn.analysis.kept import keep_mask
+from llama_attn.analysis.keep_mask import keep_mask
 from llama_attn.analysis.layers import head_means, layer_evolution
 from llama_attn.analysis.locality import locality
 from llama_attn.analysis.received import received_norm

@@ -92,12 +92,12 @@ def coverage(ds: Source, mass: Sequence[float] = MASS) -> xarray.Dataset:
 
 
 def _shares(mass: Sequence[float]) -> Float[np.ndarray, " share"]:
-    numbers = list(mass) if isinstance(mass, (Sequence, np.ndarray)) and not isinstance(mass, str) else [mass]
+    numbers = list(mass) if isinstance(mass, (Sequence, np.ndarray)) and not isinstance(mass, str) else []
     for share in numbers:
         if isinstance(share, bool) or not isinstance(share, (int, float, np.number)) or not 0 < share <= 1:
             raise ValueError(f"mass: expected shares above 0 and up to 1, got {share!r} in {mass!r}")
     if not numbers or len(set(numbers)) != len(numbers):
-        raise ValueError(f"mass: expected distinct shares such as {MASS}, got {mass!r}")
+        raise ValueError(f"mass: expected shares such as {MASS}, each once, got {mass!r}")
     return np.array(numbers, dtype=np.float64)
 
 

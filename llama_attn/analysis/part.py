@@ -16,7 +16,7 @@ ORDINALS = {1: "st", 2: "nd", 3: "rd"}
 
 
 def measured_part(dataset: xarray.Dataset) -> str:
-    """What a statement about a run rests on, if not on all of it: ``layers 0–9 of 30, every 3rd query``.
+    """What a statement about a run rests on, if not on all of it: ``layers 0–9 of 30, heads 0–3 of 9``.
 
     Empty for the whole: all layers of the model that have attention, all heads, and all queries from the first key on.
     """
@@ -24,7 +24,10 @@ def measured_part(dataset: xarray.Dataset) -> str:
     config = json.loads(dataset.attrs.get("config", "{}"))
     if "head" in dataset.coords:
         heads = sorted(int(head) for head in dataset["head"].values)
-        if config.get("heads") is not None or heads != list(range(len(heads))):
+        if total := int(dataset.attrs.get("num_heads", 0)):
+            parts += [f"{named_range('head', heads)} of {total}"] if len(heads) < total else []
+        elif config.get("heads") is not None or heads != list(range(len(heads))):
+            # An older file does not say of how many.
             parts.append(named_range("head", heads))
     if (stride := int(config.get("query_stride", 1))) > 1:
         ending = "th" if stride % 100 in (11, 12, 13) else ORDINALS.get(stride % 10, "th")
@@ -43,8 +46,12 @@ def measured_layers(dataset: xarray.Dataset) -> str:
     if not layers:
         # Of the residual stream the last is the output.
         layers = [int(layer) for layer in dataset.coords.get("hidden_layer", ())][:-1]
-    total = int(dataset.attrs.get("num_layers", 0))
-    missing = {*range(total)} - {*layers, *without_attention(dataset)}
+    return part_of_layers(layers, int(dataset.attrs.get("num_layers", 0)), without_attention(dataset))
+
+
+def part_of_layers(layers: Sequence[int], total: int, without: Sequence[int] = ()) -> str:
+    """``layers 0–9 of 30``; empty for all of them but those without attention."""
+    missing = {*range(total)} - {*layers, *without}
     return f"{named_layers(layers)} of {total}" if layers and missing else ""
 
 

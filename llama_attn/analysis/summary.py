@@ -9,6 +9,7 @@ import numpy as np
 from llama_attn.analysis.activations import massive_activations, needed
 from llama_attn.analysis.dataset import as_dataset, real_tokens, require
 from llama_attn.analysis.part import measured_part
+from llama_attn.analysis.row import row_alone
 from llama_attn.analysis.sinks import sink_positions
 from llama_attn.analysis.uniform import measured_with, uniform_attention
 
@@ -23,7 +24,7 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
 
     Args:
         source: Statistics with ``sink_mass`` and ``received``, and what `massive_activations` needs.
-        batch: Row of the batch.
+        batch: Row of the batch; positions are counted from its first token.
 
     Returns:
         A frame indexed by layer. ``sink_mass`` is the mean over heads and over the queries that see the sink and
@@ -46,7 +47,7 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
         raise ValueError(
             f"batch: {batch} was not measured or is all padding; there are {dataset.batch.values.tolist()}"
         )
-    dataset = dataset.sel(batch=[batch])
+    dataset = row_alone(dataset, batch)
     activations = massive_activations(dataset).isel(batch=0)
     sinks = sink_positions(dataset).isel(batch=0)
     row = dataset.isel(batch=0)

@@ -11,10 +11,17 @@ from pathlib import Path
 from llama_attn.cli.terminal import fail, first_line
 
 STATS, REPORT, ROLES, ROLES_PICTURE = "stats.safetensors", "report.html", "head_roles.csv", "head_roles.png"
+ABLATION, ABLATION_TABLE, ABLATION_PICTURE = "ablation.json", "ablation.csv", "ablation.png"
+BUDGET, BUDGET_PICTURE = "budget.csv", "budget.png"
 # What a run writes beside its statistics.
 WRITTEN = re.compile(
     r"(layer_\d+_attention|hidden_states_\d+_norm|kv_\d+_norm)\.png|"
-    + "|".join(map(re.escape, (REPORT, ROLES, ROLES_PICTURE)))
+    + "|".join(
+        map(
+            re.escape,
+            (REPORT, ROLES, ROLES_PICTURE, ABLATION, ABLATION_TABLE, ABLATION_PICTURE, BUDGET, BUDGET_PICTURE),
+        )
+    )
 )
 
 

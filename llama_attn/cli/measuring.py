@@ -105,7 +105,7 @@ class Subject:
         So it is in models some of whose layers have no attention, or that use a layer several times. Ends the command
         if there is no attention to observe.
         """
-        with _refusals(self.model):
+        with refusals(self.model):
             record(self.part).check()
         layers = tuple(sorted({index for stack in self._stacks for index in stack.indices}))
         own = _without_adapter(self.model)
@@ -132,7 +132,7 @@ class Subject:
             new_tokens: How many tokens to generate; greedy.
         """
         own, decodes = _without_adapter(self.model), self.decodes
-        with _refusals(own):
+        with refusals(own):
             vocabulary = getattr(own.get_input_embeddings(), "num_embeddings", None)
         inputs = batch(prompt, tokenizer, "left" if decodes else "right", vocabulary)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
@@ -142,9 +142,9 @@ class Subject:
         # The last token that is generated is read by nobody; the decoder behind an encoder begins with one of its own.
         queries = prompt.length + new_tokens - 1 if decodes else new_tokens if self.generates else prompt.length
         bar = measuring(attention, None if there is None else len(there), queries)
-        with _refusals(own), torch.no_grad(), record(self.part, config) as recording, bar:
+        with refusals(own), torch.no_grad(), record(self.part, config) as recording, bar:
             ids = self._generate(inputs, new_tokens) if self.generates else self._forward(inputs)
-        with _refusals(own):
+        with refusals(own):
             return _with_tokens(recording.stats, tokenizer, ids), ids
 
     def _generate(self, inputs: dict[str, Tensor], new_tokens: int) -> Tensor:
@@ -160,7 +160,7 @@ class Subject:
 
 
 @contextmanager
-def _refusals(model: nn.Module) -> Iterator[None]:
+def refusals(model: nn.Module) -> Iterator[None]:
     """End the command with what a model says that cannot be measured."""
     try:
         yield

@@ -1,8 +1,8 @@
-"""One bar while a model is measured."""
+"""One bar while a model is measured, or runs again and again."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,10 +27,7 @@ def measuring(attention: Collection[nn.Module], num_layers: int | None, num_quer
     if not console.is_terminal:
         yield
         return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
+    with _bar() as progress:
         layers = "" if num_layers is None else f"{num_layers} layers × "
         total = None if num_layers is None else num_layers * num_queries
         task = progress.add_task(f"running {layers}{num_queries:,} queries", total=total)
@@ -45,3 +42,26 @@ def measuring(attention: Collection[nn.Module], num_layers: int | None, num_quer
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show how many of ``total`` are done; gives what to call after each. Nothing is shown where no terminal is.
+
+    Args:
+        what: What is counted, e.g. heads.
+        total: How many there are.
+    """
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    with _bar() as progress:
+        task = progress.add_task(f"trying {total:,} {what}", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _bar() -> Progress:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    return Progress(*columns, console=console, transient=True)

@@ -62,6 +62,13 @@ def report(
     out: Annotated[Path | None, typer.Option(help="HTML file to write; by default beside FILE.")] = None,
     max_megabytes: Annotated[float, typer.Option(min=0.1, help="Largest size; what does not fit is pooled.")] = 12,
     batch: Annotated[int, typer.Option(help="Row of the batch.")] = 0,
+    exact: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens whose own links must stay: positions and slices with commas, e.g. -1,6227 or -32:.",
+            metavar="POSITIONS",
+        ),
+    ] = None,
 ) -> None:
     """Write one interactive HTML page about saved statistics, which works offline."""
     check_pictures()
@@ -70,9 +77,10 @@ def report(
     target = file.with_suffix(".html") if out is None else out
     if target.suffix != ".html":
         fail(f"--out: expected a name that ends in .html, got {target.name!r}")
+    asked = None if exact is None else _positions(exact)
     stats = _load(file)
     try:
-        viz.report(stats, target, max_megabytes=max_megabytes, batch=batch)
+        viz.report(stats, target, max_megabytes=max_megabytes, batch=batch, exact=asked)
     except (ValueError, OSError) as error:
         fail(first_line(error))
     say(str(target))
@@ -167,6 +175,24 @@ def _slice(text: str) -> slice:
     if not colon or not all(part == "" or part.isdecimal() for part in (start, stop)):
         fail(f"--query-slice: expected positions like 65: or 65:129, got {text!r}")
     return slice(int(start) if start else None, int(stop) if stop else None)
+
+
+def _positions(text: str) -> list[int | slice]:
+    """Positions and slices, either of which may count from the end."""
+    found: list[int | slice] = []
+    for part in text.split(","):
+        ends = [end.strip() for end in part.split(":")]
+        try:
+            numbers = [None if end == "" and len(ends) == 2 else int(end) for end in ends]
+        except ValueError:
+            numbers = []
+        if numbers and numbers[0] is not None and len(numbers) == 1:
+            found.append(numbers[0])
+        elif len(numbers) == 2:
+            found.append(slice(*numbers))
+        else:
+            fail(f"--exact: expected positions and slices like -1,6227 or -32:, got {text!r}")
+    return found
 
 
 def _check_format(option: str, target: Path) -> None:

@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING, Literal, cast
 from rich.progress import Progress
 from rich.table import Table
 
-from llama_attn.analysis.part import named_layers
+from llama_attn.analysis.part import measured_part, named_layers, part_of_layers
+from llama_attn.analysis.row import row_alone
 from llama_attn.cli.folder import STATS, clear
 from llama_attn.cli.layers import SEED_LAYERS
 from llama_attn.cli.terminal import TABLES, console, how_to_draw, missing, new_table, number, say
-from llama_attn.stats.token_text import readable
+from llama_attn.stats.token_text import LONGEST, readable
 
 if TYPE_CHECKING:
+    import xarray
+
     from llama_attn.stats.container import AttentionStats
 
+# Of a token in the table, as few characters as tell tokens apart.
+SHORTEST = 3
+# More columns than any table has.
+WIDEST = 1000
 ACTIVATIONS = ("hidden_max", "hidden_max_channel", "hidden_median")
 
 
@@ -40,10 +47,7 @@ def show(
     stats.save(out / STATS)
     lacking = how_to_draw()
     pictures = 0 if lacking else _draw(stats, out, layers, kind, rows)
-    for row in range(len(rows) or 1):
-        if rows:
-            say(f"\n{rows[row]}")
-        _print_layers(stats, row)
+    _print_layers(stats, rows)
     if about:
         say(about)
     if gone:
@@ -56,13 +60,6 @@ def show(
     if undrawn := len(stats.layers) - len(layers):
         verb = "was" if undrawn == 1 else "were"
         say(f"pictures are of {named_layers(layers)}; {undrawn} more {verb} measured, and --layers all draws all")
-
-
-def part_of(stats: AttentionStats) -> str:
-    """``layers 0–9 of 30`` where not every layer with attention was measured; else nothing."""
-    if len({*stats.layers, *stats.without_attention}) >= stats.num_layers:
-        return ""
-    return f"{named_layers(stats.layers)} of {stats.num_layers}"
 
 
 def _draw(stats: AttentionStats, out: Path, layers: Sequence[int], kind: str, rows: Sequence[str]) -> int:
@@ -87,35 +84,47 @@ def _draw(stats: AttentionStats, out: Path, layers: Sequence[int], kind: str, ro
     return pictures
 
 
-def _print_layers(stats: AttentionStats, row: int) -> None:
+def _print_layers(stats: AttentionStats, rows: Sequence[str]) -> None:
+    """The table of every row, under its name where there are several."""
     if lacking := missing(TABLES):
         say(f"no table without {', '.join(lacking)}")
     elif absent := [name for name in ACTIVATIONS if name not in stats]:
         say(f"no table and no pictures of hidden states: this model does not show {', '.join(absent)}")
     else:
-        console.print(_table_of_layers(stats, row))
+        dataset = stats.to_xarray()
+        for row, name in enumerate(rows or [""]):
+            console.print(_table_of_layers(row_alone(dataset, row), name))
 
 
-def _table_of_layers(stats: AttentionStats, row: int) -> Table:
+def _table_of_layers(row: xarray.Dataset, name: str) -> Table:
+    """A line per layer; tokens are cut until it is no wider than the terminal."""
     from llama_attn.analysis import summarize_layers
 
-    tokens = stats.tokens[row] if stats.tokens is not None else None
-
-    def at(position: int) -> str:
-        return str(position) if tokens is None else f"{position} {readable(tokens[position])}"
-
+    lines = summarize_layers(row, batch=int(row["batch"].values[0]))
+    tokens = row["key_token"].isel(batch=0).values.tolist() if "key_token" in row.coords else None
+    first = int(row["key"].values[0])
     # The steps of generating have no median in common.
-    median = "median" if "hidden_layer_median" in stats else "median of tokens' medians"
-    last = f"largest activation,\n× {median}, token"
-    strongest = "strongest key: share of all,\n× uniform, queries"
-    table = new_table("layer", "sink mass", strongest, last, fold=last, title=part_of(stats))
-    for layer, line in summarize_layers(stats, batch=row).iterrows():
-        table.add_row(
-            str(layer),
-            _share(line.sink_mass),
-            f"{at(int(line.sink_position))}: {_share(line.share)}, {number(line.boost)} ×, {int(line.queries):,}",
-            f"{number(line.activation)}, {number(line.activation_over_median)} ×, {at(int(line.activation_position))}",
-        )
+    median = "× median" if "hidden_layer_median" in row else "× median of tokens'\nmedians"
+    last = f"largest activation,\n{median}, token"
+    headings = ("layer", "sink\nmass", "strongest key: share of all,\n× uniform, queries", last)
+    title = ", ".join(filter(None, (name, measured_part(row))))
+    for longest in range(LONGEST, SHORTEST - 1, -1):
+
+        def at(position: int, longest: int = longest) -> str:
+            return str(position) if tokens is None else f"{position} {readable(tokens[position - first], longest)}"
+
+        table = new_table(*headings, fold=last, title=title)
+        for layer, line in lines.iterrows():
+            table.add_row(
+                str(layer),
+                _share(line.sink_mass),
+                f"{at(int(line.sink_position))}: {_share(line.share)}, {number(line.boost)} ×, {int(line.queries):,}",
+                f"{number(line.activation)}, {number(line.activation_over_median)} ×, "
+                f"{at(int(line.activation_position))}",
+            )
+        # As wide as it would like to be; by itself a table is never wider than the terminal.
+        if console.measure(table, options=console.options.update(max_width=WIDEST)).maximum <= console.width:
+            break
     return table
 
 
@@ -133,7 +142,8 @@ def table_of_documents(stats: AttentionStats, prompt_length: int) -> Table:
     whose = (
         "all tokens" if first == 0 else "the last token" if length - first == 1 else f"the last {length - first} tokens"
     )
-    table = new_table("document", f"attention of {whose}", fold="document", title=part_of(stats))
+    part = part_of_layers(stats.layers, stats.num_layers, stats.without_attention)
+    table = new_table("document", f"attention of {whose}", fold="document", title=part)
     for name, share in zip(stats.segments or (), shares, strict=True):
         table.add_row(name, _share(share, digits=1))
     return table

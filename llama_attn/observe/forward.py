@@ -147,7 +147,7 @@ class Forward:
     def visibility(self, call: AttentionCall, backend: Backend) -> Visibility:
         """Who sees whom, the same object for every layer with the same mask."""
         if call.sight is not None:
-            return self._known(call.sight)
+            return self._known(call, call.sight)
         if self.is_traced:
             # A graph keeps its lengths open, which a key of a dict would fix.
             if self._traced is None or self._traced[0] is not call.mask:
@@ -156,17 +156,24 @@ class Forward:
         # The mask is kept beside, so that no other takes its identity.
         key = (id(call.mask), call.num_queries, call.num_slots, call.is_causal, call.key.device, backend.name)
         if key not in self._visibilities:
-            visibility, before = backend.sees(call), self.queries_before
-            if call.cross and before:
-                stop = before + call.num_queries
-                visibility = replace(visibility, first_query=before, stop_query=stop)
-            self._visibilities[key] = call.mask, visibility
+            self._visibilities[key] = call.mask, self._continued(call, backend.sees(call))
         return self._visibilities[key][1]
 
-    def _known(self, sight: Visibility) -> Visibility:
+    def _known(self, call: AttentionCall, sight: Visibility) -> Visibility:
         """The first visibility that was told in the same numbers and the same vectors."""
-        vectors = tuple(None if (v := getattr(sight, name)) is None else (v.data_ptr(), v.shape) for name in VECTORS)
-        return self._visibilities.setdefault((*extent_of(sight), *vectors), (sight, sight))[1]
+        vectors = tuple(
+            None if (v := getattr(sight, name)) is None else (v.data_ptr(), v.shape, v.stride()) for name in VECTORS
+        )
+        key = (*extent_of(sight), *vectors)
+        if key not in self._visibilities:
+            self._visibilities[key] = sight, self._continued(call, sight)
+        return self._visibilities[key][1]
+
+    def _continued(self, call: AttentionCall, visibility: Visibility) -> Visibility:
+        """The same, its queries counted on from those that have attended to the same other sequence before."""
+        if not call.cross or not (before := self.queries_before):
+            return visibility
+        return replace(visibility, first_query=before, stop_query=before + call.num_queries)
 
     def fused(
         self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str

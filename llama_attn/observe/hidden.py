@@ -55,7 +55,7 @@ class Hooks:
             module: holder for module, (_, holder) in holders if not getattr(holder, "is_observed", False)
         }
         if brackets:
-            self._on_forward(_owner(root, stack), self._enter_forward)
+            self._on_forward(owner_of(root, stack), self._enter_forward)
         if _wants_tokens(config) and (embeddings := _embeddings(root, stack)) is not None:
             self._on_forward(embeddings, self._take_tokens)
         for holder in dict.fromkeys(self._holder_of.values()):
@@ -163,8 +163,8 @@ def _wants_tokens(config: AttentionStatsConfig) -> bool:
     return config.statistics == "all" or any(statistic.needs == "tokens" for statistic in named(config))
 
 
-def _owner(root: nn.Module, stack: Stack) -> nn.Module:
-    """The nearest model above the layers, else what is recorded."""
+def owner_of(root: nn.Module, stack: Stack) -> nn.Module:
+    """The nearest model above the layers, else the root: what runs once for every forward of the stack."""
     return next(_models_above(root, stack), root)
 
 

@@ -8,9 +8,7 @@ configuration, and layers that nobody watches get what they always got.
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -18,13 +16,13 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llama_attn.backends._masks import MaskRequest
 from llama_attn.backends._rules import AttentionCall, is_paged, scoring, unknown_ways
 from llama_attn.backends._streaming import streaming_call
 from llama_attn.backends.registry import Backend, rule_of
 from llama_attn.engines import choose_engine
 from llama_attn.engines._fused import fused
 from llama_attn.observe import compiled
+from llama_attn.observe.requests import Noting, forget, request_of
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.sight import Share
 from llama_attn.stats.visibility import Visibility
@@ -32,8 +30,6 @@ from llama_attn.stats.visibility import Visibility
 # The interfaces that models use whose files have none of their own.
 TRANSFORMERS_OWN = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
 TENSORS = ("query", "key", "value", "attention_mask")
-# Where a mask carries the request that it was made for.
-REQUEST = "_llama_attn_request"
 
 
 class CallObserver(Protocol):
@@ -62,16 +58,6 @@ class CallObserver(Protocol):
         """Measure the call, beside its backend what the backend has not."""
 
 
-class Change(Protocol):
-    """What changes attention calls."""
-
-    def mask(self, call: AttentionCall, backend: Backend, name: str) -> Any:
-        """The mask that the call gets."""
-
-    def output(self, call: AttentionCall, backend: Backend, output: Tensor) -> Tensor:
-        """What the call gives, (batch, query, head, value_channel)."""
-
-
 class Observer(Protocol):
     """What watches attention layers."""
 
@@ -90,25 +76,26 @@ class Observer(Protocol):
         """Take its output."""
 
 
+class Intervention(Protocol):
+    """What changes attention calls."""
+
+    # The function that users call, for messages.
+    name: str
+
+    def change(self, call: AttentionCall, name: str) -> AttentionCall:
+        """The call as it is made under the attention implementation ``name``; asked once per call, before it is made."""
+
+    def change_output(self, call: AttentionCall, name: str, output: Tensor) -> Tensor:
+        """What the layer gets of it, (batch, query, head, value_channel)."""
+
+
 # By identity: Dynamo would look into keys that are modules. `compiled.modules` keeps them alive.
 _watched: dict[int, tuple[Observer, ...]] = {}
-# By identity of the layer; these keep it alive, with the layer.
-_changed: dict[int, tuple[nn.Module, tuple[Change, ...]]] = {}
+_intervening: dict[int, tuple[Intervention, ...]] = {}
 _cross: dict[int, None] = {}
 # Those who are shown hidden states.
 _seeing: dict[int, Observer] = {}
 _shadowed: dict[int, tuple[Any, int]] = {}
-
-
-class _Notes(threading.local):
-    """Requests whose answer was no mask, which carries nothing; those of the forward that runs in this thread."""
-
-    def __init__(self) -> None:
-        self.requests: list[MaskRequest] = []
-        self.are_used = False
-
-
-_notes = _Notes()
 
 
 def watching(module: nn.Module) -> tuple[Observer, ...]:
@@ -155,7 +142,7 @@ def watch(
         _cross[id(module)] = None
     if observer.sees_states:
         _seeing[id(observer)] = observer
-    _hold(interfaces)
+    _take_shadows(interfaces)
 
 
 def unwatch(modules: Iterable[nn.Module], observer: Observer, interfaces: Iterable[Any]) -> None:
@@ -168,42 +155,42 @@ def unwatch(modules: Iterable[nn.Module], observer: Observer, interfaces: Iterab
         else:
             _watched.pop(id(module), None)
             compiled.modules.pop(id(module), None)
-        _forget_cross(module)
-    _release(interfaces)
+            _forget_cross(module)
+    _leave_shadows(interfaces)
 
 
-def change(
-    modules: Iterable[nn.Module], intervention: Change, interfaces: Iterable[Any], cross: Iterable[nn.Module] = ()
+def intervene(
+    modules: Iterable[nn.Module], intervention: Intervention, interfaces: Iterable[Any], cross: Iterable[nn.Module] = ()
 ) -> None:
-    """Let ``intervention`` change the attention calls of ``modules``; the arguments are those of `watch`."""
+    """Let ``intervention`` change the attention calls of ``modules``, behind those that do already.
+
+    Observers see the call as it is made, whether they came before or come later. Arguments as in `watch`.
+    """
     for module in modules:
-        _, others = _changed.get(id(module), (module, ()))
-        _changed[id(module)] = module, (*others, intervention)
+        _intervening[id(module)] = (*_intervening.get(id(module), ()), intervention)
     for module in cross:
         _cross[id(module)] = None
-    _hold(interfaces)
+    _take_shadows(interfaces)
 
 
-def unchange(modules: Iterable[nn.Module], intervention: Change, interfaces: Iterable[Any]) -> None:
-    """Take back what `change` did."""
+def stop_intervening(modules: Iterable[nn.Module], intervention: Intervention, interfaces: Iterable[Any]) -> None:
+    """Take back what `intervene` did."""
     for module in modules:
-        _, found = _changed[id(module)]
-        left = tuple(other for other in found if other is not intervention)
+        left = tuple(other for other in _intervening.get(id(module), ()) if other is not intervention)
         if left:
-            _changed[id(module)] = module, left
+            _intervening[id(module)] = left
         else:
-            del _changed[id(module)]
-        _forget_cross(module)
-    _release(interfaces)
+            _intervening.pop(id(module), None)
+            _forget_cross(module)
+    _leave_shadows(interfaces)
 
 
 def _forget_cross(module: nn.Module) -> None:
-    if id(module) not in _watched and id(module) not in _changed:
+    if id(module) not in _watched and id(module) not in _intervening:
         _cross.pop(id(module), None)
 
 
-def _hold(interfaces: Iterable[Any]) -> None:
-    """Shadow the interfaces, if nobody has yet."""
+def _take_shadows(interfaces: Iterable[Any]) -> None:
     for interface in interfaces:
         _, users = _shadowed.get(id(interface), (None, 0))
         if not users:
@@ -211,8 +198,7 @@ def _hold(interfaces: Iterable[Any]) -> None:
         _shadowed[id(interface)] = interface, users + 1
 
 
-def _release(interfaces: Iterable[Any]) -> None:
-    """Take the shadow away, if nobody needs it any more."""
+def _leave_shadows(interfaces: Iterable[Any]) -> None:
     for interface in interfaces:
         _, users = _shadowed[id(interface)]
         if users == 1:
@@ -235,17 +221,17 @@ def interfaces_of(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
 def _shadow(interface: Any) -> None:
     if interface is ALL_MASK_ATTENTION_FUNCTIONS:
         for name in list(interface):
-            interface[name] = _Noting(interface[name], name in interface._local_mapping)
+            interface[name] = Noting(interface[name], name in interface._local_mapping)
         return
     given = interface.get_interface
 
     def get_interface(name: str | None, default: Callable[..., Any]) -> Callable[..., Any]:
         attend = given(name, default)
-        if not _watched and not _changed:
+        if not _watched and not _intervening:
             return attend
 
         def observed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            everyone = _watched.get(id(module), ())
+            everyone, changes = _watched.get(id(module), ()), _intervening.get(id(module), ())
             outside = False
             if torch.compiler.is_compiling():
                 # Outside a graph that is being compiled nobody can be asked.
@@ -253,10 +239,9 @@ def _shadow(interface: Any) -> None:
                 everyone = tuple(observer for observer in everyone if observer.is_traced)
             asked = [observer.for_call(module) for observer in everyone]
             observers = [observer for observer in asked if observer is not None]
-            _, changes = _changed.get(id(module), (module, ()))
             if not observers and not outside and not changes:
                 return attend(module, *args, **kwargs)
-            return _observe(observers, attend, name or "eager", module, args, kwargs, outside, changes)
+            return _observe(observers, changes, attend, name or "eager", module, args, kwargs, outside)
 
         return observed
 
@@ -269,70 +254,26 @@ def _unshadow(interface: Any) -> None:
         return
     for name in list(interface):
         made = interface._local_mapping.get(name)
-        if isinstance(made, _Noting):
+        if isinstance(made, Noting):
             made.is_open = False
             if made.was_local:
                 interface[name] = made.make
             else:
                 del interface[name]
-    _notes.requests.clear()
-
-
-class _Noting:
-    """A mask function whose result can be traced back to what was asked for."""
-
-    def __init__(self, make: Callable[..., Any], was_local: bool) -> None:
-        self.make, self.was_local = make, was_local
-        # What `inspect.unwrap` finds: whoever registers it under another name keeps it.
-        self.__wrapped__, self.is_open = make, True
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mask = self.make(*args, **kwargs)
-        if self.is_open and not isinstance(mask, MaskRequest) and not args:
-            _note(MaskRequest(**kwargs), mask)
-        return mask
-
-
-def _note(request: MaskRequest, mask: Any) -> None:
-    if mask is not None:
-        setattr(mask, REQUEST, request)
-    elif not torch.compiler.is_compiling():
-        if _notes.are_used:
-            # Of a forward whose layers have run.
-            _notes.requests, _notes.are_used = [], False
-        _notes.requests.append(request)
-
-
-def _request_of(mask: Any, module: nn.Module, num_queries: int, num_slots: int) -> MaskRequest | None:
-    """What was asked for when ``mask`` was made."""
-    if isinstance(mask, MaskRequest):
-        return mask
-    if mask is not None:
-        made: MaskRequest | None = getattr(mask, REQUEST, None)
-        return made
-    if torch.compiler.is_compiling():
-        return None
-    _notes.are_used = True
-    fitting = [request for request in _notes.requests if request.fits(num_queries, num_slots)]
-    own = [request for request in fitting if request.config is getattr(module, "config", None)]
-    found = own or fitting
-    return found[-1] if found else None
+    forget()
 
 
 def _observe(
     observers: list[CallObserver],
+    changes: tuple[Intervention, ...],
     attend: Callable[..., Any],
     name: str,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     outside: bool,
-    changes: Sequence[Change] = (),
 ) -> Any:
-    """Run the backend, and measure what it was given; ``outside`` of the graph there is somebody too.
-
-    Without ``changes`` it is called as it would have been.
-    """
+    """Run the backend, unchanged but for ``changes``, and measure what it was given; ``outside`` of the graph there is somebody too."""
     options = dict(kwargs)
     if len(args) == len(TENSORS):
         query, key, value, mask = args
@@ -342,15 +283,9 @@ def _observe(
     backend = rule_of(name)
     cross = is_cross(module)
     first = observers[0] if observers else None
-    options = {name: option for name, option in options.items() if name not in TENSORS}
-    if changes:
-        _refuse(module, name, options)
-        mask = _changed_mask(
-            changes, AttentionCall(module, query, key, value, mask, options, cross=cross), backend, name
-        )
     if backend.is_streaming:
-        call = streaming_call(module, query, key, value, mask, cross=cross, **options)
-        visibility = (first and first.visibility(call, backend)) or backend.sees(call)
+        call = _changed(changes, streaming_call(module, query, key, value, mask, cross=cross, **options), name)
+        visibility = (first and first.visibility(call, backend)) or call.sight or backend.sees(call)
         scores = scoring(call, visibility.num_keys)
         prefer: str | None
         prefer = engine = choose_engine(backend.engine, visibility, scores, query.device)
@@ -360,18 +295,16 @@ def _observe(
         if first and share:
             first.put(call, visibility, raw, engine)
             observers = observers[1:] if is_all else observers
-        result: Any = _changed_output(changes, call, backend, output), None
+        result: Any = _with_output(changes, call, name, (output, None))
     else:
-        _refuse(module, name, options)
-        request = _request_of(mask, module, query.shape[2], key.shape[2])
-        call = AttentionCall(module, query, key, value, mask, options, request, cross)
+        _refuse(module, name, options, changes[0].name if changes and not observers else "record")
+        request = request_of(mask, module, query.shape[2], key.shape[2])
+        call = _changed(changes, AttentionCall(module, query, key, value, mask, options, request, cross), name)
         # Before anything has run, so that what cannot be measured is refused at once.
-        known = first.visibility(call, backend) if first else backend.sees(call) if outside else None
-        if changes:
-            result = attend(module, query, key, value, mask, **options)
-            result = _changed_output(changes, call, backend, result[0]), *result[1:]
-        else:
-            result = attend(module, *args, **kwargs)
+        known = first.visibility(call, backend) if first else (call.sight or backend.sees(call)) if outside else None
+        if call.mask is not mask:
+            args, kwargs = _with_mask(args, kwargs, call.mask)
+        result = _with_output(changes, call, name, attend(module, *args, **kwargs))
         if known is None:
             return result
         visibility, prefer = known, None
@@ -383,21 +316,28 @@ def _observe(
     return result
 
 
-def _changed_mask(changes: Sequence[Change], call: AttentionCall, backend: Backend, name: str) -> Any:
-    """The mask of a call after all changes, one after the other."""
-    if torch.compiler.is_compiling():
-        raise ValueError("ablate_heads, block_keys: a compiled graph would keep the change; use the model uncompiled")
+def _changed(changes: tuple[Intervention, ...], call: AttentionCall, name: str) -> AttentionCall:
     for intervention in changes:
-        request = _request_of(call.mask, call.module, call.num_queries, call.num_slots)
-        call = replace(call, request=request)
-        call = replace(call, mask=intervention.mask(call, backend, name))
-    return call.mask
+        call = intervention.change(call, name)
+    return call
 
 
-def _changed_output(changes: Sequence[Change], call: AttentionCall, backend: Backend, output: Tensor) -> Tensor:
+def _with_mask(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with another mask at the place where one was given."""
+    at = TENSORS.index("attention_mask")
+    if len(args) > at:
+        return (*args[:at], mask, *args[at + 1 :]), kwargs
+    return args, {**kwargs, "attention_mask": mask}
+
+
+def _with_output(changes: tuple[Intervention, ...], call: AttentionCall, name: str, result: Any) -> Any:
+    """What an attention function returned, with the output that the layer gets in its place."""
+    if not changes:
+        return result
+    output = result[0]
     for intervention in changes:
-        output = intervention.output(call, backend, output)
-    return output
+        output = intervention.change_output(call, name, output)
+    return output, *result[1:]
 
 
 def _tell(call: AttentionCall, name: str, scores: Scoring, output: Tensor, prefer: str | None) -> None:
@@ -419,19 +359,19 @@ def _tell_states(module: nn.Module, states: Tensor, entering: bool) -> None:
 compiled.receivers.update(call=_tell, states=_tell_states)
 
 
-def _refuse(module: nn.Module, name: str, options: dict[str, Any]) -> None:
-    """Refuse calls that do not show what is attended to.
+def _refuse(module: nn.Module, name: str, options: dict[str, Any], who: str) -> None:
+    """Refuse calls that do not show ``who`` watches them what is attended to.
 
     Raises:
         ValueError: It says what is hidden.
     """
     if is_paged(options):
         raise ValueError(
-            "record: continuous batching (generate_batch) hands new keys alone to the attention of "
+            f"{who}: continuous batching (generate_batch) hands new keys alone to the attention of "
             f"{type(module).__name__}, and keeps the others in a paged cache; use generate"
         )
     if (unknown := unknown_ways(options)) and name not in ("eager", "sdpa"):
         raise ValueError(
-            f"record: {type(module).__name__} says who sees whom in {unknown} under {name!r}, which is not known; "
+            f"{who}: {type(module).__name__} says who sees whom in {unknown} under {name!r}, which is not known; "
             'use attn_implementation="eager" or "sdpa"'
         )

@@ -64,6 +64,8 @@ class AttentionStats(HubMixin):
         without_attention: Layers of the model that have no attention, and so no numbers.
         selected_queries: Positions of the queries that `select` has left [token]; None for all that were measured.
         rows: Positions of the queries of ``row_weights`` [token].
+        num_heads: Query heads of a layer of the model, the most of any; 0 if an older file does not say.
+        num_kv_heads: KV heads, likewise.
     """
 
     values: dict[str, Tensor]
@@ -87,6 +89,8 @@ class AttentionStats(HubMixin):
     without_attention: tuple[int, ...] = ()
     selected_queries: tuple[int, ...] | None = None
     rows: tuple[int, ...] = ()
+    num_heads: int = 0
+    num_kv_heads: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -279,6 +283,8 @@ class AttentionStats(HubMixin):
             "engine": self.engine,
             "model": self.model,
             "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
             "replayed": int(self.replayed),
             "stack": self.stack,
             "paths": json.dumps(self.paths),

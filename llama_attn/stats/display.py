@@ -45,10 +45,11 @@ def as_html(stats: AttentionStats) -> str:
 def _about(stats: AttentionStats) -> list[str]:
     """Size and origin, of which a file may say anything."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in stats.values.values())
+    of = f" of {stats.num_heads}" if stats.num_heads else ""
     return [
         f"{len(stats.layers)} layers × {len(stats.heads)} heads, batch {stats.batch}, "
         f"{len(stats.queries)} queries, {stats.num_keys} keys, {size / 2**20:.1f} MiB",
-        f"layers {_indices(stats.layers)} of {stats.num_layers}, heads {_indices(stats.heads)}",
+        f"layers {_indices(stats.layers)} of {stats.num_layers}, heads {_indices(stats.heads)}{of}",
         f"measured by {stats.engine!r} on backend {stats.backend!r}"
         + (f" of {printable(stats.model)}" if stats.model else "")
         + ("" if stats.tokens is None else ", with tokens")

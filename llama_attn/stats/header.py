@@ -55,6 +55,9 @@ def read_header(text: str, values: Mapping[str, Tensor]) -> dict[str, Any]:
     read: dict[str, Any] = {name: _READERS[name](name, value) for name, value in header.items()}
     _keys("labels", read["labels"], set(values), set())
     highest, layers, paths = read["num_layers"] - 1, read["layers"], read.get("paths", ())
+    # Of an older file nobody knows.
+    if (heads := read.get("num_heads", 0)) and any(head >= heads for head in read["heads"]):
+        raise ValueError(f"heads: expected heads 0 to {heads - 1}, since num_heads is {heads}")
     for name in ("layers", "without_attention"):
         if any(layer > highest for layer in read.get(name, ())):
             raise ValueError(f"{name}: expected layers 0 to {highest}, since num_layers is {highest + 1}")
@@ -158,7 +161,7 @@ def _positions(name: str, value: Any) -> tuple[int, ...] | None:
     return None if value is None else tuple(_integer(name, number) for number in _list(name, value))
 
 
-def _indices_of_rows(name: str, value: Any) -> tuple[int, ...]:
+def _row_positions(name: str, value: Any) -> tuple[int, ...]:
     return tuple(_integer(name, number) for number in _list(name, value))
 
 
@@ -221,6 +224,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "first_query": _integer, "tokens": _tokens, "segments": _segments, "backend": _text, "engine": _text,
     "model": _text, "replayed": _flag, "first_key": _integer, "stack": _text, "paths": _texts,
     "direction": _direction, "length": _integer, "without_attention": _indices,
-    "selected_queries": _positions, "rows": _indices_of_rows,
+    "selected_queries": _positions, "rows": _row_positions, "num_heads": _index,
+    "num_kv_heads": _index,
 }  # fmt: skip
 _OPTIONAL = set(_READERS) - _REQUIRED

@@ -85,6 +85,7 @@ def label(
         layers=layers,
         heads=sheet.heads,
         num_layers=origin.num_layers,
+        num_heads=sheet.num_heads,
         first_query=widest.first_position,
         first_key=sheet.first_key,
         segments=segments,
@@ -97,6 +98,7 @@ def label(
         without_attention=origin.without_attention,
         length=sheet.length,
         rows=measured.rows,
+        num_kv_heads=sheet.num_kv_heads,
     )
 
 
@@ -131,6 +133,7 @@ class _Sheet:
             )
         shards = 1 if origin.shard is None else origin.shard.size
         self.num_heads = max([group.heads for group in self.groups]) * shards
+        self.num_kv_heads = max([group.kv_heads for group in self.groups]) * shards
         self.heads = config.selected("heads", self.num_heads)
         # Where each group's layers lie on the layer axis.
         self.layers = tuple(layers)

@@ -30,12 +30,14 @@ class Group:
         sights: Who saw whom, one entry per forward.
         raw: Raw numbers by statistic, (layer, …).
         heads: How many query heads each layer holds in this process.
+        kv_heads: How many KV heads.
     """
 
     layers: tuple[int, ...]
     sights: Sequence[Visibility]
     raw: Mapping[str, Tensor]
     heads: int
+    kv_heads: int = 0
 
     @property
     def length(self) -> int:

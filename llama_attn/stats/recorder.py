@@ -301,7 +301,7 @@ class Recorder:
         """
         statistics = self._given()
         groups = []
-        for (at, heads, _), layers in self._groups.items():
+        for (at, heads, kv_heads), layers in self._groups.items():
             raw = {}
             sight = self._sights[at][1]
             for statistic in statistics:
@@ -314,7 +314,7 @@ class Recorder:
                     if stacked is None:
                         raise RuntimeError(f"{statistic.name}: layers {layers} report in different shapes")
                     raw[statistic.name] = stacked
-            groups.append(Group(tuple(layers), (sight.visibility,), raw, heads))
+            groups.append(Group(tuple(layers), (sight.visibility,), raw, heads, kv_heads))
         hidden_layers = (*sorted(layer for group in groups for layer in group.layers), LAST)
         hidden = {}
         for statistic in statistics:

@@ -1,7 +1,7 @@
 """Text that somebody else wrote, as a person reads it: in terminals, pictures, tables and notebooks.
 
 Tokens, and names and units that come from a file, are data wherever they are shown: `printable` for terminals,
-`in_figure` for matplotlib, and behind either of them `html.escape` or rich's ``escape`` for pages and tables.
+`drawn` for pictures, and behind either of them `html.escape` or rich's ``escape`` for pages and tables.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ def readable(token: str, longest: int = LONGEST) -> str:
     token = _decoded(token)
     for character, sign in ((" ", "␣"), ("Ġ", "␣"), ("▁", "␣"), ("\n", "⏎"), ("Ċ", "⏎"), ("\t", "⇥"), ("ĉ", "⇥")):
         token = token.replace(character, sign)
-    token = "".join(character if character.isprintable() else "·" for character in token)
-    return token if len(token) <= longest else token[: longest - 1] + "…"
+    return drawn(token, longest)
+
+
+def drawn(text: str, longest: int) -> str:
+    """A text on one line: a dot for every character that cannot be printed, and a long one cut."""
+    text = "".join(character if character.isprintable() else "·" for character in text)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def printable(text: str) -> str:
@@ -31,11 +36,6 @@ def printable(text: str) -> str:
     Characters that turn the direction of writing, and halves of characters, are written out too.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def in_figure(text: str) -> str:
-    """A text as matplotlib draws it as it stands: dollar signs do not begin a formula."""
-    return printable(text).replace("$", r"\$")
 
 
 @cache

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from llama_attn.viz.figures.ablation import plot_ablation
 from llama_attn.viz.figures.activations import plot_massive_activations
 from llama_attn.viz.figures.attention import plot_attention_map
+from llama_attn.viz.figures.budget import plot_budget
 from llama_attn.viz.figures.comparison import plot_comparison, plot_head_comparison
 from llama_attn.viz.figures.coverage import plot_coverage
 from llama_attn.viz.figures.grids import plot_head_grid, plot_head_roles
@@ -17,7 +19,9 @@ from llama_attn.viz.figures.tokens import plot_token_strip
 from llama_attn.viz.report.html import report
 
 __all__ = [
+    "plot_ablation",
     "plot_attention_map",
+    "plot_budget",
     "plot_comparison",
     "plot_coverage",
     "plot_distance_histogram",

@@ -11,7 +11,8 @@ import numpy as np
 
 from llama_attn.analysis.dataset import real_tokens, require, without_attention
 from llama_attn.analysis.part import measured_layers, named_layers, named_range
-from llama_attn.stats.token_text import readable
+from llama_attn.analysis.row import row_alone
+from llama_attn.stats.token_text import drawn, readable
 
 if TYPE_CHECKING:
     import xarray
@@ -89,10 +90,6 @@ def about(dataset: xarray.Dataset, batch: int | None = None) -> str:
         dataset: Any statistics.
         batch: Row of the batch; None if all rows count.
     """
-    # Of a path the last part; an id of the hub is two words.
-    model = str(dataset.attrs.get("model", "")).rstrip("/\\")
-    if model.count("/") != 1 or model[0] in "./":
-        model = re.split(r"[/\\]", model)[-1]
     if batch is None and dataset.sizes["batch"] == 1:
         batch = dataset["batch"].values[0]
     if batch is None:
@@ -106,7 +103,15 @@ def about(dataset: xarray.Dataset, batch: int | None = None) -> str:
         text = "".join(readable(token, LONGEST_TEXT) for token in tokens[:LONGEST_TEXT]).replace("␣", " ").strip()
         of_row = f"row {batch}, " if dataset.sizes["batch"] > 1 else ""
         what = f"{of_row}{count}{': ' if text else ''}{written(text, LONGEST_TEXT)}"
-    return ", ".join(filter(None, (written(model), what)))
+    return ", ".join(filter(None, (model_name(str(dataset.attrs.get("model", ""))), what)))
+
+
+def model_name(model: str) -> str:
+    """What a model is called in a title: an id of the hub is two words, of a path it is the last part."""
+    model = model.rstrip("/\\")
+    if model.count("/") != 1 or model[0] in "./":
+        model = re.split(r"[/\\]", model)[-1]
+    return written(model)
 
 
 def drawable(token: str) -> str:
@@ -116,8 +121,7 @@ def drawable(token: str) -> str:
 
 def written(text: str, longest: int = LONGEST_NAME) -> str:
     """A name, unit or text from a file as it is drawn: on one line, control characters as dots, a long one cut."""
-    text = "".join(character if character.isprintable() else "·" for character in text)
-    return _in_fonts(text if len(text) <= longest else text[: longest - 1] + "…")
+    return _in_fonts(drawn(text, longest))
 
 
 def _in_fonts(text: str) -> str:
@@ -157,16 +161,16 @@ def label_tokens(
 
 
 def pick(dataset: xarray.Dataset, *, batch: int, layer: int | None = None, axis: str = "layer") -> xarray.Dataset:
-    """One row of the batch, and one layer if one is given, by their labels.
+    """One row of the batch without its padding, and one layer if one is given, by their labels; see `row_alone`.
 
     Raises:
         ValueError: They were not measured.
     """
-    chosen = {"batch": batch} if layer is None else {axis: layer, "batch": batch}
-    for name, wanted in chosen.items():
-        if wanted not in dataset[name].values:
-            raise ValueError(f"{name}: {wanted} was not measured; there are {dataset[name].values.tolist()}")
-    return dataset.sel(chosen)
+    if layer is not None:
+        if layer not in dataset[axis].values:
+            raise ValueError(f"{axis}: {layer} was not measured; there are {dataset[axis].values.tolist()}")
+        dataset = dataset.sel({axis: layer})
+    return row_alone(dataset, batch).isel(batch=0)
 
 
 def pick_head(values: xarray.DataArray, head: int | None) -> xarray.DataArray:

@@ -8,6 +8,7 @@ import numpy as np
 
 from llama_attn.analysis import as_dataset, massive_activations
 from llama_attn.analysis.activations import MAGNITUDE, RATIO
+from llama_attn.analysis.row import row_alone
 from llama_attn.viz.figures.along import MOST_TOKENS, in_bins, tokens_per_bin
 from llama_attn.viz.figures.canvas import add_legend, colour_bar, entitle, explain_no_data, label_axes
 from llama_attn.viz.style import (
@@ -24,7 +25,6 @@ from llama_attn.viz.style import (
     label_tokens,
     of_layers,
     of_part,
-    pick,
     tokens_of,
 )
 
@@ -54,8 +54,7 @@ def plot_massive_activations(source: Source, *, batch: int = 0) -> Figure:
         ValueError: A statistic or the row was not measured.
     """
     dataset = as_dataset(source)
-    pick(dataset, batch=batch)
-    found = massive_activations(dataset.sel(batch=[batch])).isel(batch=0).sortby("hidden_layer")
+    found = massive_activations(row_alone(dataset, batch)).isel(batch=0).sortby("hidden_layer")
     found = found.assign_attrs(dataset.attrs)
     layers = found["hidden_layer"].values
     length = found.sizes["query"]

@@ -130,7 +130,8 @@ def write_names(
             named.append(place)
     middle = (positions[0] + positions[-1]) / 2
     for place in named:
-        text = f"{positions[place]}" if tokens is None else f"{positions[place]} {drawable(tokens[place])}"
+        # A bare number would seem to be the height.
+        text = f"token {positions[place]}" if tokens is None else f"{positions[place]} {drawable(tokens[place])}"
         side = "left" if positions[place] < middle else "right"
         axes.annotate(
             text, (positions[place], values[place]), (4 if side == "left" else -4, 0), textcoords="offset points",

@@ -75,22 +75,24 @@ def draw_map(axes: Axes, row: xarray.Dataset, cells: np.ndarray, **settings: Any
     """Draw the cells (query_bin, key_bin) of a map at their positions in the row, with tokens where they fit."""
     width = bin_width(row)
     # Cells are drawn around their positions, so that ticks are token positions also for pooled maps.
-    right, bottom = (count * width - 0.5 for count in (cells.shape[1], cells.shape[0]))
-    image = heat_map(axes, cells, extent=(-0.5, right, bottom, -0.5), **settings)
+    left, top = (int(row[axis].values[0]) - 0.5 for axis in ("key_bin", "query_bin"))
+    right, bottom = left + cells.shape[1] * width, top + cells.shape[0] * width
+    image = heat_map(axes, cells, extent=(left, right, bottom, top), **settings)
+    # Every token is a query, measured or not; but in cross-attention the keys are of another text.
+    # The first bin may begin in front of the text, and the last one end behind it.
+    down: Literal["query", "key"] = "query" if direction_of(row) == "cross" else "key"
+    across, along = (int(row[axis].values[-1]) + 0.5 for axis in ("key", down))
+    axes.set(xlim=(max(left, -0.5), min(right, across)), ylim=(min(bottom, along), max(top, -0.5)))
     label_axes(axes, "key [token]", "query [token]")
     if width == 1:
         label_tokens(axes, "x", row["key"].values.tolist(), tokens_of(row, "key"))
-        # Every token is a query, measured or not; but in cross-attention the keys are of another text.
-        down: Literal["query", "key"] = "query" if direction_of(row) == "cross" else "key"
         label_tokens(axes, "y", row[down].values.tolist(), tokens_of(row, down))
     return image
 
 
 def bin_width(row: xarray.Dataset) -> int:
-    """Tokens per bin of the maps."""
-    edges = row.key_bin.values
-    # A single bin is as wide as the power of two that holds the row.
-    return int(edges[1] - edges[0]) if len(edges) > 1 else 1 << int(row["key"].values[-1]).bit_length()
+    """Tokens per bin of the maps of a row that was picked."""
+    return int(row.key_bin.attrs["width"])
 
 
 def pooled(row: xarray.Dataset) -> str:

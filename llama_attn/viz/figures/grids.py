@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_attn.analysis import as_dataset, classify_heads, head_means
+from llama_attn.analysis.row import row_alone
 from llama_attn.viz.figures.canvas import (
     add_legend,
     colour_bar,
@@ -32,7 +33,6 @@ from llama_attn.viz.style import (
     of_layers,
     of_part,
     of_segment,
-    pick,
     pick_segment,
 )
 
@@ -75,8 +75,7 @@ def plot_head_grid(
         TypeError: ``ax`` is something else than axes.
     """
     dataset = pick_segment(as_dataset(source), [statistic], segment)
-    pick(dataset, batch=batch)
-    means = head_means(dataset.sel(batch=[batch]), statistic).sortby("layer")
+    means = head_means(row_alone(dataset, batch), statistic).sortby("layer")
     figure, axes = new_figure(grid_size(*means.shape), ax)
     image = heat_map(axes, means.values)
     label_grid(axes, means["layer"].values, means[means.dims[1]].values, str(means.dims[1]), of_layers(dataset))
@@ -96,7 +95,7 @@ def plot_head_roles(
 
     Args:
         source: What `classify_heads` needs.
-        query_slice: Positions of the queries to count.
+        query_slice: Positions of the queries to count, from the row's first token.
         batch: Row of the batch.
         ax: Where to draw; None for a figure of its own.
 
@@ -108,8 +107,7 @@ def plot_head_roles(
     from matplotlib.patches import Patch
 
     dataset = as_dataset(source)
-    pick(dataset, batch=batch)
-    frame = classify_heads(dataset.sel(batch=[batch]), query_slice).set_index(["layer", "head"])
+    frame = classify_heads(row_alone(dataset, batch), query_slice).set_index(["layer", "head"])
     layers, heads = np.sort(dataset["layer"].values), dataset["head"].values
     names = list(ROLE_COLOURS)
     cells = np.full((len(layers), len(heads)), np.nan)

@@ -125,7 +125,7 @@ def pooled_maps(row: xarray.Dataset, most: int) -> Float[np.ndarray, "layer head
     bins = maps.shape[-1]
     factor = -(-bins // most)
     real = row["query"].values[real_tokens(row, "query").values]
-    queries = np.bincount(real // bin_width(row), minlength=bins).astype(np.float64)
+    queries = np.bincount((real - row["query_bin"].values[0]) // bin_width(row), minlength=bins).astype(np.float64)
     padding = -bins % factor
     sums = np.pad(np.nan_to_num(maps) * queries[:, None], [(0, 0), (0, 0), (0, padding), (0, padding)])
     merged = sums.reshape(*maps.shape[:2], (bins + padding) // factor, factor, -1, factor).sum((-3, -1))

@@ -8,6 +8,7 @@ import numpy as np
 
 from llama_attn.analysis import as_dataset, layer_evolution, require
 from llama_attn.analysis.part import named_range
+from llama_attn.analysis.row import row_alone
 from llama_attn.analysis.uniform import uniform_attention
 from llama_attn.viz.figures.canvas import add_legend, entitle, label_axes, new_figure
 from llama_attn.viz.style import (
@@ -61,8 +62,7 @@ def plot_layer_profile(
         TypeError: ``ax`` is something else than axes.
     """
     dataset = pick_segment(as_dataset(source), [statistic], segment)
-    pick(dataset, batch=batch)
-    summaries = layer_evolution(dataset.sel(batch=[batch]))
+    summaries = layer_evolution(row_alone(dataset, batch))
     evolution = summaries.get(statistic)
     if evolution is None or evolution.ndim != 2:
         suited = [str(name) for name, values in summaries.items() if values.ndim == 2]
@@ -137,7 +137,7 @@ def plot_distance_histogram(
     if head is None:
         for number, each in enumerate(histogram.transpose("head", ...).values):
             axes.plot(places, each, color=ORANGE, alpha=0.5, linewidth=1, label=None if number else "each head")
-    uniform = uniform_attention(dataset.sel(layer=[layer], batch=[batch])).distance_histogram.values.reshape(-1)
+    uniform = uniform_attention(row_alone(dataset.sel(layer=[layer]), batch)).distance_histogram.values.reshape(-1)
     if np.isfinite(uniform).all():
         edges = np.arange(len(starts) + 1) - 0.5
         axes.hlines(

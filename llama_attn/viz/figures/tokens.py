@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis import as_dataset, require, sink_positions
+from llama_attn.analysis.row import row_alone
 from llama_attn.viz.figures.along import (
     MOST_POINTS,
     MOST_TOKENS,
@@ -116,7 +117,7 @@ def plot_token_strip(
     label_axes(panels[-1, -1], "position [token]")
     if "received" in statistics:
         at = list(statistics).index("received")
-        sinks = _sinks(dataset.sel(layer=[layer], batch=[batch]), head)
+        sinks = _sinks(row_alone(dataset.sel(layer=[layer]), batch), head)
         _mark_sinks(
             figure, panels[:, at], rows, values[at].values, sinks, tokens, of="any head" if head is None else "the head"
         )

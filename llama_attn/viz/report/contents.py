@@ -8,8 +8,10 @@ import numpy as np
 
 from llama_attn.analysis import head_means, layer_evolution
 from llama_attn.analysis.dataset import real_tokens
+from llama_attn.analysis.row import row_alone
 from llama_attn.viz.figures.attention import bin_width
 from llama_attn.viz.figures.multiples import pooled_maps
+from llama_attn.viz.report.answer import OF_SEGMENT, ROWS, answer_parts, writers
 from llama_attn.viz.report.embedding import Embedded, Level, Part, embed, embed_rounded
 from llama_attn.viz.report.links import FEWEST_BINS, TOP_KEYS, first_seen, links_part
 from llama_attn.viz.report.pooling import mean_of_known, pool_tokens, widths
@@ -23,8 +25,6 @@ LAYER_AXES, HEAD_AXES, TOKEN_AXES = ("layer", "hidden_layer"), ("head", "kv_head
 MAP, HISTOGRAM = "weights_map", "distance_histogram"
 # What massive activations are found with.
 OF_MASSIVE = ("hidden_max_channel", "hidden_top", "hidden_top_channel", "hidden_layer_median")
-# How a statistic of one segment is named in a row; the space sets it apart from names of statistics.
-OF_SEGMENT = "segment_mass "
 # As coarse as maps may become [bins].
 FEWEST_MAP_BINS = 16
 # How many times the size of another part single heads and maps may have before they are coarsened first.
@@ -32,12 +32,11 @@ WORTH_OF_HEADS, WORTH_OF_MAP = 2, 6
 
 
 def one_row(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
-    """One row of the batch: axes as they were measured, layers and heads as in the model, one statistic per segment."""
-    at = int(np.flatnonzero(dataset["batch"].values == batch)[0])
-    # Slices, and nothing sorted that is in order: a copy of a long run takes seconds.
-    row = dataset.isel(batch=slice(at, at + 1))
+    """One row of the batch without padding: axes as they were measured, layers and heads as in the model, one statistic per segment."""
+    row = row_alone(dataset, batch)
     row = row.transpose(*LAYER_AXES, "batch", *HEAD_AXES, *TOKEN_AXES, ..., missing_dims="ignore")
     for axis in (*LAYER_AXES, *HEAD_AXES):
+        # Nothing is sorted that is in order: a copy of a long run takes seconds.
         if axis in row.dims and not row.indexes[axis].is_monotonic_increasing:
             row = row.sortby(axis)
     if "segment_mass" in row:
@@ -72,6 +71,8 @@ def along_text(row: xarray.Dataset) -> list[str]:
 def not_shown(row: xarray.Dataset) -> list[str]:
     """Names of what was measured and has no place in the report."""
     shown = {*along_text(row), MAP, *TOP_KEYS, HISTOGRAM, *OF_MASSIVE, "visible_keys", "visible_queries"}
+    if len(writers(row)):
+        shown.add(ROWS)
     return [str(name) for name in row.data_vars if name not in shown]
 
 
@@ -107,6 +108,7 @@ def parts_of(row: xarray.Dataset, asked: Int[np.ndarray, " asked"]) -> list[Part
         histogram = row[HISTOGRAM].isel(batch=0).transpose("layer", "head", ...).values
         parts.append(_fixed(HISTOGRAM, histogram))
     parts.extend(_summaries(row))
+    parts.extend(answer_parts(row))
     real = real_tokens(row, "key").isel(batch=0).values.astype(np.uint8)
     parts.append(Part("real", [Level(real.size, lambda: {"real": embed(real)})]))
     if (seen := first_seen(row)) is not None:

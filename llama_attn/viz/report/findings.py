@@ -172,8 +172,12 @@ def _locality(row: xarray.Dataset) -> tuple[str, str, Words]:
         f"{int(local.sum())} of {int(known.sum())} heads are local: the keys they attend to lie less than "
         f"{LOCAL_BELOW:g} × as far away as under uniform attention. "
         f"The mean distance is {_number(found.mean_distance.mean())} tokens, and would be "
-        f"{_number(found.uniform_distance.mean())} if attention were uniform{over}. The nearest {window} tokens hold "
-        f"{_percent(found.local_mass.mean())} of the attention, against {_percent(found.uniform_local_mass.mean())}. ",
+        f"{_number(found.uniform_distance.mean())} if attention were uniform{over}. ",
+        # Of what lies nearer than any key can be, the share would be all.
+        f"No token sees further than the nearest {window} tokens. "
+        if bool((found.uniform_local_mass.min() == 1).all())
+        else f"The nearest {window} tokens hold {_percent(found.local_mass.mean())} of the attention, "
+        f"against {_percent(found.uniform_local_mass.mean())}. ",
         _limits(row),
     ]
     if len(per_layer) > 1 and per_layer.max() > per_layer.min():
@@ -342,7 +346,11 @@ def _percent(share: Any) -> str:
     share = float(share)
     if not np.isfinite(share):
         return "–"
-    return f"{share:.0%}" if share == 0 or share >= 0.095 else f"{share:.1%}"
+    # What is almost all is not all.
+    digits = 0 if share == 0 or share >= 0.095 else 1
+    while share < 1 and digits < 4 and f"{share:.{digits}%}" == f"{1:.{digits}%}":
+        digits += 1
+    return f"{share:.{digits}%}"
 
 
 def _times(ratio: float) -> str:

@@ -17,8 +17,10 @@ from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed
 from llama_attn.analysis.dataset import direction_of, real_tokens, without_attention
 from llama_attn.analysis.heads import NEEDED
 from llama_attn.analysis.part import measured_layers, named_layers
+from llama_attn.analysis.row import row_alone
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.token_text import readable
+from llama_attn.viz.report.answer import about_answer
 from llama_attn.viz.report.contents import (
     HISTOGRAM,
     MAP,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from llama_attn.viz.report.links import Positions
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("data", "words", "colours", "state", "lists", "shades", "text", "links", "maps", "charts", "main")
+SCRIPTS = ("data", "words", "colours", "state", "lists", "shades", "text", "links", "maps", "charts", "answer", "main")
 MEGABYTE = 1_000_000
 # Longer tokens are cut in the page.
 LONGEST_TOKEN = 80
@@ -63,7 +65,7 @@ def report(
     batch: int = 0,
     exact: Positions | None = None,
 ) -> Path:
-    """Write one HTML file that shows a run: findings in words, the text, maps, heads, layers and norms.
+    """Write one HTML file that shows a run: findings in words, what the answer draws on, the text, maps, heads, layers and norms.
 
     It opens from the file system in any browser of 2024 or later and makes no request. Statistics that were not
     measured are left out and named. Numbers are rounded to 16 bits, on a scale that keeps small ones apart. If they do
@@ -78,7 +80,7 @@ def report(
         source: Any statistics.
         path: Where to; the file appears under its name only once it is complete.
         max_megabytes: Largest size of the file [10⁶ bytes]; about 2 of them are plotly.
-        batch: Row of the batch.
+        batch: Row of the batch. It is shown as its own text: positions are counted from its first token.
         exact: Positions of queries whose own most attended keys must be in the page [token]: integers, negative ones
             from the end of the row, or slices.
 
@@ -112,7 +114,7 @@ def report(
     asked = asked_queries(row, exact)
     with complete_file(path) as unfinished:
         # In words, segments are parts of one statistic.
-        found = [asdict(finding) for finding in findings(dataset.sel(batch=[batch]))]
+        found = [asdict(finding) for finding in findings(row_alone(dataset, batch))]
         about = _about(row) | {"findings": found, "row": int(batch), "rows": dataset.sizes["batch"]}
         plotly = embed(np.frombuffer(get_plotlyjs().encode(), np.uint8))
         parts = parts_of(from_the_first_token(row), asked)
@@ -182,11 +184,14 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "withoutAttention": named_layers(absent) if absent else "",
         "length": last + 1,
         "firstKey": first,
+        # Where the first bin of the maps begins: before the text if it holds padding too.
+        "mapStart": int(row["key_bin"].values[0]) if MAP in row else 0,
         "queries": _queries(row["query"].values),
         "tokens": None if tokens is None else [_shown(token) for token in tokens],
         "opening": _opening(row),
         "direction": direction_of(row),
         "generated": first_generated(row),
+        "answer": about_answer(row),
         "topK": row.sizes.get("rank", 0),
         "statistics": [described(row, name) for name in along_text(row)],
         "distances": row["distance_bin"].values.tolist() if HISTOGRAM in row else [],

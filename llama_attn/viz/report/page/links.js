@@ -49,7 +49,7 @@ async function linksOfMap(position, direction) {
   const { line, table: map, poolsHeads } = await mapLine(position, direction);
   const list = Array.from(line, (weight, bin) => ({ ...ofBin(bin), weight })).filter(({ weight }) => weight > 0);
   const pooled = map.width > 1 ? ` in bins of ${map.width} tokens` : "";
-  return { list: largest(list), of: ofBin(Math.floor(position / map.width)), words: `From the attention map${pooled}${poolsHeads ? ", mean over heads" : ""}.` };
+  return { list: largest(list), of: ofBin(binOf(position)), words: `From the attention map${pooled}${poolsHeads ? ", mean over heads" : ""}.` };
 }
 
 let linkRequest = 0;
@@ -80,15 +80,16 @@ async function showToken() {
 // Every statistic of the token, in the chosen layer and head.
 async function numbersOf(position) {
   const list = element("dl", { class: "numbers-of" });
+  let known = 0;
   for (const statistic of report.statistics) {
     const { values, source, layer, poolsHeads } = await along(statistic);
     const value = values[position];
-    if (!Number.isFinite(value)) continue;
     list.append(element("dt", {}, plain(statistic.name)), element("dd", {
-      "data-statistic": statistic.name, "data-value": value, "data-error": source.error(layer, value),
-    }, withUnit(value, statistic.unit), ...[poolsHeads && ", mean over heads", source.width > 1 && `, mean over ${source.width} tokens`].filter(Boolean)));
+      "data-statistic": statistic.name, ...(Number.isFinite(value) && { "data-value": value, "data-error": source.error(layer, value) }),
+    }, Number.isFinite(value) ? withUnit(value, statistic.unit) : "–", ...Number.isFinite(value) ? [poolsHeads && ", mean over heads", source.width > 1 && `, mean over ${source.width} tokens`].filter(Boolean) : []));
+    known += Number.isFinite(value);
   }
-  const missing = list.children.length ? null : element("p", { class: "muted small" }, "No data: padding, or no measured query.");
+  const missing = known ? null : element("p", { class: "muted small" }, "No data: padding, or no measured query.");
   return element("details", {}, element("summary", {}, `Numbers of this token, layer ${layerName()}, ${headName()}`), list, missing);
 }
 
@@ -121,7 +122,7 @@ async function strip(position, direction) {
   const found = await mapLine(position, direction);
   if (!found || found.line.length < 2) return null;
   const { line, table: { width } } = found;
-  const bin = ofBin(Math.floor(position / width));
+  const bin = ofBin(binOf(position));
   const scale = scaleOf(line, "probability");
   const canvas = element("canvas", { class: "strip", width: line.length, height: 1, role: "img", "aria-label": "Attention along the text, from the map" });
   const context = canvas.getContext("2d");
@@ -133,7 +134,7 @@ async function strip(position, direction) {
   context.putImageData(picture, 0, 0);
   canvas.addEventListener("pointermove", (event) => {
     const at = Math.min(line.length - 1, Math.max(0, Math.floor((event.offsetX / canvas.clientWidth) * line.length)));
-    showTip(`${binLabel(at * width, width)}: ${Number.isFinite(line[at]) ? percent(line[at]) : "no data"}`, event.clientX, event.clientY);
+    showTip(`${runWords(ofBin(at))}: ${Number.isFinite(line[at]) ? percent(line[at]) : "no data"}`, event.clientX, event.clientY);
   });
   canvas.addEventListener("pointerleave", hideTip);
   const note = width > 1 ? element("p", { class: "muted small" }, `From the map, along the text: ${direction === "to" ? `attention to ${runWords(bin)}` : meanWords(bin)}, in bins of ${width}.`) : null;

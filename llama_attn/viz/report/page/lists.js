@@ -31,9 +31,11 @@ function ofQueries(index, width) {
   return { start: queryPositions[index], last: queryPositions[end - 1], count: end - index };
 }
 function ofBin(bin) {
-  const [start, end] = [bin * mapWidth(), Math.min((bin + 1) * mapWidth(), report.length)];
+  const from = report.mapStart + bin * mapWidth();
+  const [start, end] = [Math.max(0, from), Math.min(from + mapWidth(), report.length)];
   return { start, last: end - 1, count: end - start };
 }
+const binOf = (position) => Math.floor((position - report.mapStart) / mapWidth());
 
 // Where the attention of a token is looked up, and of which tokens that is the mean; null if it was not measured.
 function sourceOf(position) {
@@ -44,7 +46,7 @@ function sourceOf(position) {
     if (width) return { kind: "pooled", at: Math.floor(index / width), of: ofQueries(index - (index % width), width) };
   }
   if (!hasMap() || (index < 0 && mapWidth() === 1)) return null;
-  return { kind: "map", of: ofBin(Math.floor(position / mapWidth())) };
+  return { kind: "map", of: ofBin(binOf(position)) };
 }
 
 const allKeepLists = () => ownQueries.length === report.queries.count;
@@ -140,7 +142,7 @@ async function mapLine(position, direction) {
   const map = await table("weights_map");
   if (!map) return null;
   const bins = map.shape[2];
-  const bin = Math.floor(position / map.width);
+  const bin = binOf(position);
   const heads = chosenHeads(map.shape[1]);
   const line = new Float32Array(bins);
   for (const head of heads) {

@@ -131,8 +131,9 @@ function buildMethod() {
     pooledWords() && `To keep the file small, neighbouring tokens were pooled to their mean. ${pooledWords()}`,
     leftOut.length ? `Single heads were left out of: ${leftOut.join(", ")}. ` : "",
     !listed && !allKeepLists() ? `The most attended keys: ${hasKeys() ? ownWords() : "left out"}. ` : "",
+    answerWords(),
     mapWidth() > 1 ? `Attention maps are in bins of ${mapWidth()} × ${mapWidth()} tokens. ` : "",
-    pooledWords() || leftOut.length || mapWidth() > 1 || !(listed || allKeepLists()) ? "" : "Nothing was pooled: every token and head has its own numbers. ",
+    pooledWords() || leftOut.length || answerWords() || mapWidth() > 1 || !(listed || allKeepLists()) ? "" : "Nothing was pooled: every token and head has its own numbers. ",
     "The head grids and layer profiles are neither rounded nor pooled. Infinite numbers count as no data; grey means “no data”.",
   ];
   body.append(element("p", { id: "pooling" }, words.join("")));
@@ -145,7 +146,7 @@ function buildMethod() {
 function buildTheme() {
   const button = $("theme");
   const label = () => { button.textContent = isDark() ? "Light" : "Dark"; button.setAttribute("aria-label", `Switch to ${isDark() ? "light" : "dark"} colours`); };
-  const repaint = () => { label(); redraw(null); if (view) drawView(); if (shading) { drawLegend(); chunks.forEach(paint); } };
+  const repaint = () => { label(); redraw(null); if (view) drawView(); if (shading) { drawLegend(); chunks.forEach(paint); } paintAnswer(); };
   button.addEventListener("click", () => { document.documentElement.dataset.theme = isDark() ? "light" : "dark"; repaint(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
   label();
@@ -164,6 +165,7 @@ async function main() {
   await Promise.all([shadeText(), showToken()]);
   document.documentElement.dataset.ready = "text";
   performance.mark("interactive");
+  await buildAnswer();
   await buildMaps();
   buildCharts();
   buildMethod();

@@ -122,12 +122,12 @@ async function mapChart(room) {
   const cells = new Float32Array(bins * bins);
   for (const head of wanted) map.part(chosen.layer, head).forEach((cell, i) => { cells[i] += cell / wanted.length; });
   const rows = [...Array(bins).keys()];
-  const starts = rows.map((bin) => bin * map.width);
+  const middles = rows.map((bin) => report.mapStart + bin * map.width + (map.width - 1) / 2);
   const value = (row, column) => cells[row * bins + column];
-  const of = (bin) => `${binLabel(bin * map.width, map.width)} ${map.width === 1 ? forPlotly(bin) : ""}`;
+  const of = (bin) => `${runWords(ofBin(bin))} ${map.width === 1 ? forPlotly(bin) : ""}`;
   return {
     data: [{
-      type: "heatmap", x: starts, y: starts,
+      type: "heatmap", x: middles, y: middles,
       // Colours follow the square root; what is written is the weight.
       z: rows.map((row) => rows.map((column) => { const cell = value(row, column); return Number.isNaN(cell) ? null : Math.sqrt(Math.max(0, cell)); })),
       text: rows.map((row) => rows.map((column) => `query ${of(row)}<br>key ${of(column)}<br>attention ${number(value(row, column))}`)),
@@ -136,8 +136,8 @@ async function mapChart(room) {
     }],
     title: `Attention [probability], layer ${layerName()}, ${pooled ? "mean over heads" : headName()}`,
     layout: {
-      xaxis: { title: "key [token]", constrain: "domain", constraintoward: "left", showgrid: false, zeroline: false },
-      yaxis: { title: "query [token]", autorange: "reversed", scaleanchor: "x", constrain: "domain", constraintoward: "top", showgrid: false, zeroline: false },
+      xaxis: { title: "key [token]", range: [-0.5, report.length - 0.5], constrain: "domain", constraintoward: "left", showgrid: false, zeroline: false },
+      yaxis: { title: "query [token]", range: [report.length - 0.5, -0.5], scaleanchor: "x", constrain: "domain", constraintoward: "top", showgrid: false, zeroline: false },
       height: Math.min(400, room - 30), dragmode: false,
     },
   };

@@ -27,7 +27,7 @@ function labelOf(shade) {
   const position = chosen.token;
   if (mapWidth() > 1 && isOfMap(shade)) {
     const words = word === "of" ? meanWords : runWords;
-    const whose = position === null ? "the chosen token" : words(ofBin(Math.floor(position / mapWidth())));
+    const whose = position === null ? "the chosen token" : words(ofBin(binOf(position)));
     return `attention ${word} ${whose}, in bins of ${mapWidth()} tokens`;
   }
   const of = position === null || shade === TO ? null : sourceOf(position)?.of;
@@ -58,7 +58,7 @@ async function shadeOf(shade) {
 
 async function mapShade(position, direction, values) {
   const { line, table: source, poolsHeads } = await mapLine(position, direction);
-  for (let i = 0; i < report.length; i++) values[i] = line[Math.floor(i / source.width)];
+  for (let i = 0; i < report.length; i++) values[i] = line[binOf(i)];
   const pooled = source.width > 1 ? `, in bins of ${source.width} tokens: each value is that of a whole bin` : "";
   return { source, note: `From the attention map of layer ${layerName()}, ${poolsHeads ? "mean over heads" : headName()}${pooled}.` };
 }

@@ -50,6 +50,13 @@ function buildText() {
 const everyQuery = () => queryPositions.every((position, index) => position === report.length - report.queries.count + index);
 const isGenerated = (position) => report.generated !== null && position >= report.generated && Boolean(real[position]);
 
+// A token whose spaces and line breaks, as the tokenizer shows them, are faint.
+function marked(text) {
+  const pieces = text.split(/([␣⏎⇥]+)/).filter(Boolean)
+    .map((piece) => (/^[␣⏎⇥]/.test(piece) ? element("span", { class: "mark" }, piece) : piece));
+  return pieces.length ? pieces : [element("span", { class: "mark" }, "(empty)")];
+}
+
 function fill(box) {
   if (box.filled) { paint(box); return; }
   box.filled = true;
@@ -57,13 +64,10 @@ function fill(box) {
   const made = [];
   for (let position = box.start; position < Math.min(box.start + CHUNK, report.length); position++) {
     const text = token(position);
-    // Spaces and line breaks of the tokenizer are shown, but faintly.
-    const pieces = text.split(/([␣⏎⇥]+)/).filter(Boolean)
-      .map((piece) => (/^[␣⏎⇥]/.test(piece) ? element("span", { class: "mark" }, piece) : piece));
     made.push(element("span", {
       class: `token${real[position] ? "" : " padding"}${isGenerated(position) ? " generated" : ""}`, role: "option", tabindex: position === focused ? 0 : -1,
       "aria-selected": position === chosen.token ? "true" : "false", "data-position": position,
-    }, ...(pieces.length ? pieces : [element("span", { class: "mark" }, "(empty)")])));
+    }, ...marked(text)));
     if (text.includes("⏎")) made.push(element("br"));
   }
   box.replaceChildren(...made);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llama_attn.analysis.dataset import Source
 
 Policy = Literal["streaming", "h2o", "snapkv", "tova", "knorm"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 # SnapKV's window of queries [tokens] and the width of its average.
 WINDOW, KERNEL = 64, 5
 SINK = 4
@@ -61,7 +62,6 @@ def keep_mask(
     *,
     sink: int = SINK,
     recent: int | None = None,
-    kv_heads: int | None = None,
 ) -> xarray.DataArray:
     """Which keys each policy keeps after the measured text: ``budget`` of every row, layer and KV head.
 
@@ -90,12 +90,11 @@ def keep_mask(
         sink: First keys that ``streaming`` keeps.
         recent: Last keys that ``h2o`` and ``snapkv`` keep in any case. For ``snapkv`` also the queries that choose;
             where fewer rows were measured or the text is shorter, and nothing is named, those that there are.
-        kv_heads: KV heads of a layer; None for those of ``key_norm`` or another norm. ``streaming`` and ``tova`` keep
-            the same in all, which one stands for if nobody says how many there are.
 
     Returns:
-        Bool (layer, batch, kv_head, key), as ``AttentionStatsConfig(keep=…)`` takes it. ``attrs`` hold ``policy``,
-        ``budget`` and ``part``, what was measured of the model if not all of it.
+        Bool (layer, batch, kv_head, key), as ``AttentionStatsConfig(keep=…)`` and `block_keys` take it. ``attrs`` hold
+        the arguments, with −1 where ``recent`` is left to the policy, and ``part``, what was measured of the model if
+        not all of it.
 
     Raises:
         ValueError: No such policy; its statistic was not measured; a budget that is not from 1 to the keys of the text,
@@ -107,11 +106,11 @@ def keep_mask(
     import xarray
 
     dataset = as_dataset(ds)
-    if policy not in NEEDED:
-        raise ValueError(f"policy: expected one of {list(NEEDED)}, got {policy!r}")
+    if policy not in POLICIES:
+        raise ValueError(f"policy: expected one of {list(POLICIES)}, got {policy!r}")
     _check_text(dataset, policy)
     _check_numbers(dataset, policy, budget, sink, recent)
-    groups = _groups(dataset, policy, kv_heads)
+    groups = _groups(dataset, policy)
     real = real_tokens(dataset, "key").transpose("batch", "key").values
     kept = np.zeros((dataset.sizes["layer"], *real.shape[:1], groups, real.shape[1]), dtype=bool)
     needed = dataset[[*NEEDED[policy]]] if NEEDED[policy] else dataset[["visible_queries"]]
@@ -120,7 +119,7 @@ def keep_mask(
         if not len(keys):
             continue
         here = needed.isel(batch=row) if "layer" not in needed.dims else needed.isel(layer=layer, batch=row)
-        chosen = _POLICIES[policy](_Row(here, keys, groups, min(budget, len(keys)), sink, recent))
+        chosen = _KEPT_BY[policy](_Row(here, keys, groups, min(budget, len(keys)), sink, recent))
         kept[layer, row][:, keys] = chosen
     return xarray.DataArray(
         kept,
@@ -132,6 +131,8 @@ def keep_mask(
             "long_name": f"kept by {policy} with a budget of {budget}",
             "policy": policy,
             "budget": int(budget),
+            "sink": int(sink),
+            "recent": -1 if recent is None else int(recent),
             "part": measured_part(dataset),
         },
     )
@@ -158,8 +159,8 @@ def _snapkv(row: _Row) -> Bool[np.ndarray, "kv_head key"]:
     window = weights.shape[1]
     if row.budget < window and row.budget < len(row.keys):
         raise ValueError(
-            f"budget: snapkv keeps the {window} keys of its window, got {row.budget}; expected {window} or more, or a "
-            "smaller window: recent="
+            f"budget: snapkv keeps the {window} keys of the queries that it observes, so expected {window} or more, or "
+            f"fewer queries (recent=…), got {row.budget}"
         )
     before = weights[:, :, : len(row.keys) - window].mean(1)
     # Beyond either end stand zeros, which count.
@@ -178,7 +179,7 @@ def _knorm(row: _Row) -> Bool[np.ndarray, "kv_head key"]:
     return _largest(-row.dataset.key_norm.transpose("kv_head", "key").values[:, row.keys], row.budget, 0)
 
 
-_POLICIES: dict[str, Callable[[_Row], Bool[np.ndarray, "kv_head key"]]] = {
+_KEPT_BY: dict[str, Callable[[_Row], Bool[np.ndarray, "kv_head key"]]] = {
     "streaming": _streaming,
     "h2o": _h2o,
     "snapkv": _snapkv,
@@ -249,26 +250,16 @@ def _check_numbers(dataset: xarray.Dataset, policy: str, budget: int, sink: int,
         raise ValueError(f"sink: expected no more than the budget of {budget}, got {sink}")
 
 
-def _groups(dataset: xarray.Dataset, policy: str, kv_heads: int | None) -> int:
+def _groups(dataset: xarray.Dataset, policy: str) -> int:
     """How many KV heads there are, checked against the query heads that were measured."""
-    known = dataset.sizes.get("kv_head")
-    if kv_heads is not None and (
-        isinstance(kv_heads, bool) or not isinstance(kv_heads, (int, np.integer)) or kv_heads < 1
-    ):
-        raise ValueError(f"kv_heads: expected a positive integer, got {kv_heads!r}")
-    if kv_heads is not None and known not in (None, kv_heads):
-        raise ValueError(f"kv_heads: expected {known}, the KV heads of the norms, got {kv_heads}")
-    groups = kv_heads or known
-    if groups is None:
-        if policy not in ("h2o", "snapkv"):
-            return 1
-        raise ValueError(
-            f"kv_heads: {policy} averages over the query heads of each KV head, and nothing says how many KV heads there "
-            'are; pass kv_heads=, or measure AttentionStatsConfig(statistics=(…, "key_norm"))'
-        )
-    heads = dataset["head"].values.tolist() if "head" in dataset.coords else []
-    if policy in ("h2o", "snapkv", "tova") and (heads != list(range(len(heads))) or len(heads) % groups):
-        raise ValueError(
-            f"source: {policy} needs all query heads, a multiple of {groups} KV heads, got {heads}; measure with heads=None"
-        )
-    return int(groups)
+    groups = dataset.sizes.get("kv_head") or int(dataset.attrs.get("num_kv_heads", 0))
+    if not groups:
+        raise ValueError("source: an older file does not say how many KV heads the model has; measure again")
+    if policy in ("h2o", "snapkv", "tova"):
+        heads = dataset["head"].values.tolist() if "head" in dataset.coords else []
+        total = int(dataset.attrs.get("num_heads", 0)) or len(heads)
+        if heads != list(range(total)) or total % groups:
+            raise ValueError(
+                f"source: expected all {total} query heads of {groups} KV heads, in order, got {heads}; measure with heads=None"
+            )
+    return groups

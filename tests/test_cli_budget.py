@@ -1,0 +1,105 @@
+"""``llama-attn budget``: what is kept and what it costs, against a model that is given the mask."""
+
+from __future__ import annotations
+
+import cli_models
+import matplotlib.image
+import pandas
+import pytest
+import torch
+from test_cli import invoke
+from transformers import AutoTokenizer
+from transformers.models.llama import modeling_llama as upstream
+
+from llama_attn import AttentionStatsConfig, record
+from llama_attn.analysis import keep_mask
+from llama_attn.viz import plot_budget
+
+TEXT = " ".join(
+    ["a", "b", "c", "d", "e", "f", "g", "h", "the", "cat", "sat", "on", "a", "mat", "and", "saw", "the", "dog"] * 4
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return cli_models.save("llama", tmp_path / "llama")
+
+
+def budget(folder, tmp_path, *arguments):
+    return invoke(
+        "budget", folder, "--file", tmp_path / "text.txt", "--out", tmp_path / "out", "--dtype", "float32", *arguments
+    )  # fmt: skip
+
+
+def test_every_policy_and_budget(checkpoint, tmp_path):
+    result = budget(
+        checkpoint, tmp_path, "--budgets", "20,4", "--policies", "knorm,streaming,h2o,snapkv,tova", "--readers", "12"
+    )
+    assert result.exit_code == 0, result.output
+    frame = pandas.read_csv(tmp_path / "out" / "budget.csv")
+    assert matplotlib.image.imread(tmp_path / "out" / "budget.png").size > 0
+    assert set(frame.budget) == {4, 20}
+    model = upstream.LlamaForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    ids = torch.tensor([AutoTokenizer.from_pretrained(checkpoint)(TEXT)["input_ids"]])
+    length, first = ids.shape[1], ids.shape[1] - 12
+    config = AttentionStatsConfig(statistics=("received_total", "key_norm"), rows=slice(-64, None))
+    with torch.no_grad():
+        with record(model, config) as recording:
+            model(ids[:, :first])
+        weights = torch.stack(model(ids, output_attentions=True).attentions)[:, 0, :, first:].double()
+        full = loss_of(model, ids, first, torch.ones(length, length, dtype=torch.bool).tril())
+        assert f"{full:.3g} nat" in result.output
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        for (policy, size), part in frame.groupby(["policy", "budget"]):
+            recent = min(64, size // 2) if policy == "snapkv" else None
+            keep = torch.as_tensor(keep_mask(recording.stats, policy, size, recent=recent).values)[:, 0]
+            group = weights.shape[1] // keep.shape[1]
+            kept = torch.cat([keep, torch.ones(*keep.shape[:2], 12, dtype=torch.bool)], -1).repeat_interleave(group, 1)
+            expected = (weights * kept[:, :, None]).sum(-1).mean((1, 2))
+            assert part.kept.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+            seen = causal & (kept[:, :, None] | (torch.arange(length) < first)[:, None])
+            assert part.loss.iloc[0] == pytest.approx(loss_of(model, ids, first, seen), abs=1e-5)
+
+
+def loss_of(model, ids, first, seen):
+    """Loss of the tokens behind the first that reads, where every layer and head sees what ``seen`` says."""
+    hooks = []
+    if seen.ndim == 4:
+        for layer, mask in zip(model.model.layers, seen, strict=True):
+            bias = torch.where(mask, 0.0, torch.finfo(torch.float32).min)[None]
+            hooks.append(
+                layer.self_attn.register_forward_pre_hook(
+                    lambda _, args, kwargs, bias=bias: (args, kwargs | {"attention_mask": bias}), with_kwargs=True
+                )
+            )
+    logits = model(ids, use_cache=False).logits[:, first:-1]
+    for hook in hooks:
+        hook.remove()
+    return float(torch.nn.functional.cross_entropy(logits.mT, ids[:, first + 1 :]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--budgets", "0"), "--budgets: expected numbers of keys from 1 up"),
+        (("--budgets", "4,x"), "--budgets: expected numbers of keys from 1 up"),
+        (("--budgets", "100000"), "--budgets: expected 1 to"),
+        (("--budgets", "1"), "snapkv keeps the last key"),
+        (("--policies", "fifo"), "--policies: expected some of"),
+        (("--policies", ","), "--policies: expected some of"),
+        (("--readers", "100000"), "--readers: the text has"),
+    ],
+)
+def test_what_cannot_be(arguments, message, checkpoint, tmp_path):
+    result = budget(checkpoint, tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_without_what_is_drawn():
+    with pytest.raises(ValueError, match="frame: expected the columns"):
+        plot_budget(pandas.DataFrame({"policy": ["h2o"]}))
+    with pytest.raises(ValueError, match="at least one policy"):
+        plot_budget(pandas.DataFrame(columns=["policy", "budget", "layer", "kept", "loss"]))
