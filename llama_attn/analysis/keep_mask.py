@@ -87,7 +87,7 @@ def keep_mask(
             ``knorm``; of all query heads.
         policy: One of the table.
         budget: Keys to keep in every row, layer and KV head.
-        sink: First keys that ``streaming`` keeps.
+        sink: First keys that ``streaming`` keeps, if the budget holds as many.
         recent: Last keys that ``h2o`` and ``snapkv`` keep in any case. For ``snapkv`` also the queries that choose;
             where fewer rows were measured or the text is shorter, and nothing is named, those that there are.
 
@@ -237,7 +237,7 @@ def _check_text(dataset: xarray.Dataset, policy: str) -> None:
 
 def _check_numbers(dataset: xarray.Dataset, policy: str, budget: int, sink: int, recent: int | None) -> None:
     length = dataset.sizes["key"]
-    for name, number, least in (("budget", budget, 1), ("sink", sink, 0), ("recent", recent, 1)):
+    for name, number, least in (("budget", budget, 1), ("sink", sink, 0), ("recent", recent, int(policy != "h2o"))):
         if name == "recent" and number is None:
             continue
         if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or not least <= number <= length:
@@ -246,8 +246,6 @@ def _check_numbers(dataset: xarray.Dataset, policy: str, budget: int, sink: int,
         raise ValueError(f"recent: only h2o and snapkv have a choice, got {recent} for {policy}")
     if recent is not None and recent > budget:
         raise ValueError(f"recent: expected no more than the budget of {budget}, got {recent}")
-    if policy == "streaming" and sink > budget:
-        raise ValueError(f"sink: expected no more than the budget of {budget}, got {sink}")
 
 
 def _groups(dataset: xarray.Dataset, policy: str) -> int:

@@ -27,7 +27,7 @@ MOST_TOKENS = 600
 AROUND, SHORTEST_GAP = 8, 6
 # Of letters: size [points], width of one over that, and distance of lines over that.
 LETTERS, LETTER, LINE = 8.0, 0.615, 1.6
-WIDTH, BESIDE = 10.0, 1.7
+WIDTH, BESIDE, LONGEST_BAR = 10.0, 1.7, 4.0
 COLOURS = "Oranges"
 # From this share of the darkest colour on letters are white.
 DARK = 0.6
@@ -68,7 +68,7 @@ def plot_rows(
 
     Args:
         source: Statistics with ``row_weights``.
-        row: Position of the query; None for the last one of this text that was measured.
+        row: Position of the query in its text, padding not counted; None for the last that was measured.
         layer: Index of the layer; None for the mean over layers.
         head: Index of the query head; None for the mean over heads.
         batch: Row of the batch.
@@ -93,7 +93,8 @@ def plot_rows(
     keys = of_text["key"].values
     shaded = real & (sink | (np.cumsum(real) > measured_with(dataset, "sink_tokens")))
     high = float(weights[shaded].max(initial=0)) or 1.0
-    pieces = _pieces(keys, weights, real, shaded, tokens_of(of_text, "key"), row)
+    tokens = tokens_of(of_text, "key")
+    pieces = _pieces(keys, weights, real, shaded, tokens, row)
     columns, size, lines = _measure(pieces, ax)
     colours = square_root(high)
     figure, axes = new_figure((WIDTH, 1.1 + len(lines) * size * LINE / 72), ax)
@@ -101,9 +102,14 @@ def plot_rows(
     colour_bar(
         drawn, axes, f"attention weight [probability]{colours.note}{_uniform(of_text, row)}", ticks=colours.ticks
     )
+    named = "" if tokens is None else f" “{drawable(tokens[int(np.searchsorted(keys, row))])}”"
     where = "mean over layers" + of_part(dataset) if layer is None else f"layer {layer}"
     without = "" if sink else ", without the sink"
-    entitle(axes, f"Attention of the token at {row}, {where}, {of_head(dataset, head)}{without}", about(dataset, batch))
+    entitle(
+        axes,
+        f"Attention of the token{named} at {row}, {where}, {of_head(dataset, head)}{without}",
+        about(dataset, batch),
+    )
     return figure
 
 

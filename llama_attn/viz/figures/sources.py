@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, YELLOW)
 # Of the tokens that were generated; and of segments beyond the colours there are.
 OWN, OTHER = "#C9B18A", "#7A6A52"
-HEIGHT = 5.0
+HEIGHT, LEGEND = 5.0, 2.8
 
 
 def plot_sources(
@@ -63,7 +63,8 @@ def plot_sources(
     # Mean and uniform attention stand apart, as wide as can be read beside many tokens.
     wide = max(1.0, len(places) / 25)
     beside = len(places) - 0.5 + wide * np.array([1.0, 2.2])
-    width = float(np.clip(PER_TOKEN * (len(places) + 3 * wide) * 2, NARROWEST, WIDEST))
+    # Twice as wide as along the text: a bar has more to show than a step; and the legend stands beside.
+    width = float(np.clip(2 * PER_TOKEN * (len(places) + 3 * wide) + LEGEND, NARROWEST, WIDEST))
     figure, axes = new_figure((width, HEIGHT), ax)
     bottoms, under = np.zeros(len(places)), np.zeros(2)
     handles = []
@@ -84,14 +85,18 @@ def plot_sources(
     axes.set_xlim(-0.7, beside[-1] + 0.7 * wide)
     _label(axes, places, positions, lines.drop_duplicates("position").token.tolist(), beside)
     label_axes(axes, "generated token", f"attention [probability]\n{'sink included' if sink else 'without the sink'}")
-    add_legend(figure, ax, handles[::-1], loc="outside right upper", title="segment: mean share")
+    right = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+    add_legend(figure, ax, handles[::-1], loc="outside right upper", given=right, title="segment: mean share")
     entitle(axes, f"What the answer draws on, {_heads(heads)}", about(dataset, batch))
     return figure
 
 
 def _label(axes: Axes, places: np.ndarray, positions: np.ndarray, tokens: list[object], beside: np.ndarray) -> None:
-    """Tokens or, of a long answer, positions; and the two bars on the right."""
-    known = [drawable(token) if isinstance(token, str) else "?" for token in tokens]
+    """Tokens or, where they are not known and of a long answer, positions; and the two bars on the right."""
+    known = [
+        drawable(token) if isinstance(token, str) else f"[{position}]"
+        for token, position in zip(tokens, positions, strict=True)
+    ]
     if len(places) > MOST_TOKENS or not any(isinstance(token, str) for token in tokens):
         step = -(-len(places) // 20)
         places, known = places[::step], [str(position) for position in positions[::step]]
