@@ -197,5 +197,5 @@ def test_backends():
 
 def test_version_and_help():
     assert invoke("--version").output.strip() == llama_attn.__version__
-    for command in ("demo", "run", "heads", "backends", "plot", "report", "compare"):
+    for command in ("demo", "run", "heads", "ablate", "backends", "plot", "report", "compare"):
         assert command in invoke("--help").output

@@ -113,6 +113,18 @@ def test_means_and_numbers_of_ones_own(ids, left_padding):
         hook.remove()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mean_is_of_real_queries(backend, ids):
+    """Padding on the right attends to what is real, and gives numbers that nobody asked for."""
+    model, mask = made(DECODERS["qwen3"], backend), torch.ones(2, 37, dtype=torch.long)
+    mask[1, 20:] = 0
+    alone = ids[1:, :20]
+    with ablate_heads(model, {0: "all", 2: [1]}, "mean"):
+        expected, found = logits(model, alone), logits(model, ids, mask)[1:, :20]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def causal(mask, window=None):
     """Who sees whom in a padded batch, (batch, 1, query, key)."""
     places = torch.arange(mask.shape[1])
@@ -518,3 +530,4 @@ def test_the_decoder_is_meant_where_there_are_several_stacks(ids):
     assert recording.stats["received"][..., 1].isnan().all()
     assert recording.stats["visible_keys"].unique().tolist() == [9]
     assert recording.stats["visible_keys"].shape[-1] == 7
+    assert [stats.to_xarray()["query"].values[0] for stats in recording.forwards] == [0, 5, 6]
