@@ -33,7 +33,7 @@ mean of A_ik over the queries that may see k.
 | Which tokens are sinks? | `sink_positions(ds, epsilon=0.3, fewest_queries=None)` | every key's `share` of all attention, its `boost` over uniform attention and how many `queries` see it; `sink` of a head: α_key > ε; `layer_sink`: more on average over the heads of a layer than chance explains; only with enough queries, see below | the same; Bernstein's inequality; baseline as in attention-sink-profiler | `plot_token_strip` |
 | Is attention local or global? | `locality(ds)` | local mass, mean distance, H_i / ln n_i, and the mean distance over that of uniform attention; `local` below 0.5 | Vig & Belinkov (2019), arXiv 1906.04284; Zhai et al., arXiv 2303.06296 | `plot_distance_histogram` |
 | How does it change through the layers? | `layer_evolution(ds)` | mean, standard deviation, smallest and largest over heads of every statistic; norms over tokens | | `plot_layer_profile` |
-| What does each head do? | `classify_heads(ds, query_slice=None)` | scores and a role per head, see below | TransformerLens, head_detector; Olsson et al., arXiv 2209.11895; Gu et al. | `plot_head_roles` |
+| What does each head do? | `classify_heads(ds, query_slice=None, needle=None)` | scores and a role per head, see below | TransformerLens, head_detector; Olsson et al., arXiv 2209.11895; Gu et al. | `plot_head_roles` |
 | Where are the massive activations? | `massive_activations(ds, magnitude=100, ratio=1000)` | numbers that exceed 100 and reach 1,000 × the median of the state; every channel of each token, layers where they appear and disappear, share of heads for which the token is a sink | Sun et al., arXiv 2402.17762 | `plot_massive_activations` |
 | What differs between two runs? | `compare(a, b)` | per statistic, layer and head: difference of the means over aligned tokens; `matched`, the same at matched positions; effect = root mean square difference at matched positions / standard deviation of the statistic, or its rounding error where that is larger; `attrs` say how many tokens were aligned, what was left out, and warn of texts with little in common, see below | | `plot_comparison`, `plot_head_comparison` |
 | How many keys hold most of the attention? | `coverage(ds, mass=(0.5, 0.9, 0.95, 0.99))` | `least` and `most`: bounds on the keys per query that hold a share of the attention, if they are chosen best, from `weight_count` and `weight_mass`; `uniform`, the same of uniform attention | derived in its docstring | `plot_coverage` |
@@ -91,9 +91,9 @@ kinds of sinks the role is `first_token_sink` where its own score passes and at 
 first tokens. Sink,
 previous-token, duplicate-token and induction scores are shares of the same attention, so they have the same threshold,
 the ε of Gu et al.; `local` is where `locality` draws the line; 0.9 for `uniform` and `streaming` is a choice; 0.1 for
-`retrieval` is that of Wu et al. `retrieval` is known with `needle=` only, `streaming` of texts longer than the window. In ordinary text few
-tokens have an earlier copy, and heads that look for one rest on the sink, so use a random sequence repeated twice and
-pass the second half as `query_slice`.
+`retrieval` is that of Wu et al. `retrieval` is known with `needle=` only, `streaming` of texts longer than the window.
+In ordinary text few tokens have an earlier copy, and heads that look for one rest on the sink, so use a random sequence
+repeated twice and pass the second half as `query_slice`.
 
 SmolLM2-135M-Instruct, {rows} rows of {repeated} random tokens, twice, behind `<|im_start|>`; queries of the second half:
 
