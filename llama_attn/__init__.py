@@ -14,6 +14,7 @@ from llama_attn.registration import register, unregister
 from llama_attn.stats.chat import chat_segments
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
+from llama_attn.stats.images import image_segments
 from llama_attn.stats.table import Statistic, register_statistic
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "available_backends",
     "block_keys",
     "chat_segments",
+    "image_segments",
     "record",
     "register",
     "register_backend",

@@ -29,7 +29,7 @@ class AttentionStatsConfig:
         map_size: Largest number of bins along each axis of a map.
         norms: Add every norm of hidden states, keys and values to the selection.
         segments: Integer tensor (batch, key), −1 for "none", or one list of labels per sample, or what
-            `chat_segments` returns; adds ``segment_mass``.
+            `chat_segments` or `image_segments` returns; adds ``segment_mass``.
         query_stride: Measure queries 0, s, 2s … of the row only.
         offload: ``"cpu"`` moves every layer's numbers to the CPU as soon as they exist.
         engine: Name of the engine that measures; ``None`` leaves the choice to the written rule.

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Segments = Tensor | Sequence[Sequence[str | None]] | tuple[Tensor, Sequence[str]]
+from llama_attn.stats.images import ImageSegments
+
+Segments = Tensor | Sequence[Sequence[str | None]] | tuple[Tensor, Sequence[str]] | ImageSegments
 NumberedSegments = tuple[Tensor, tuple[str, ...]]
 
 GENERATED, SPECIAL = "generated", "special"
@@ -18,11 +20,13 @@ def read_segments(segments: Segments) -> NumberedSegments:
 
     Args:
         segments: Integer tensor (batch, key) with −1 for "none", or one list of labels per row with None for it,
-            or what `chat_segments` returns.
+            or what `chat_segments` or `image_segments` returns.
 
     Raises:
         ValueError: Not two axes, floats, or a number below −1.
     """
+    if isinstance(segments, ImageSegments):
+        segments = segments.labels, segments.names
     if isinstance(segments, tuple) and len(segments) == 2 and isinstance(segments[0], Tensor):
         labels, names = _read_numbers(segments[0]), tuple(str(name) for name in segments[1])
         if int(labels.max()) >= len(names):

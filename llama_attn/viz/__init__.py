@@ -8,6 +8,7 @@ from llama_attn.viz.figures.attention import plot_attention_map
 from llama_attn.viz.figures.budget import plot_budget
 from llama_attn.viz.figures.comparison import plot_comparison, plot_head_comparison
 from llama_attn.viz.figures.grids import plot_head_grid, plot_head_roles
+from llama_attn.viz.figures.image_rows import plot_image_rows
 from llama_attn.viz.figures.multiples import plot_layer_heads, plot_model_view
 from llama_attn.viz.figures.norms import plot_hidden_norms, plot_kv_norms
 from llama_attn.viz.figures.profile import plot_distance_histogram, plot_layer_profile
@@ -25,6 +26,7 @@ __all__ = [
     "plot_head_grid",
     "plot_head_roles",
     "plot_hidden_norms",
+    "plot_image_rows",
     "plot_kv_norms",
     "plot_layer_heads",
     "plot_layer_profile",
