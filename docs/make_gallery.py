@@ -21,7 +21,7 @@ IMAGES = DOCS / "images" / "gallery"
 DPI = 110
 INTRODUCTION = """# Gallery
 
-Every figure, drawn from SmolLM2-135M-Instruct on the opening of *Moby-Dick*. `text`, `beginning`, `other` and
+Every figure, drawn from SmolLM2-135M-Instruct on the opening of *Moby-Dick* but for one, which says so. `text`, `beginning`, `other` and
 `repeated` are `AttentionStats`, datasets or saved files: `text` is the opening, `beginning` its first 40 tokens, `other`
 the same with `<|im_start|>` in place of the first token, `repeated` the token `<|im_start|>` and a random sequence of
 64 tokens, twice. Figures of one pair of axes take `ax=`, and draw there. Grey is "no data": pairs that may not see each
@@ -114,6 +114,15 @@ ENTRIES = (
         "Statistics along the text, token by token: what each token receives, what it gives to the sink, and the norms "
         "of its states. Marks are sinks. The first token stands out three times: it receives most, its state is huge, its key and value are "
         "small.",
+    ),
+    Entry(
+        "image_rows",
+        "plot_image_rows(pictured.stats, pictured.image, pictured.segments, head=0)",
+        lambda runs: viz.plot_image_rows(runs.pictured.stats, runs.pictured.image, runs.pictured.segments, head=0),
+        "A picture of the prompt, under the attention that one token pays to each of its tokens; the title says how much all "
+        "of them get. `segments` are what `image_segments` says of the prompt, and `rows=(-1,)` has the weights of its last "
+        "token measured. The model here is a tiny random Gemma 3, one of which a head prefers what is bright; see "
+        "[any_model.md](any_model.md#images-in-prompts).",
     ),
     Entry(
         "massive_activations",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pandas
 import torch
+from pictured_run import Pictured, measure_picture
 from transformers import AutoTokenizer
 
 from llama_attn import AttentionStats, AttentionStatsConfig, LlamaForCausalLM
@@ -44,6 +45,7 @@ class Runs:
         repeated: Rows of that token and twice the same random tokens.
         budget: What smaller caches keep of the first `READ` tokens of the text, and the loss of those behind them.
         ablation: The loss on the beginning without each head of the first `ABLATED` layers.
+        pictured: A prompt with a picture, read by another model.
     """
 
     text: AttentionStats
@@ -52,6 +54,7 @@ class Runs:
     repeated: AttentionStats
     budget: pandas.DataFrame
     ablation: pandas.DataFrame
+    pictured: Pictured
 
 
 def measure() -> Runs:
@@ -76,7 +79,8 @@ def measure() -> Runs:
     half = torch.randint(100, 48_000, (ROWS, REPEATED), generator=torch.Generator().manual_seed(0))
     repeated = torch.cat([torch.full((ROWS, 1), tokenizer.bos_token_id), half, half], 1)
     return Runs(
-        run(ids), run(beginning), run(other), run(repeated), _budget(model, ids), ablate(model, beginning)
+        run(ids), run(beginning), run(other), run(repeated), _budget(model, ids), ablate(model, beginning),
+        measure_picture(),
     )  # fmt: skip
 
 

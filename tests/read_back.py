@@ -16,9 +16,9 @@ from llama_attn.analysis import classify_heads
 from llama_attn.viz.figures.activations import CHANNEL_COLOURS
 from llama_attn.viz.style import drawable
 
-# Those of a table of losses have tests of their own.
-OF_TABLES = {"plot_ablation", "plot_budget"}
-NAMES = [name for name in viz.__all__ if name.startswith("plot_") and name not in OF_TABLES]
+# Those of a table of losses, or of a picture, have tests of their own.
+OF_MORE = {"plot_ablation", "plot_budget", "plot_image_rows"}
+NAMES = [name for name in viz.__all__ if name.startswith("plot_") and name not in OF_MORE]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def test_every_picture_can_be_named(saved):
         "plot_head_comparison",
         "plot_ablation",
         "plot_budget",
+        "plot_image_rows",
     }
     assert {f"plot_{name.replace('-', '_')}" for name in _pictures("source")} == names
     for what in _pictures("source"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,19 @@ def test_a_bright_square_changes_the_token_of_its_cell_alone(family, side):
                 assert segments.names[segments.labels[number, place]] == f"image {index}"
 
 
+def test_the_page_on_any_model_runs():
+    page = (Path(__file__).parent.parent / "docs" / "any_model.md").read_text()
+    code = page.split("## Images in prompts")[1].split("```python\n")[1].split("```")[0]
+    image, prompt = picture(32, 16, (0, 1), (2, 2)), f"what is on the picture {IMAGE['gemma']}"
+    known = {"model": model_of("gemma"), "processor": gemma_processor(), "picture": image, "prompt": prompt}
+    with torch.no_grad():
+        exec(code, known)  # noqa: S102 (what we wrote ourselves)
+    _, cells = drawn(known["figure"])
+    last = known["shares"].isel(query=-1).sel(layer=2, batch=0).mean("head")
+    np.testing.assert_allclose(cells.sum(), last, rtol=1e-5)
+    assert cells.shape == (2, 2)
+
+
 def test_spans_and_grids():
     inputs, processor = prompts("qwen", [[picture(24, 16)], [picture(16, 16), picture(24, 40)]], "left")
     found = image_segments(inputs, processor)
@@ -237,6 +251,25 @@ def test_the_weights_over_the_picture_are_those_of_eager_attention(family, side)
     np.testing.assert_allclose(mass, weights[0][1, :, real[-1], span.first : span.stop].sum(-1), rtol=2e-5)
 
 
+def test_what_was_generated_looks_at_the_picture_too():
+    image = picture(24, 16, (0, 1), (2, 3))
+    inputs, processor = prompts("qwen", [[image]])
+    segments = image_segments(inputs, processor)
+    with record(model_of("qwen"), AttentionStatsConfig(rows="generated", segments=segments)) as recording:
+        sequences = model_of("qwen").generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    length, new = inputs["input_ids"].shape[1], 3
+    longer = inputs | {"input_ids": sequences[:, :-1], "attention_mask": torch.ones(1, length + new, dtype=torch.long)}
+    longer["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new))
+    with torch.no_grad():
+        weights = model_of("qwen", "eager")(**longer, output_attentions=True).attentions[1][0]
+    assert recording.stats.segments == ("text", "image 0", "generated")
+    (span,) = segments.images[0]
+    for row in range(length - 1, length + new):
+        _, cells = drawn(plot_image_rows(recording.stats, image, segments, row=row, layer=1, head=2))
+        np.testing.assert_allclose(cells, weights[2, row, span.first : span.stop].reshape(span.grid), rtol=2e-5)
+    assert f"at {length + new - 1} to" in plot_image_rows(recording.stats, image, segments).axes[0].get_title()
+
+
 def test_the_last_measured_row_and_axes_of_the_user(tmp_path):
     from matplotlib.figure import Figure
 
@@ -270,6 +303,14 @@ def test_pictures_of_every_kind(image):
     figure.savefig(io.BytesIO(), format="png", dpi=40)
     grey, _ = drawn(figure)
     np.testing.assert_allclose(grey, np.full((4, 6), 0.2))
+
+
+def test_colours_become_as_bright_as_pil_says():
+    stats, segments, *_ = measured("gemma", "right")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    for each in (image, np.asarray(image) / 255):
+        grey, _ = drawn(plot_image_rows(stats, each, segments))
+        np.testing.assert_allclose(grey * 255, np.asarray(image.convert("L")), atol=1)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_a_fresh_kernel_shows_statistics_and_figures():
     calls = [
         f"viz.{name}(stats{', stats' if 'comparison' in name else ''})"
         for name in viz.__all__
-        if name.startswith("plot_") and name not in ("plot_ablation", "plot_budget")
+        if name.startswith("plot_") and name not in ("plot_ablation", "plot_budget", "plot_image_rows")
     ]
     measured = MEASURE.format(tests=str(Path(__file__).parent))
     _, shown, *figures, pyplot, _, inline = displayed(

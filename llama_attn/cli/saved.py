@@ -144,15 +144,25 @@ def compare(
 
 
 def _pictures(parameter: str) -> dict[str, Callable[..., Figure]]:
-    """Every picture whose function has the parameter: ``source`` of one run, ``a`` of two; by the function's name."""
+    """Every picture of statistics alone whose function has the parameter: ``source`` of one run, ``a`` of two.
+
+    Returns:
+        The functions by their names.
+    """
     from llama_attn import viz
 
     functions = {name: getattr(viz, name) for name in viz.__all__ if name.startswith("plot_")}
     return {
         name.removeprefix("plot_").replace("_", "-"): function
         for name, function in functions.items()
-        if parameter in inspect.signature(function).parameters
+        if parameter in (given := _required(function)) and given <= {"source", "a", "b"}
     }
+
+
+def _required(function: Callable[..., Figure]) -> set[str]:
+    """Parameters without a default."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.default is parameter.empty}
 
 
 def _picture(

@@ -11,19 +11,20 @@ from llama_attn.analysis import as_dataset
 from llama_attn.stats.images import ImageSegments
 from llama_attn.viz.figures.canvas import colour_bar, entitle, label_axes, new_figure
 from llama_attn.viz.figures.scales import Scale, check_scale, colour_scale
-from llama_attn.viz.style import about, drawable, heat_map, of_head, pick, pick_head, tokens_of, unit_of
+from llama_attn.viz.style import ORANGE, about, drawable, heat_map, of_head, pick, pick_head, tokens_of, unit_of
 
 if TYPE_CHECKING:
     import xarray
     from jaxtyping import Float, Int
     from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
     from llama_attn.analysis.dataset import Source
     from llama_attn.stats.images import ImageSpan
 
-# How much of the picture the colours hide.
-OPACITY = 0.6
+# Weights are this colour, from transparent to what hides the picture.
+COLOUR, HIDDEN = ORANGE, 0.9
 # Of the light of red, green and blue, as television weighs them (ITU-R BT.601).
 LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -41,7 +42,7 @@ def plot_image_rows(
     scale: Scale | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """The picture in grey, under the attention that one token pays to each of its tokens; the title has their sum.
+    """The picture in pale grey, under the attention that one token pays to each of its tokens; the title has their sum.
 
     Args:
         source: Statistics with ``row_weights``.
@@ -90,8 +91,9 @@ def plot_image_rows(
     # One picture element is one unit, whatever the size of the cells.
     height, width = picture.shape
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=extent)
-    drawn = heat_map(axes, cells, norm=colours.norm, alpha=OPACITY, extent=extent, aspect="equal")
+    # Pale, so that it does not change colours much.
+    axes.imshow(picture, cmap="gray", vmin=-1, vmax=1, extent=extent)
+    drawn = heat_map(axes, cells, cmap=_veil(), norm=colours.norm, extent=extent, aspect="equal")
     label = f"attention weight {unit_of(weights)}{colours.note}"
     colour_bar(drawn, axes, label, ticks=colours.ticks, extend=colours.extend)
     label_axes(axes, "{1} × {0} tokens".format(*span.grid))
@@ -106,6 +108,12 @@ def plot_image_rows(
         about(dataset, batch),
     )
     return figure
+
+
+def _veil() -> ListedColormap:
+    from matplotlib.colors import ListedColormap, to_rgba
+
+    return ListedColormap([to_rgba(COLOUR, HIDDEN * part) for part in np.linspace(0, 1, 256)])
 
 
 def _span(segments: ImageSegments, batch: int, index: int) -> tuple[ImageSpan, int]:
