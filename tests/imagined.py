@@ -104,7 +104,9 @@ class Model:
         order = np.argsort(-w, axis=-1, kind="stable")[..., :4]
         hidden_layers = [*self.layers, self.num_layers]
         states = np.abs(np.random.default_rng(1).normal(size=(len(hidden_layers), 1, len(self.queries), 40)))
-        states[1:, 0, 0, [7, 30]] = 5000, 4000
+        # Of the first token that is real; padding has no states.
+        real_queries = self.masks.any((0, 2))
+        states[1:, 0, real_queries.argmax(), 7], states[1:, 0, real_queries.argmax(), 30] = 5000, 4000
         top = np.sort(states, -1)[..., ::-1][..., :4]
         with np.errstate(all="ignore"):
             variables = {
@@ -155,5 +157,6 @@ class Model:
             "key_token": (("batch", "key"), [tokens[0]]), "query_token": (("batch", "query"), [tokens[1]]),
         }  # fmt: skip
         config = {"sink_tokens": self.sink_tokens, "window": self.window, "top_k": 4, "map_size": 64}
+        config["query_stride"] = self.text.stride
         about = {"num_layers": self.num_layers, "direction": self.direction, "config": json.dumps(config)}
         return xarray.Dataset(variables, coordinates, about | attrs)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import llama_attn
 from llama_attn import AttentionStats
 from llama_attn.cli import app
+from llama_attn.cli.terminal import console
 
 
 def invoke(*arguments: object):
@@ -29,7 +30,9 @@ def folder(tmp_path, smollm2):
 
 
 @pytest.mark.smollm2
-def test_demo(tmp_path):
+def test_demo(tmp_path, monkeypatch):
+    # Room for tokens in full.
+    monkeypatch.setattr(console, "_width", 100)
     result = invoke("demo", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "out").iterdir()}

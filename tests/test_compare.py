@@ -144,7 +144,7 @@ def test_texts_that_have_little_in_common(ids):
     assert about["warning"] == str(caught[0].message)
     assert f"{about['aligned']} of 37 tokens aligned, {about['moved']} of them at another" in about["summary"]
     assert about["left_out"] == ["heads 0, 3, 5: in a only", "layer 2: in b only"]
-    assert (about["part_a"], about["part_b"]) == ("layers 0–1 of 3", "heads 1–2, 4")
+    assert (about["part_a"], about["part_b"]) == ("layers 0–1 of 3", "heads 1–2, 4 of 6")
 
 
 def test_padding_does_not_hinder_alignment(ids, left_padding):

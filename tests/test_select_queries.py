@@ -14,12 +14,16 @@ from llama_attn.analysis import compare, locality
 from llama_attn.analysis.uniform import uniform_attention
 
 OF_KEYS = {"key_norm", "value_norm", "key_mean_norm", "value_mean_norm", "value_output_norm"}
-OF_ALL = {"received", "received_total", "weights_map", "logits_map", "distance_histogram", "hidden_layer_median"}
+OF_ALL = {
+    "received", "received_total", "weights_map", "logits_map", "distance_histogram", "hidden_layer_median", "weight_count",
+    "weight_mass",
+}  # fmt: skip
 
 
 def test_what_is_left(stats, tmp_path):  # noqa: F811
     part = stats.with_tokens(Tokenizer(), torch.arange(74).view(2, 37)).select(layers=0, queries=[30, 4, 30])
     assert list(part.queries) == [4, 30]
+    assert (stats.rows, part.rows) == ((4, 36), (4,))
     assert set(stats.names) - set(part.names) == OF_ALL
     for name in part.names:
         dims = stats.labels[name].dims
@@ -27,6 +31,9 @@ def test_what_is_left(stats, tmp_path):  # noqa: F811
         wanted = stats[name][layers]
         if "query" in dims:
             wanted = wanted.index_select(dims.index("query"), torch.tensor([2, 15]))
+        elif name == "row_weights":
+            # Of the rows 4 and 36.
+            wanted = wanted[..., :1, :]
         else:
             assert name in OF_KEYS
         torch.testing.assert_close(part[name], wanted, rtol=0, atol=0, equal_nan=True)

@@ -24,10 +24,12 @@ from llama_attn.analysis import (
 )
 from llama_attn.analysis.dataset import without_attention
 from llama_attn.analysis.part import named_layers
+from llama_attn.analysis.row import row_alone
 from llama_attn.viz.figures.multiples import pooled_maps
 
 LENGTH = 20
-PADDED = [False] * 3 + [True] * (LENGTH - 3)
+PADDING = 3
+PADDED = [False] * PADDING + [True] * (LENGTH - PADDING)
 WHOLE = [True] * LENGTH
 
 
@@ -50,6 +52,11 @@ MODELS = {
 @pytest.fixture(params=MODELS)
 def model(request):
     return MODELS[request.param]
+
+
+def padding_of(model):
+    """Tokens in front of the text, which nothing that shows one row counts."""
+    return 0 if all(model.text.real) else PADDING
 
 
 def close(found, expected):
@@ -156,13 +163,14 @@ def test_one_line_per_layer(model):
         mask = model.masks[at]
         taken = model.weights[at].sum(1).mean(0) / mask.any(1).sum()
         sees = [i for i in np.flatnonzero(mask.any(1)) if mask[i].sum() > 2]
-        if not model.text.dropped and model.text.stride == 1:
+        # The row alone begins with its first token, so that it is known who sees it at any stride.
+        if not model.text.dropped:
             sees = [i for i in sees if (mask[i] & (model.rank < 2)).any()]
         mass = (model.weights[at] * (model.rank < 2)).sum(-1)
         close(summary.sink_mass[layer], mass[:, sees].mean() if sees else np.nan)
         strongest = int(np.argmax(taken))
         seeing = mask[:, strongest]
-        assert summary.sink_position[layer] == model.keys[strongest]
+        assert summary.sink_position[layer] == model.keys[strongest] - padding_of(model)
         assert summary.queries[layer] == seeing.sum()
         close(summary.share[layer], taken[strongest])
         close(summary.received[layer], model.weights[at][:, seeing, strongest].mean())
@@ -171,7 +179,7 @@ def test_one_line_per_layer(model):
 
 def test_massive_activations_beside_windows(model):
     found = massive_activations(model.dataset()).isel(batch=0)
-    first = model.queries[0]
+    first = model.queries[model.masks.any((0, 2)).argmax()]
     assert found.sel(query=first).channels.values.tolist() == [[-1] * 4] + [[7, 30, -1, -1]] * len(model.layers)
     for layer, _, _, _, _, _ in each_head(model):
         place = first - model.text.dropped
@@ -279,25 +287,31 @@ def test_every_figure_of_a_run(name, tmp_path):
     ds = model.dataset()
     layer = model.layers[-1]
     strip = viz.plot_token_strip(ds, layer=layer)
+    padding = padding_of(model)
+    shown = list(model.keys)[padding:]
+    places = [key - padding for key in shown]
     labels = [tick.get_text() for tick in strip.axes[-1].get_xticklabels()]
-    assert labels == [f"t{key}" for key in model.keys]
-    assert strip.axes[-1].get_xlim() == (model.keys[0] - 0.7, model.keys[-1] + 0.7)
+    assert labels == [f"t{key}" for key in shown]
+    assert strip.axes[-1].get_xlim() == (places[0] - 0.7, places[-1] + 0.7)
     axes = viz.plot_attention_map(ds, layer=layer).axes[0]
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == [f"t{key}" for key in model.keys]
-    assert axes.get_xticks().tolist() == list(model.keys)
-    assert viz.plot_distance_histogram(ds, layer=layer).axes[0].get_xticklabels()[-1].get_text() == "15–19"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [f"t{key}" for key in shown]
+    assert axes.get_xticks().tolist() == places
+    farthest = viz.plot_distance_histogram(ds, layer=layer).axes[0].get_xticklabels()[-1].get_text()
+    assert farthest == f"15–{places[-1]}"
     viz.plot_model_view(ds)
     viz.plot_layer_heads(ds, layer=layer)
     viz.plot_head_roles(ds)
     assert plt.get_fignums() == []
     # Means over the real queries of two positions each.
-    maps = pooled_maps(ds.isel(batch=0), 10)
+    maps = pooled_maps(row_alone(ds, 0).isel(batch=0), 10)
+    cells = -(-(LENGTH - padding) // 2)
+    assert maps.shape[2:] == (cells, cells)
     for at in range(len(model.layers)):
         real = model.masks[..., :].any((0, 2))
-        for query in range(10):
-            rows = [i for i, position in enumerate(model.queries) if position // 2 == query and real[i]]
-            for key in range(10):
-                columns = [j for j, position in enumerate(model.keys) if position // 2 == key]
+        for query in range(cells):
+            rows = [i for i, position in enumerate(model.queries) if (position - padding) // 2 == query and real[i]]
+            for key in range(cells):
+                columns = [j for j, position in enumerate(model.keys) if (position - padding) // 2 == key]
                 expected = model.weights[at][:, rows][:, :, columns].sum(-1).mean(-1) if rows else np.full(3, np.nan)
                 expected = expected if expected.any() else np.nan
                 np.testing.assert_allclose(maps[at, :, query, key], expected, rtol=1e-6)
@@ -309,11 +323,13 @@ def test_report(name, tmp_path):
     ds = model.dataset(**(ABSENT if name == "hybrid" else {}))
     page = Page(viz.report(ds, tmp_path / "report.html"))
     said = ["".join(w if isinstance(w, str) else f"<{w['token']}>" for w in f["words"]) for f in page.about["findings"]]
-    assert page.about["length"] == LENGTH
+    padding = padding_of(model)
+    assert page.about["length"] == LENGTH - padding
     real = np.zeros(LENGTH, int)
     real[model.text.dropped :] = model.masks.any((0, 1))
-    np.testing.assert_array_equal(page.array("real")[0], real)
-    tokens = [""] * model.text.dropped + [f"t{key}" for key in model.keys]
+    assert not real[:padding].any()
+    np.testing.assert_array_equal(page.array("real")[0], real[padding:])
+    tokens = [""] * model.text.dropped + [f"t{key}" for key in list(model.keys)[padding:]]
     assert page.about["tokens"] == tokens
     assert page.about["firstKey"] == model.text.dropped
     received = page.array("mean received")[0]
@@ -340,8 +356,9 @@ def test_report(name, tmp_path):
         )
         assert "first token" not in page.about["findings"][0]["caption"]
     else:
-        first = 3
-        assert said[0].startswith(f"The first token, <{first}>, is a sink of ")
+        measured = "Measured: every 4th query. " if model.text.stride > 1 else ""
+        assert said[0].startswith(f"{measured}The first token, <0>, is a sink of ")
+        assert page.about["tokens"][0] == f"t{padding}"
 
 
 def test_the_page_says_which_tokens_the_cache_has_dropped(open_page, tmp_path):
@@ -351,6 +368,7 @@ def test_the_page_says_which_tokens_the_cache_has_dropped(open_page, tmp_path):
         page.locator(f'.token[data-position="{position}"]').hover()
         assert said in page.locator("#tip").inner_text().replace("\u2068", "").replace("\u2069", "")
     page = open_page(viz.report(MODELS["windowed"].dataset(), tmp_path / "padded.html"))
+    assert page.locator(".token").count() == LENGTH - PADDING, "padding is no token of the text"
     page.locator('.token[data-position="1"]').hover()
-    assert " · padding" in page.locator("#tip").inner_text()
+    assert f"1: t{PADDING + 1} · " in page.locator("#tip").inner_text().replace("\u2068", "").replace("\u2069", "")
     assert "without attention" not in page.locator("#facts").inner_text()

@@ -166,11 +166,11 @@ def pick(dataset: xarray.Dataset, *, batch: int, layer: int | None = None, axis:
     Raises:
         ValueError: They were not measured.
     """
-    if layer is not None:
-        if layer not in dataset[axis].values:
-            raise ValueError(f"{axis}: {layer} was not measured; there are {dataset[axis].values.tolist()}")
-        dataset = dataset.sel({axis: layer})
-    return row_alone(dataset, batch).isel(batch=0)
+    if layer is not None and layer not in dataset[axis].values:
+        raise ValueError(f"{axis}: {layer} was not measured; there are {dataset[axis].values.tolist()}")
+    # First the row: what is padding shows in all layers together, and positions are the same in every picture of a run.
+    row = row_alone(dataset, batch).isel(batch=0)
+    return row if layer is None else row.sel({axis: layer})
 
 
 def pick_head(values: xarray.DataArray, head: int | None) -> xarray.DataArray:

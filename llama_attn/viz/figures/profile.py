@@ -137,7 +137,7 @@ def plot_distance_histogram(
     if head is None:
         for number, each in enumerate(histogram.transpose("head", ...).values):
             axes.plot(places, each, color=ORANGE, alpha=0.5, linewidth=1, label=None if number else "each head")
-    uniform = uniform_attention(row_alone(dataset.sel(layer=[layer]), batch)).distance_histogram.values.reshape(-1)
+    uniform = uniform_attention(row_alone(dataset, batch).sel(layer=[layer])).distance_histogram.values.reshape(-1)
     if np.isfinite(uniform).all():
         edges = np.arange(len(starts) + 1) - 0.5
         axes.hlines(

@@ -117,7 +117,7 @@ def plot_token_strip(
     label_axes(panels[-1, -1], "position [token]")
     if "received" in statistics:
         at = list(statistics).index("received")
-        sinks = _sinks(row_alone(dataset.sel(layer=[layer]), batch), head)
+        sinks = _sinks(row_alone(dataset, batch).sel(layer=[layer]), head)
         _mark_sinks(
             figure, panels[:, at], rows, values[at].values, sinks, tokens, of="any head" if head is None else "the head"
         )
