@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from llama_attn import AttentionStats, AttentionStatsConfig, LlamaForCausalLM
 from llama_attn.analysis.keep_mask import POLICIES
 from llama_attn.cli.ablate import losses
-from llama_attn.cli.budget import curves
+from llama_attn.cli.budget import curves, read_before
 from llama_attn.demo import demo_checkpoint
 
 # Herman Melville, Moby-Dick (1851).
@@ -86,9 +86,8 @@ def measure() -> Runs:
 
 @torch.no_grad()
 def _budget(model: LlamaForCausalLM, ids: torch.Tensor) -> pandas.DataFrame:
-    config = AttentionStatsConfig(statistics=("received_total", "key_norm"), rows=slice(-64, None))
-    read = model(ids[:, :READ], use_cache=False, output_attention_stats=config).attention_stats
-    frame = curves(model, ids, READ, read.to_xarray(), POLICIES, (8, 16, 32, 64))
+    read, stats = read_before(model, ids, READ, POLICIES)
+    frame = curves(read, stats.to_xarray(), POLICIES, (8, 16, 32, 64))
     frame.attrs |= {"model": "SmolLM2-135M-Instruct", "text": f"Call me Ishmael: {READ} tokens kept from"}
     return frame
 

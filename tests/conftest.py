@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from llama_attn import LlamaForCausalLM
 from llama_attn.demo import SYSTEM, USER, demo_checkpoint
+from llama_attn.engines import _library as library
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -115,6 +116,16 @@ def restored_registry():
     for mapping, content in zip(held, before, strict=True):
         mapping.clear()
         mapping.update(content)
+
+
+@pytest.fixture(scope="session")
+def built_native():
+    """Builds the engine in C++ once, unless there is nothing to build it with."""
+    try:
+        library.compiler()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    library.build()
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,17 @@ def capture(stock, **inputs):
     return layers, hidden[-1]
 
 
+def causal_weights(model, ids):
+    """Weights of a Llama on one row, from what stock attention calls see, (layer, head, query, key), in its dtype."""
+    layers = []
+    for layer in capture(stock_of(model), input_ids=ids)[0]:
+        key = layer.key[0].repeat_interleave(layer.query.shape[1] // layer.key.shape[1], 0)
+        scores = layer.query[0] @ key.mT * layer.scaling
+        later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        layers.append(scores.masked_fill(later, -torch.inf).softmax(-1))
+    return torch.stack(layers).numpy()
+
+
 def visible_by_hand(real, num_queries, sequences=None, causal=True, mask=None):
     """Who sees whom, pair by pair, from the definitions alone: (visible, real queries, rank of keys)."""
     batch, num_keys = real.shape

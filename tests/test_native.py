@@ -20,6 +20,8 @@ from llama_attn.stats.table import statistics_table
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import assert_matches_reference, make_inputs, relative_error
 
+pytestmark = pytest.mark.usefixtures("built_native")
+
 KNOWN = tuple(statistic for statistic in statistics_table().values() if native.knows(statistic))
 NAMES = {
     "entropy", "logsumexp", "max_logit", "max_weight", "effective_keys", "sink_mass", "local_mass", "mean_distance",
@@ -27,16 +29,6 @@ NAMES = {
 }  # fmt: skip
 # More than one tile and more than one block even where there are few tokens.
 SIZES = st.tuples(st.integers(1, 200), st.sampled_from([64, 128, native.BLOCK_KEYS]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built():
-    """Builds the engine once, unless there is nothing to build it with."""
-    try:
-        library.compiler()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    library.build()
 
 
 @pytest.fixture

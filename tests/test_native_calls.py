@@ -16,6 +16,8 @@ from llama_attn.stats.table import statistics_table
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import make_inputs
 
+pytestmark = pytest.mark.usefixtures("built_native")
+
 KNOWN = tuple(statistic for statistic in statistics_table().values() if native.knows(statistic))
 OPTIONAL = {
     "value", "mask", "position_bias", "real_keys", "real_queries", "rank", "sinks", "received", "distance_histogram",
@@ -24,15 +26,6 @@ OPTIONAL = {
 STRIDED = {
     "query", "key", "value", "output", "mask", "position_bias", "grad_output", "grad_query", "grad_key", "grad_value",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built():
-    try:
-        library.compiler()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    library.build()
 
 
 @pytest.fixture

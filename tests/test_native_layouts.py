@@ -9,20 +9,13 @@ import pytest
 import torch
 
 from llama_attn.backends.registry import attention_function
-from llama_attn.engines import _library as library, native
+from llama_attn.engines import native
 from llama_attn.testing import make_inputs, relative_error
+
+pytestmark = pytest.mark.usefixtures("built_native")
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 ORDERS = tuple(itertools.permutations(range(4)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built():
-    try:
-        library.compiler()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    library.build()
 
 
 def ordered(tensor, order):

@@ -14,12 +14,14 @@ from test_calls import BOUND, KINDS
 from test_native import SIZES
 
 from llama_attn import AttentionStatsConfig
-from llama_attn.engines import _library as library, native
+from llama_attn.engines import native
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import statistics_table
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import relative_error
+
+pytestmark = pytest.mark.usefixtures("built_native")
 
 KNOWN = tuple(statistic for statistic in statistics_table().values() if native.knows(statistic))
 DEFAULT = tuple(statistic for statistic in KNOWN if statistic.default)
@@ -39,15 +41,6 @@ LARGE = {
     "cross-attention to few keys": {"aligned": False, "after": -100},
 }
 EVERYTHING = {"softcap": 3.0, "sinks": (-1.0, 2.0), "bias": (1, 4), "spread": 1.5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built():
-    try:
-        library.compiler()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    library.build()
 
 
 def known(call):

@@ -11,7 +11,7 @@ from test_native import SIZES
 from test_properties import cases
 
 from llama_attn import AttentionStatsConfig
-from llama_attn.engines import _library as library, native, torch as reference_engine
+from llama_attn.engines import native, torch as reference_engine
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.counts import Counts
 from llama_attn.stats.scoring import Scoring
@@ -19,18 +19,11 @@ from llama_attn.stats.table import statistics_table
 from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import make_inputs, relative_error
 
+pytestmark = pytest.mark.usefixtures("built_native")
+
 COUNT, MASS, KEPT = (statistics_table()[name] for name in ("weight_count", "weight_mass", "kept_mass"))
 BINNED, CONFIG, CPU = (COUNT, MASS), AttentionStatsConfig(), torch.device("cpu")
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built():
-    try:
-        library.compiler()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    library.build()
 
 
 def binned(query, key, visibility, scoring=Scoring(1.0), **sizes):  # noqa: B008 - it is frozen

@@ -9,7 +9,7 @@ import pytest
 import torch
 from browsing import until
 from conftest import tiny_model
-from oracle import capture, stock_of
+from oracle import causal_weights
 from report_page import Page, written
 from test_viz import Tokenizer
 
@@ -49,13 +49,7 @@ def run():
     """A prompt of two segments, what was generated after it, and all its weights in float64."""
     model = tiny_model(dtype=torch.float64)
     stats, fed = generated(model)
-    weights = []
-    for layer in capture(stock_of(model), input_ids=fed)[0]:
-        key = layer.key[0].repeat_interleave(layer.query.shape[1] // layer.key.shape[1], 0)
-        scores = layer.query[0] @ key.mT * layer.scaling
-        later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        weights.append(scores.masked_fill(later, -torch.inf).softmax(-1).numpy())
-    return stats, np.stack(weights)
+    return stats, causal_weights(model, fed)
 
 
 def shares_of(weights):

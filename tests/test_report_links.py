@@ -8,7 +8,7 @@ import torch
 from browsing import shown_links, token
 from conftest import tiny_model
 from imagined import Model, Rule, Text
-from oracle import capture, stock_of
+from oracle import causal_weights
 from report_page import Page, measured
 from test_viz import Tokenizer
 
@@ -31,14 +31,8 @@ def run():
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
     outputs = model.generate(ids, output_attention_stats=config, **settings)
     fed = outputs.sequences[:, :-1]
-    weights = []
-    for layer in capture(stock_of(model), input_ids=fed)[0]:
-        key = layer.key[0].repeat_interleave(layer.query.shape[1] // layer.key.shape[1], 0)
-        scores = layer.query[0] @ key.mT * layer.scaling
-        later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        weights.append(scores.masked_fill(later, -torch.inf).softmax(-1).numpy())
     stats = outputs.attention_stats.with_tokens(Tokenizer(), torch.arange(fed.shape[1])[None])
-    return stats, np.stack(weights)
+    return stats, causal_weights(model, fed)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from llama_attn.analysis.who_sees import runs_of
 if TYPE_CHECKING:
     import xarray
 
-# What a run of `generate` calls the tokens behind the prompt; template tokens of a chat.
+# What a run of `generate` calls the tokens behind the prompt; template tokens of a chat; see llama_attn.stats.segments.
 GENERATED, SPECIAL = "generated", "special"
 
 

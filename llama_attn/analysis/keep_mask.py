@@ -20,9 +20,7 @@ POOLED = 5
 WINDOW = 64
 
 
-def keep_mask(
-    ds: Source, policy: Policy, budget: int, *, sink: int = 4, recent: int | None = None
-) -> xarray.DataArray:  # fmt: skip
+def keep_mask(ds: Source, policy: Policy, budget: int, *, sink: int = 4, recent: int | None = None) -> xarray.DataArray:
     """The keys that a policy keeps after a text has been read.
 
     Per KV head, since a cache holds keys of KV heads: what query heads of a group say is averaged. Padding is never

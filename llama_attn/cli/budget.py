@@ -17,7 +17,7 @@ from llama_attn.cli.loading import load_model, load_tokenizer, plan
 from llama_attn.cli.losses import Continuation
 from llama_attn.cli.measuring import Subject, refusals
 from llama_attn.cli.options import Adapter, Attn, Device, Dtype, GgufFile, Model, Out, TrustRemoteCode, check_loading
-from llama_attn.cli.terminal import console, fail, how_to_draw, missing, new_table, number, say
+from llama_attn.cli.terminal import TABLES, console, fail, how_to_draw, missing, new_table, number, say
 from llama_attn.cli.texts import read_texts, tokenize
 from llama_attn.demo import Checkpoint
 from llama_attn.observe.interventions import block_keys
@@ -62,7 +62,7 @@ def budget(
     """
     check_loading(attn, dtype, device, adapter)
     names, sizes = _named(policies), _sizes(budgets)
-    if lacking := missing(("xarray", "pandas")):
+    if lacking := missing(TABLES):
         fail(f"--policies: choosing keys needs {', '.join(lacking)}: pip install 'llama_attn[analysis]'")
     chosen = plan(Checkpoint(model, gguf_file), trust_remote_code)
     if not chosen.generates:
@@ -88,8 +88,8 @@ def budget(
             fail("--adapter: it adds keys of its own before the text, which no policy knows")
         ids = torch.tensor([list(tokens.rows[0])], device=subject.device)
         with refusals(loaded), torch.no_grad():
-            stats = _measure(loaded, ids[:, :first], tuple(names))
-            frame = curves(loaded, ids, first, stats.to_xarray(), names, sizes)
+            read, stats = read_before(loaded, ids, first, names)
+            frame = curves(read, stats.to_xarray(), names, sizes)
         clear(out)
         frame.attrs |= {
             "model": chosen.checkpoint.name,
@@ -108,16 +108,30 @@ def budget(
         say(hint)
 
 
-def curves(
-    model: Any, ids: Tensor, first: int, dataset: xarray.Dataset, policies: Sequence[Policy], budgets: Sequence[int]
-) -> pandas.DataFrame:
-    """What each policy keeps with each budget, and the loss with that.
+def read_before(model: Any, ids: Tensor, first: int, policies: Sequence[Policy]) -> tuple[Continuation, AttentionStats]:
+    """Read a text up to its last part: what reads on from there, and what the policies choose by.
 
     Args:
         model: A causal language model.
         ids: Its text, (1, token).
-        first: Tokens that are read before; the others read them.
-        dataset: Statistics of the tokens that are read before.
+        first: Tokens that are read now; the others read them.
+        policies: Names of policies.
+    """
+    rows = slice(max(0, first - WINDOW), None) if {"snapkv", "tova"} & set(policies) else None
+    names = ["received_total", *(["key_norm"] if "knorm" in policies else [])]
+    with record(model, AttentionStatsConfig(statistics=tuple(names), rows=rows)) as recording:
+        read = Continuation.of(model, ids, first)
+    return read, recording.stats
+
+
+def curves(
+    read: Continuation, dataset: xarray.Dataset, policies: Sequence[Policy], budgets: Sequence[int]
+) -> pandas.DataFrame:
+    """What each policy keeps with each budget, and the loss with that.
+
+    Args:
+        read: The end of the text, which reads what comes before.
+        dataset: Statistics of what comes before.
         policies: Names of policies.
         budgets: Keys kept per KV head.
 
@@ -130,8 +144,7 @@ def curves(
 
     from llama_attn.analysis import keep_mask
 
-    read = Continuation.of(model, ids, first)
-    lines = []
+    first, lines = int(dataset["key"].values[-1]) + 1, []
     for policy in policies:
         for size in budgets:
             # It keeps the keys of the queries that it observes, so that these may be half of the budget at most.
@@ -139,14 +152,14 @@ def curves(
             keep = keep_mask(dataset, policy, size, recent=recent)
             layers, mask = keep["layer"].values.tolist(), torch.as_tensor(keep.values)
             config = AttentionStatsConfig(statistics="kept_mass", keep=mask, layers=tuple(layers))
-            with record(model, config) as recording:
-                read.losses()
+            with record(read.model, config) as recording:
+                full = float(read.losses().mean())
             kept = recording.stats["kept_mass"][:, 0].double().mean((1, 2)).tolist()
-            with block_keys(model, keep, first_query=first):
+            with block_keys(read.model, keep, first_query=first):
                 loss = float(read.losses().mean())
             lines += [(policy, size, layer, mass, loss) for layer, mass in zip(layers, kept, strict=True)]
     frame = pandas.DataFrame(lines, columns=["policy", "budget", "layer", "kept", "loss"])
-    frame.attrs["full_loss"] = float(read.losses().mean())
+    frame.attrs["full_loss"] = full
     return frame
 
 
@@ -164,15 +177,6 @@ def table_of_budgets(frame: pandas.DataFrame) -> Table:
                 number(loss), f"{loss - full:+.3f}",
             )  # fmt: skip
     return table
-
-
-def _measure(model: Any, ids: Tensor, policies: tuple[str, ...]) -> AttentionStats:
-    """What the policies choose by: of the tokens that are read before."""
-    rows = slice(max(0, ids.shape[1] - WINDOW), None) if {"snapkv", "tova"} & set(policies) else None
-    names = ["received_total", *(["key_norm"] if "knorm" in policies else [])]
-    with record(model, AttentionStatsConfig(statistics=tuple(names), rows=rows)) as recording:
-        model(ids, use_cache=False, logits_to_keep=1)
-    return recording.stats
 
 
 def _write(frame: pandas.DataFrame, out: Path) -> list[str]:

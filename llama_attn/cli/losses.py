@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llama_attn.cli.measuring import known_options
 
 # What transformers calls a cache, from 5.24 on and before.
 CACHES = ("cache", "past_key_values")
@@ -16,8 +17,7 @@ CACHES = ("cache", "past_key_values")
 
 def losses_of(model: Any, ids: Tensor) -> Tensor:
     """Cross-entropy of each token given those before it [nat], (batch, token − 1)."""
-    options = _known(model, use_cache=False)
-    logits = model(ids, **options).logits[:, :-1].float()
+    logits = model(ids, **known_options(model, use_cache=False)).logits[:, :-1].float()
     return torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
 
 
@@ -44,7 +44,7 @@ class Continuation:
         Raises:
             ValueError: The model has no cache.
         """
-        output = model(ids[:, :first], **_known(model, use_cache=True, logits_to_keep=1))
+        output = model(ids[:, :first], **known_options(model, use_cache=True, logits_to_keep=1))
         name = next((name for name in CACHES if getattr(output, name, None) is not None), None)
         if name is None:
             raise ValueError(
@@ -57,9 +57,3 @@ class Continuation:
         # A forward would add its keys to the cache.
         logits = self.model(self.ids, **{self.name: copy.deepcopy(self.cache)}).logits[:, :-1].float()
         return torch.nn.functional.cross_entropy(logits.mT, self.ids[:, 1:], reduction="none")
-
-
-def _known(model: Any, **options: Any) -> dict[str, Any]:
-    """Those of the options that the model takes."""
-    known = inspect.signature(model.forward).parameters
-    return {name: option for name, option in options.items() if name in known}

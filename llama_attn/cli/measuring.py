@@ -153,10 +153,14 @@ class Subject:
         return self.model.generate(**inputs, **given, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        known = inspect.signature(_without_adapter(self.part).forward).parameters
-        options = {"use_cache": False, "logits_to_keep": 1}
-        self.part(**inputs, **{name: value for name, value in options.items() if name in known})
+        self.part(**inputs, **known_options(_without_adapter(self.part), use_cache=False, logits_to_keep=1))
         return inputs["input_ids"]
+
+
+def known_options(model: nn.Module, **options: Any) -> dict[str, Any]:
+    """Those of the options that the forward of a model takes."""
+    known = inspect.signature(model.forward).parameters
+    return {name: option for name, option in options.items() if name in known}
 
 
 @contextmanager

@@ -26,8 +26,7 @@ from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.keep import with_later
 from llama_attn.stats.labelling import label
 from llama_attn.stats.merge import Run
-from llama_attn.stats.row_positions import GENERATED
-from llama_attn.stats.segments import add_generated
+from llama_attn.stats.segments import GENERATED, add_generated
 from llama_attn.stats.selection import sees_states
 from llama_attn.stats.step import Step
 

@@ -158,7 +158,7 @@ def _indices(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _positions(name: str, value: Any) -> tuple[int, ...] | None:
-    return None if value is None else tuple(_integer(name, number) for number in _list(name, value))
+    return None if value is None else _row_positions(name, value)
 
 
 def _row_positions(name: str, value: Any) -> tuple[int, ...]:

@@ -114,7 +114,8 @@ def _distance_histogram(block: Block) -> Float[Tensor, "batch head distance_bin"
     return weights.new_zeros(*weights.shape[:2], bins).index_add_(-1, which, sheared.sum(-2))
 
 
-def _mean_over_all_queries(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
+def mean_over_all_queries(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
+    """A sum over real queries, (layer, batch, head, bin), per query."""
     return total / counts.real_queries.sum(-1)[:, None, None]
 
 
@@ -141,7 +142,7 @@ STATISTICS = (
     Statistic(
         "distance_histogram", ("layer", "batch", "head", "distance_bin"), "probability",
         "Vig & Belinkov (2019), arXiv 1906.04284, in bins that double",
-        stream=_distance_histogram, textbook=_distance_histogram_textbook, finish=_mean_over_all_queries,
+        stream=_distance_histogram, textbook=_distance_histogram_textbook, finish=mean_over_all_queries,
         of_distance=True,
         meaning="attention mass by distance",
     ),

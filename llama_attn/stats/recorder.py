@@ -87,9 +87,7 @@ class Recorder:
         self._sights[id(visibility)] = visibility, sight
         return sight
 
-    def fused(
-        self, layer: int, kv_heads: int, visibility: Visibility, scoring: Scoring, engine: str
-    ) -> Share | None:  # fmt: skip
+    def fused(self, layer: int, kv_heads: int, visibility: Visibility, scoring: Scoring, engine: str) -> Share | None:
         """What a backend on ``engine`` may measure from its own blocks; ``None`` if it should measure nothing.
 
         A subset of heads or queries is cheaper to measure beside the backend.
@@ -209,7 +207,6 @@ class Recorder:
                 run.first_query - visibility.first_query, run.first_query - visibility.first_query + run.num_queries
             )
             scores = scoring.of_queries(at)
-            # What takes rows of weights as they are is the engine for everything else, too.
             assigned = self._assign(sight.row_statistics, run, scores)
             for engine, statistics in assigned.items():
                 wanted = replace(sight.wanted, statistics=statistics)

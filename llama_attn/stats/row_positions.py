@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from llama_attn.stats.integers import as_integer
+from llama_attn.stats.segments import GENERATED
 
 Rows = tuple[int, ...] | slice | str
-GENERATED = "generated"
 # Weights of so many bytes are refused unless they are asked for on the CPU.
 MOST_BYTES = 2 * 2**30
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from llama_attn.stats.block import Block
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.counts import Counts
+from llama_attn.stats.maps import mean_over_all_queries
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.table import Statistic
 
@@ -39,16 +40,12 @@ def _weight_count(block: Block) -> Float[Tensor, "batch head weight_bin"]:
     return _added(block, torch.where(block.weights.isnan(), block.weights, 1))
 
 
-def _mean_mass(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
-    return total / counts.real_queries.sum(-1)[:, None, None]
-
-
 def _mean_count(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
     # Hidden keys have no weight and stand in the last bin: what is seen and not elsewhere belongs there.
     larger = total[..., :-1]
     seen = counts.visible_queries_per_head.sum(-1).expand(total.shape[1:3]).to(total.dtype)
     smallest = seen - larger.sum(-1)
-    return torch.cat([larger, smallest[..., None]], dim=-1) / counts.real_queries.sum(-1)[:, None, None]
+    return mean_over_all_queries(torch.cat([larger, smallest[..., None]], dim=-1), counts, config)
 
 
 def _textbook(reference: Reference, numbers: Tensor) -> Tensor:
@@ -70,7 +67,8 @@ STATISTICS = (
     ),
     Statistic(
         "weight_mass", DIMS, "probability", "attention by the size of weights, in bins that halve",
-        stream=_weight_mass, textbook=lambda reference: _textbook(reference, reference.weights), finish=_mean_mass,
+        stream=_weight_mass, textbook=lambda reference: _textbook(reference, reference.weights),
+        finish=mean_over_all_queries,
         meaning="attention mass of the keys of each size of weight",
     ),
 )  # fmt: skip

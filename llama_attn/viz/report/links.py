@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from llama_attn.analysis import require
+from llama_attn.analysis.answer import GENERATED
 from llama_attn.analysis.dataset import direction_of, real_tokens
 from llama_attn.viz.report.embedding import Embedded, Level, Part, embed, embed_rounded
 from llama_attn.viz.report.pooling import pool_top_keys, widths
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     Positions = int | slice | Iterable[int | slice]
 
 TOP_KEYS = ("topk_weight", "topk_position")
-# What generation adds to the segments of the prompt, see llama_attn.stats.segments.
-GENERATED = "generated"
 # As coarse as lists of keys may become [bins, ranks], and so many stay single where not even these fit.
 FEWEST_BINS, FEWEST_RANKS, FEWEST_LISTS = 64, 4, 16
 # For each query that keeps its own list, so many bins are pooled.
