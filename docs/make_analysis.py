@@ -33,17 +33,20 @@ mean of A_ik over the queries that may see k.
 | Which tokens are sinks? | `sink_positions(ds, epsilon=0.3, fewest_queries=None)` | every key's `share` of all attention, its `boost` over uniform attention and how many `queries` see it; `sink` of a head: α_key > ε; `layer_sink`: more on average over the heads of a layer than chance explains; only with enough queries, see below | the same; Bernstein's inequality; baseline as in attention-sink-profiler | `plot_token_strip` |
 | Is attention local or global? | `locality(ds)` | local mass, mean distance, H_i / ln n_i, and the mean distance over that of uniform attention; `local` below 0.5 | Vig & Belinkov (2019), arXiv 1906.04284; Zhai et al., arXiv 2303.06296 | `plot_distance_histogram` |
 | How does it change through the layers? | `layer_evolution(ds)` | mean, standard deviation, smallest and largest over heads of every statistic; norms over tokens | | `plot_layer_profile` |
-| What does each head do? | `classify_heads(ds, query_slice=None)` | scores and a role per head, see below | TransformerLens, head_detector; Olsson et al., arXiv 2209.11895; Gu et al. | `plot_head_roles` |
+| What does each head do? | `classify_heads(ds, query_slice=None, needle=None)` | scores and a role per head, see below | TransformerLens, head_detector; Olsson et al., arXiv 2209.11895; Gu et al. | `plot_head_roles` |
 | Where are the massive activations? | `massive_activations(ds, magnitude=100, ratio=1000)` | numbers that exceed 100 and reach 1,000 × the median of the state; every channel of each token, layers where they appear and disappear, share of heads for which the token is a sink | Sun et al., arXiv 2402.17762 | `plot_massive_activations` |
 | What differs between two runs? | `compare(a, b)` | per statistic, layer and head: difference of the means over aligned tokens; `matched`, the same at matched positions; effect = root mean square difference at matched positions / standard deviation of the statistic, or its rounding error where that is larger; `attrs` say how many tokens were aligned, what was left out, and warn of texts with little in common, see below | | `plot_comparison`, `plot_head_comparison` |
-| How many keys hold most of the attention? | `coverage(ds, mass=(0.5, 0.9, 0.95, 0.99))` | `least` and `most`: bounds on the keys per query that hold a share, from `weight_count` and `weight_mass` | | |
-| What does the answer draw on? | `sources(ds, heads=None, among=None, batch=0)` | per generated token and on average, the share of attention of each segment; without the sink; relative to the segment's length; which one wins | Chuang et al.; Xiao et al. | |
-| Which heads copy a needle into the answer? | `retrieval_heads(ds, needle)` | `score`, the share of the needle's tokens that a head copied, from `topk_position` while generating | Wu et al. | |
-| Do heads look back at the context? | `lookback_ratio(ds, context=None)` | attention per token on the context over that and that on generated tokens, (layer, batch, head, query) | Chuang et al. | |
-| Which heads need only the sink and what is near? | `streaming_heads(ds, threshold=0.1)` | `outside`, the mass outside sink and window, and that of uniform attention; `kind` | Xiao et al. (DuoAttention) | |
-| What of the attention received comes through? | `received_norm(ds)` | Σ_i A_ik times the norm of the value behind the output projection | Kobayashi et al. | |
+| How many keys hold most of the attention? | `coverage(ds, mass=(0.5, 0.9, 0.95, 0.99))` | `least` and `most`: bounds on the keys per query that hold a share of the attention, if they are chosen best, from `weight_count` and `weight_mass`; `uniform`, the same of uniform attention | derived in its docstring | `plot_coverage` |
 | Which keys would a smaller cache keep? | `keep_mask(ds, policy, budget, sink=4, recent=None)` | booleans (layer, batch, kv_head, key) for `AttentionStatsConfig(keep=…)` and `block_keys`; policies `streaming`, `h2o`, `snapkv`, `tova`, `knorm` | Xiao et al.; Zhang et al.; Li et al.; Oren et al.; Devoto et al. | `plot_budget` |
+| Which heads fetch facts from the prompt? | `retrieval_heads(ds, needle=(first, stop))` | per row and head the share of the needle that it copied: a generated token equals the token that the head attends most, and that lies in the needle | Wu et al., arXiv 2404.15574 | |
+| Which heads need only the sink and what is near? | `streaming_heads(ds, threshold=0.1)` | mass outside of sink and window, over the queries that see something outside; `streaming` below the threshold, else `retrieval` | Xiao et al., arXiv 2410.10819 (DuoAttention) | `plot_head_roles` |
+| Does the answer look back at the context? | `lookback_ratio(ds, context=None)` | per head and generated token: mean attention per token on the context, over that and that on generated tokens | Chuang et al., arXiv 2407.07071 | |
+| Which part of the prompt did the answer come from? | `sources(ds, heads=None, among=None, batch=0)` | per generated token, and on average: the share of attention on each segment, with and without the sink, over that of uniform attention, and which segment wins | | `plot_sources`, `plot_rows` |
+| How much of what a key receives comes through? | `received_norm(ds)` | Σ_i A_ik times the norm of the value behind its head's output projection | Kobayashi et al., arXiv 2004.10102 | `plot_token_strip` |
 | All of it in one line per layer? | `summarize_layers(ds)` | sink mass, the key that takes most of all attention, largest activation | Gu et al.; Sun et al. | what `llama-attn demo` prints |
+
+Rows of several texts are put together by `AttentionStats.concat([a, b, …])`, as if they had been one batch. Queries that
+a generated token was drawn from are the token before it; the last token was never fed back, so that nobody knows it.
 
 `head_means(ds, statistic)` is the (layer, head) table behind `plot_head_grid`.
 
@@ -87,9 +90,10 @@ alone, of one key.
 kinds of sinks the role is `first_token_sink` where its own score passes and at least half of what is on sinks is on the
 first tokens. Sink,
 previous-token, duplicate-token and induction scores are shares of the same attention, so they have the same threshold,
-the ε of Gu et al.; `local` is where `locality` draws the line; 0.9 for `uniform` is a choice. In ordinary text few
-tokens have an earlier copy, and heads that look for one rest on the sink, so use a random sequence repeated twice and
-pass the second half as `query_slice`.
+the ε of Gu et al.; `local` is where `locality` draws the line; 0.9 for `uniform` and `streaming` is a choice; 0.1 for
+`retrieval` is that of Wu et al. `retrieval` is known with `needle=` only, `streaming` of texts longer than the window.
+In ordinary text few tokens have an earlier copy, and heads that look for one rest on the sink, so use a random sequence
+repeated twice and pass the second half as `query_slice`.
 
 SmolLM2-135M-Instruct, {rows} rows of {repeated} random tokens, twice, behind `<|im_start|>`; queries of the second half:
 
@@ -134,6 +138,8 @@ def _roles() -> str:
         "induction": "mass on tokens that followed earlier copies of the query's token",
         "local": "1 − mean distance / mean distance of uniform attention",
         "uniform": "mean of H_i / ln n_i",
+        "streaming": "mass on the first `sink_tokens` tokens and within `window`, of queries that see more than these",
+        "retrieval": "share of the `needle` that the head copied into the answer, of runs of `generate`",
     }
     lines = [[f"`{role}`", meanings[role], f"{threshold:g}"] for role, threshold in THRESHOLDS.items()]
     return _table(["role", "score, a mean over rows and queries that see more than one key", "threshold"], lines)

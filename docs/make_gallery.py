@@ -19,6 +19,8 @@ DOCS = Path(__file__).parent
 IMAGES = DOCS / "images" / "gallery"
 # The labels of tokens are readable, and no picture is larger than 200 kB.
 DPI = 110
+# Token of the answer whose attention is drawn.
+ROW = 197
 INTRODUCTION = """# Gallery
 
 Every figure, drawn from SmolLM2-135M-Instruct on the opening of *Moby-Dick* but for one, which says so. `text`, `beginning`, `other` and
@@ -123,6 +125,31 @@ ENTRIES = (
         "of them get. `segments` are what `image_segments` says of the prompt, and `rows=(-1,)` has the weights of its last "
         "token measured. The model here is a tiny random Gemma 3, one of which a head prefers what is bright; see "
         "[any_model.md](any_model.md#images-in-prompts).",
+    ),
+    Entry(
+        "rows",
+        f"plot_rows(answer, row={ROW}, sink=False)",
+        lambda runs: viz.plot_rows(runs.answer, row=ROW, sink=False),
+        "The text shaded by the attention of one token, here of the answer, on average over layers and heads and without "
+        "the first token, which would take all the colour. `answer` is a run of `generate` over three documents and a "
+        'question, with `segments` and `rows="generated"`; the query has a frame. Of a long text the attended places are '
+        "written, and what lies between is counted.",
+    ),
+    Entry(
+        "sources",
+        "plot_sources(answer)",
+        lambda runs: viz.plot_sources(runs.answer),
+        "How much of the attention goes to each segment while each token of the answer is written. Compare the mean with "
+        "uniform attention: long documents get much of it just by being long, and the tokens just written get far more "
+        "than their number explains.",
+    ),
+    Entry(
+        "coverage",
+        "plot_coverage(text)",
+        lambda runs: viz.plot_coverage(runs.text),
+        "How many keys per query hold half of the attention, and nearly all of it: the band between exact bounds, which "
+        "often is as thin as the line. Dashes are uniform attention over the same keys; a line far below them is a layer "
+        "whose attention is sparse.",
     ),
     Entry(
         "massive_activations",

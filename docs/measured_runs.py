@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas
 import torch
 from pictured_run import Pictured, measure_picture
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llama_attn import AttentionStats, AttentionStatsConfig, LlamaForCausalLM
 from llama_attn.analysis.keep_mask import POLICIES
@@ -32,6 +32,16 @@ ABLATED = 6
 REPEATED, ROWS = 64, 4
 # Tokens that are read before those whose loss is taken.
 READ = 96
+# Documents and a question that one of them answers.
+DOCUMENTS = {
+    "whale": "The blue whale is the largest animal that has ever lived. An adult can be 30 metres long and weigh 190 "
+    "tonnes. It feeds on krill, small animals of the open sea, of which it eats up to four tonnes a day.",
+    "tower": "The Eiffel Tower was built for the World's Fair of 1889 in Paris. Its architect was Stephen Sauvestre. It is "
+    "330 metres tall and was the tallest structure of the world for 41 years.",
+    "dough": "For the dough, mix 300 grams of flour with 200 millilitres of water, a spoon of oil and some salt. Let it "
+    "rest for one hour, roll it out and bake it for ten minutes in a hot oven.",
+}
+QUESTION = "Question: Who was the architect of the Eiffel Tower, and how tall is it?"
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Runs:
         budget: What smaller caches keep of the first `READ` tokens of the text, and the loss of those behind them.
         ablation: The loss on the beginning without each head of the first `ABLATED` layers.
         pictured: A prompt with a picture, read by another model.
+        answer: What the model generates when it is asked `QUESTION` behind `DOCUMENTS`, which are segments.
     """
 
     text: AttentionStats
@@ -55,6 +66,7 @@ class Runs:
     budget: pandas.DataFrame
     ablation: pandas.DataFrame
     pictured: Pictured
+    answer: AttentionStats
 
 
 def measure() -> Runs:
@@ -80,8 +92,22 @@ def measure() -> Runs:
     repeated = torch.cat([torch.full((ROWS, 1), tokenizer.bos_token_id), half, half], 1)
     return Runs(
         run(ids), run(beginning), run(other), run(repeated), _budget(model, ids), ablate(model, beginning),
-        measure_picture(),
+        measure_picture(), _answer(model, tokenizer),
     )  # fmt: skip
+
+
+def _answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> AttentionStats:
+    parts = [("special", "<|im_start|>user\n"), *((name, f"{text}\n\n") for name, text in DOCUMENTS.items())]
+    parts += [("question", QUESTION), ("special", "<|im_end|>\n<|im_start|>assistant\n")]
+    pieces = [(name, tokenizer(text)["input_ids"]) for name, text in parts]
+    prompt = torch.tensor([[number for _, ids in pieces for number in ids]])
+    segments = [[name for name, ids in pieces for _ in ids]]
+    output = model.generate(
+        prompt, max_new_tokens=40, do_sample=False, return_dict_in_generate=True,
+        output_attention_stats=AttentionStatsConfig(segments=segments, rows="generated"),
+    )  # fmt: skip
+    stats: AttentionStats = output.attention_stats
+    return stats.with_tokens(tokenizer, output.sequences)
 
 
 @torch.no_grad()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from matplotlib.collections import PolyCollection
+from matplotlib.collections import PatchCollection, PolyCollection
 from matplotlib.colors import to_hex
 from own_text import own_text
 
 from llama_attn import AttentionStats, viz
-from llama_attn.analysis import classify_heads
+from llama_attn.analysis import classify_heads, coverage as coverage_of
 from llama_attn.viz.figures.activations import CHANNEL_COLOURS
 from llama_attn.viz.style import drawable
 
@@ -397,20 +396,80 @@ def kv_norms(figure, asked):
         assert len(colours) == 1
 
 
+def rows(figure, asked):
+    axes, tokens = figure.axes[0], asked.a.tokens[asked.batch]
+    shades, frame = (each for each in axes.collections if isinstance(each, PatchCollection))
+    close(shades.get_array().filled(np.nan), asked.at("row_weights")[-1])
+    assert [text.get_text() for text in axes.texts] == tokens
+    places = [path.get_extents().x0 for path in shades.get_paths()]
+    assert places == [text.get_position()[0] for text in axes.texts], "letters stand on their shade"
+    assert [path.get_extents().x0 for path in frame.get_paths()] == places[-1:]
+    assert f"layer {asked.layer}, " in axes.get_title()
+    assert f"“{tokens[-1]}”" in axes.get_title()
+
+
+def sources(figure, asked):
+    axes, names = figure.axes[0], asked.a.segments
+    labels_of_keys = np.array([[*names, ""][at] for at in asked.a["key_segment"][asked.batch]])
+    first = int((labels_of_keys == "generated").argmax())
+    writing = slice(first - 1, len(labels_of_keys))
+    # The sink is the first token, in the first segment.
+    assert labels_of_keys[0] == names[0]
+    mass = asked.a["segment_mass"][:, asked.batch, :, writing].double().numpy()
+    sink = asked.a["sink_mass"][:, asked.batch, :, writing].double().numpy()
+    mass[..., 0] = np.maximum(mass[..., 0] - sink, 0)
+    shares = mass.mean((0, 1)) / (1 - sink.mean((0, 1)))[:, None]
+    heights = [[patch.get_height() for patch in container] for container in axes.containers]
+    bars, beside = heights[::2], heights[1::2]
+    close(np.transpose(bars), shares)
+    uniform = [
+        [(labels_of_keys[1 : i + 1] == name).sum() / i for name in names] for i in range(first - 1, len(labels_of_keys))
+    ]
+    close(beside, np.stack([shares.mean(0), np.mean(uniform, 0)], -1))
+    ticks = labels(axes.xaxis)
+    tokens = asked.a.tokens[asked.batch][first:]
+    assert list(ticks.values())[: len(tokens)] == tokens
+    assert list(ticks.values())[-2:] == ["mean", "uniform"]
+    written = {text.get_text().split(":")[0]: text.get_text() for text in figure.legends[0].get_texts()}
+    for name, share in zip(names, shares.mean(0), strict=True):
+        assert f"{name}: {share:.0%} (" in written[name]
+
+
+def coverage(figure, asked):
+    """The bounds themselves are checked against weights elsewhere."""
+    axes, bounds = figure.axes[0], coverage_of(asked.a).sortby("layer")
+    solid, dashed = axes.lines[::2], axes.lines[1::2]
+    for at in range(4):
+        least, most = (bounds[name][..., at].mean("head") for name in ("least", "most"))
+        close(solid[at].get_xydata(), np.stack([[0, 1, 2], np.sqrt(least * most)], -1))
+        close(dashed[at].get_ydata(), [float(bounds.uniform[at])] * 3)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "0.5",
+        "0.9",
+        "0.95",
+        "0.99",
+        "uniform attention",
+    ]
+    bands = [each for each in axes.collections if isinstance(each, PolyCollection)]
+    heights = [band.get_paths()[0].get_extents() for band in bands]
+    assert [height.y0 for height in heights[::2]] == [float(bounds.least[..., at].min()) for at in range(4)]
+    assert [height.y1 for height in heights[::2]] == [float(bounds.most[..., at].max()) for at in range(4)]
+
+
 def of_own_text(read):
     """A figure of one row shows its own text alone; `head_comparison` is of all rows."""
 
     def of_row(figure, asked):
         read(figure, replace(asked, a=own_text(asked.a, asked.batch), b=own_text(asked.b, asked.batch)))
 
-    return read if read is head_comparison else of_row
+    return read if read in (head_comparison, coverage) else of_row
 
 
 READ_BACK = {
     f"plot_{read.__name__}": of_own_text(read)
     for read in (
         attention_map, comparison, distance_histogram, head_comparison, head_grid, head_roles, hidden_norms, kv_norms,
-        layer_heads, layer_profile, massive_activations, model_view, token_strip,
+        layer_heads, layer_profile, massive_activations, model_view, token_strip, rows, sources, coverage,
     )
 }  # fmt: skip
 

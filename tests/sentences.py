@@ -8,7 +8,9 @@ import numpy as np
 from written_out import by_chance
 
 ROLES = {"first_token_sink": 0.3, "sink": 0.3, "previous_token": 0.3, "duplicate_token": 0.3, "induction": 0.3,
-         "local": 0.5, "uniform": 0.9}  # fmt: skip
+         "local": 0.5, "uniform": 0.9, "streaming": 0.9}  # fmt: skip
+# Distances below this are local where nothing else is asked for.
+WINDOW = 64
 NUMBER = r"(\d[\d,]*(?:\.\d+)?%?)"
 
 
@@ -84,7 +86,16 @@ class Truth:
             "first_token_sink": self.mean(self.weights[..., self.first], self.several & self.visible[:, self.first]),
             "local": 1 - far / uniform_far,
             "uniform": self.mean(flat),
+            "streaming": self.streaming(),
         } | {role: self.mean((self.weights * mask).sum(-1)) for role, mask in masks.items()}
+
+    def streaming(self):
+        """Mean mass on the first token and what is near, (layer, head), of queries that see more; NaN if none does."""
+        outside = self.visible & (self.distance >= WINDOW)
+        outside[:, self.first] = False
+        if not outside.any():
+            return np.full((len(self.layers), len(self.heads)), np.nan)
+        return 1 - self.mean((self.weights * outside).sum(-1), outside.any(1))
 
     def roles(self):
         """The role of every head."""

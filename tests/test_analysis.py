@@ -236,10 +236,13 @@ def test_classify_heads(query_slice, left_padding):
                 scores["induction"].append(sum(weights[j] for j in keys[1:] if ids[j - 1] == ids[i]))
                 scores["uniform"].append(-(weights[keys] * np.log(weights[keys])).sum() / np.log(len(keys)))
                 scores["local"].append((weights[keys] * (i - keys)).sum())
+                if far := [j for j in keys[1:] if i - j >= run.config.window]:
+                    scores["streaming"].append(1 - weights[far].sum())
                 uniform.append(np.mean(i - keys))
         expected = {role: np.mean(values) for role, values in scores.items() if values}
         # No token takes so much that it could not be chance; and it is known of all queries together only.
         expected["sink"] = 0.0 if query_slice is None else np.nan
+        expected["retrieval"] = np.nan
         expected["local"] = 1 - np.sum(scores["local"]) / np.sum(uniform)
         for role in THRESHOLDS:
             close(getattr(line, f"{role}_score"), expected[role])

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from oracle import stock_of
 from written_out import Written, close
 
 from llama_attn import AttentionStatsConfig
-from llama_attn.analysis import lookback_ratio, received_norm, retrieval_heads, sources, streaming_heads
+from llama_attn.analysis import (
+    keep_mask,
+    lookback_ratio,
+    received_norm,
+    retrieval_heads,
+    sources,
+    streaming_heads,
+)
 
 PROMPT, NEW = 30, 8
 NAMES = ("system", "left", "right")
@@ -307,3 +315,46 @@ def test_bad_needles(needle, run):
 def test_bad_calls(call, message, run):
     with pytest.raises(ValueError, match=message):
         call(run.ds)
+
+
+def test_an_answer_of_the_demo_model(smollm2):
+    """From generate to shares of documents, kept keys and looking back: as the weights of stock eager attention have it."""
+    model, tokenizer = smollm2
+    parts = {
+        "oak": "The oak is 40 metres tall. ",
+        "tower": "The tower is 330 metres tall. ",
+        "ask": "How tall is the tower? It is",
+    }
+    pieces = [(name, tokenizer(text)["input_ids"]) for name, text in parts.items()]
+    prompt = torch.tensor([[number for _, ids in pieces for number in ids]])
+    labels = [name for name, ids in pieces for _ in ids]
+    config = AttentionStatsConfig(
+        statistics=("sink_mass", "received_total", "key_norm"), segments=[labels], rows="generated"
+    )
+    output = model.generate(
+        prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, return_dict_in_generate=True, pad_token_id=0,
+        output_attention_stats=config,
+    )  # fmt: skip
+    stats = output.attention_stats.with_tokens(tokenizer, output.sequences)
+    stock = stock_of(model)
+    stock.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = stock(output.sequences[:, :-1], output_attentions=True).attentions
+    weights = torch.stack(attentions)[:, 0].double().numpy()
+    first, labels = len(labels), [*labels, *["generated"] * 7]
+    frame, ratio = sources(stats), lookback_ratio(stats)
+    for step, i in enumerate(range(first - 1, first + 7)):
+        here = frame[frame.position == i + 1].set_index("segment")
+        for name in (*parts, "generated"):
+            mine = [key for key in range(1, i + 1) if labels[key] == name]
+            share = weights[:, :, i, mine].sum(-1).mean() / (1 - weights[:, :, i, 0].mean())
+            assert here.without_sink[name] == pytest.approx(share, abs=2e-5)
+        old, new = weights[:, :, i, :first].mean(-1), weights[:, :, i, first : i + 1]
+        if step:
+            np.testing.assert_allclose(ratio[:, 0, :, step], old / (old + new.mean(-1)), atol=2e-4)
+    kept = keep_mask(stats, "h2o", 12)
+    total = weights.sum(2).reshape(30, 3, 3, -1).mean(2)[..., :-6]
+    best = np.sort(total, -1)[..., -6]
+    chosen = kept[:, 0, :, :-6].values
+    assert (kept.sum("key") == 12).all()
+    assert (np.where(chosen, total, np.inf).min(-1) >= best - 1e-4).all()

@@ -23,7 +23,8 @@ from llama_attn.cli.saved import _pictures
 def saved(ids, tmp_path):
     """Two saved runs, of two models on the same text."""
     for seed, name in enumerate("ab"):
-        config = AttentionStatsConfig(statistics="all", norms=True)
+        parts = [["prompt"] * 30 + ["generated"] * 7] * 2
+        config = AttentionStatsConfig(statistics="all", norms=True, rows=(-1,), segments=parts)
         with torch.no_grad():
             stats = tiny_model(seed=seed)(ids, output_attention_stats=config).attention_stats
         stats.with_tokens(Tokenizer(), torch.arange(74).view(2, 37)).save(tmp_path / f"{name}.safetensors")
@@ -65,7 +66,7 @@ def test_plot_takes_options(suffix, saved):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--what", "map"], "--what: expected one of attention-map, distance-histogram, head-grid"),
+        (["--what", "map"], "--what: expected one of attention-map, coverage, distance-histogram, head-grid"),
         (["--what", "head-grid", "--head", "1"], "--head: head-grid takes --statistic, --batch"),
         (["--what", "head-grid", "--statistic", "entropie"], "AttentionStatsConfig(statistics="),
         (["--query-slice", "5:"], "--query-slice: attention-map takes --layer, --head, --batch, --kind"),

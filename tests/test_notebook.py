@@ -152,7 +152,8 @@ import torch
 from conftest import tiny_model
 from llama_attn import AttentionStatsConfig, viz
 with torch.no_grad():
-    config = AttentionStatsConfig(statistics="all", norms=True)
+    parts = [["prompt"] * 8 + ["generated"] * 4]
+    config = AttentionStatsConfig(statistics="all", norms=True, rows=(-1,), segments=parts)
     stats = tiny_model()(torch.randint(3, 97, (1, 12)), output_attention_stats=config).attention_stats
 """
 

@@ -11,7 +11,7 @@ from read_back import NAMES, READ_BACK, Asked, drawn, takes
 
 from llama_attn import AttentionStatsConfig
 
-LENGTH, PADDING = 16, 5
+LENGTH, PADDING, NEW = 16, 5, 6
 
 
 class Tokenizer:
@@ -25,7 +25,12 @@ def runs():
     ids = torch.arange(3, 3 + 2 * LENGTH).view(2, LENGTH)
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
-    config = AttentionStatsConfig(statistics="all", norms=True, layers=(1, 2, 0), heads=(4, 1, 0))
+    # The last tokens as if they had been generated.
+    parts = ["left"] * 4 + [None] + ["right"] * (LENGTH - 5 - NEW) + ["generated"] * NEW
+    segments = [[None] * PADDING + parts[:2] + parts[PADDING + 2 :], parts]
+    config = AttentionStatsConfig(
+        statistics="all", norms=True, layers=(1, 2, 0), heads=(4, 1, 0), rows=slice(-3, None), segments=segments
+    )
     found = []
     for seed in (0, 1):
         with torch.no_grad():

@@ -9,6 +9,7 @@ import numpy as np
 from llama_attn.analysis.dataset import as_dataset, direction_of, require
 from llama_attn.analysis.locality import LOCAL_BELOW, normalized_entropy
 from llama_attn.analysis.part import measured_part
+from llama_attn.analysis.retrieval import RETRIEVAL, STREAMING, mass_outside, retrieval_heads
 from llama_attn.analysis.sinks import EPSILON, sink_positions
 from llama_attn.analysis.uniform import measured_with, share_of_keys, uniform_attention
 
@@ -27,11 +28,15 @@ THRESHOLDS = {
     "induction": EPSILON,
     "local": 1 - LOCAL_BELOW,
     "uniform": 0.9,
+    "streaming": 1 - STREAMING,
+    "retrieval": RETRIEVAL,
 }
 NEEDED = ("sink_mass", "mean_distance", "entropy", "previous_token", "duplicate_token", "induction")
 
 
-def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataFrame:
+def classify_heads(
+    ds: Source, query_slice: slice | None = None, *, needle: tuple[int, int] | None = None
+) -> pandas.DataFrame:
     """A role for every head, with the scores that it follows from.
 
     Scores are means over rows and over the real queries that see more than one key:
@@ -46,13 +51,19 @@ def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataF
     induction          mass on tokens that followed earlier copies of the query's token            0.3
     local              1 − mean distance / mean distance of uniform attention                      0.5
     uniform            mean of entropy / ln(number of visible keys)                                0.9
+    streaming          mass on sink and window together, of queries that see other keys too        0.9
+    retrieval          share of the ``needle`` that the head copied into the answer                0.1
     ================== =========================================================================== =========
 
     The sinks of the run are those that `sink_positions` finds, its ``layer_sink`` in any layer, the first token or
     others: a head may rest on several. ``sink`` is known of all measured queries together only: it is NaN for some of
     them, without ``received``, and where `uniform_attention` is unknown.
 
-    0.3 is the ε of Gu et al.; 0.5 is where `locality` draws the line; 0.9 is a choice. What a layer's window hides
+    ``streaming`` is 1 − ``outside`` of `streaming_heads`; it is NaN without ``local_mass``, in texts that are no longer
+    than sink and window, and where attention is not causal. ``retrieval`` is the score of `retrieval_heads`, the mean
+    over rows, of all that was generated; it is NaN without a ``needle``.
+
+    0.3 is the ε of Gu et al.; 0.5 is where `locality` draws the line; both 0.9 are a choice; 0.1 is that of Wu et al. What a layer's window hides
     counts against no head: uniform attention is that over the window, and queries whose window has left the first
     tokens behind do not count for ``first_token_sink``.
 
@@ -63,6 +74,7 @@ def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataF
         ds: Statistics with ``sink_mass``, ``mean_distance``, ``entropy``, ``previous_token``, ``duplicate_token``
             and ``induction``, and with ``received`` for ``sink``.
         query_slice: Positions of the queries to count, as a Python slice of the row: ``slice(65, None)``.
+        needle: What heads may have copied into the answer, as in `retrieval_heads`, which then is asked.
 
     Returns:
         One line per (layer, head), in the order of the dataset. ``role`` has the largest score relative to its
@@ -73,9 +85,11 @@ def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataF
         Then one ``<role>_score`` each. ``attrs["part"]``: what was measured of the model, if not all of it.
 
     Raises:
-        ValueError: A statistic was not measured, or the slice holds no measured query.
+        ValueError: A statistic was not measured, the slice holds no measured query, or there is a needle and
+            `retrieval_heads` cannot tell.
 
-    Source: TransformerLens, head_detector (previous token, duplicate token, induction); Gu et al., arXiv 2410.10781.
+    Source: TransformerLens, head_detector (previous token, duplicate token, induction); Gu et al., arXiv 2410.10781;
+    Xiao et al., arXiv 2410.10819 (streaming); Wu et al., arXiv 2404.15574 (retrieval).
     """
     import pandas
 
@@ -83,6 +97,7 @@ def classify_heads(ds: Source, query_slice: slice | None = None) -> pandas.DataF
     require(dataset, *NEEDED)
     chosen = _queries(dataset, query_slice)
     scores = _scores(chosen) | {"sink": _on_sinks(dataset, chosen)}
+    scores |= {"streaming": _streaming(dataset, chosen), "retrieval": _retrieval(dataset, needle)}
     lines = []
     for layer in dataset.layer.values:
         for head in dataset["head"].values:
@@ -161,3 +176,18 @@ def _on_sinks(dataset: xarray.Dataset, chosen: xarray.Dataset) -> xarray.DataArr
         total = total - dataset.sink_mass.where(alone & own).sum("query")
     count = several.sum("query").where(known)
     return total.where(known).sum("batch", min_count=1) / count.sum("batch").where(lambda queries: queries > 0)
+
+
+def _streaming(dataset: xarray.Dataset, chosen: xarray.Dataset) -> xarray.DataArray:
+    """Mean mass on sink and window, (layer, head), of the chosen queries that see a key outside; NaN if unknown."""
+    if "local_mass" not in dataset or direction_of(dataset) != "causal":
+        return dataset.entropy.mean(["batch", "query"]) * np.nan
+    outside, _ = mass_outside(dataset)
+    return 1 - outside.sel(query=chosen["query"].values).mean(["batch", "query"])
+
+
+def _retrieval(dataset: xarray.Dataset, needle: tuple[int, int] | None) -> xarray.DataArray:
+    """How much of the needle each head copied, (layer, head), mean over rows; NaN without a needle."""
+    if needle is None:
+        return dataset.entropy.mean(["batch", "query"]) * np.nan
+    return retrieval_heads(dataset, needle).score.mean("batch")

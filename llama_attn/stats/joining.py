@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # What the rows of one batch have in common, by its name in `AttentionStats`.
 COMMON = (
     "config", "layers", "heads", "num_layers", "first_query", "first_key", "model", "stack", "paths", "direction",
-    "without_attention", "selected_queries",
+    "without_attention", "selected_queries", "num_heads", "num_kv_heads",
 )  # fmt: skip
 MAP_BINS = ("query_bin", "key_bin")
 

@@ -25,6 +25,7 @@ from llama_attn.viz.style import (
     ORANGE,
     PINK,
     SKY,
+    YELLOW,
     about,
     heading,
     heat_map,
@@ -42,14 +43,14 @@ if TYPE_CHECKING:
     from llama_attn.analysis.dataset import Source
 
 # No grey among them, which is the colour of no data.
-NAVY, SAND = "#00294D", "#C9B18A"
+NAVY, SAND, VIOLET = "#00294D", "#C9B18A", "#6F4BA0"
 ROLE_COLOURS = {
     "first_token_sink": BLUE, "sink": NAVY, "previous_token": ORANGE, "duplicate_token": PINK, "induction": GREEN,
-    "local": AMBER, "uniform": SKY, "mixed": SAND,
+    "local": AMBER, "uniform": SKY, "streaming": VIOLET, "retrieval": YELLOW, "mixed": SAND,
 }  # fmt: skip
 # Width of the legend of roles [inches].
 LEGEND = 1.6
-DARK = ("first_token_sink", "sink")
+DARK = ("first_token_sink", "sink", "streaming")
 
 
 def plot_head_grid(

@@ -2,11 +2,13 @@
 
 const OKABE_ITO = {
   blue: "#0072B2", orange: "#D55E00", green: "#009E73", pink: "#CC79A7", sky: "#56B4E9", amber: "#E69F00",
+  yellow: "#F0E442",
 };
 // As in llama_attn.viz.plot_head_roles.
 const ROLES = {
   first_token_sink: OKABE_ITO.blue, sink: "#00294D", previous_token: OKABE_ITO.orange, duplicate_token: OKABE_ITO.pink,
-  induction: OKABE_ITO.green, local: OKABE_ITO.amber, uniform: OKABE_ITO.sky, mixed: "#C9B18A",
+  induction: OKABE_ITO.green, local: OKABE_ITO.amber, uniform: OKABE_ITO.sky, streaming: "#6F4BA0",
+  retrieval: OKABE_ITO.yellow, mixed: "#C9B18A",
 };
 const VIRIDIS = [
   "#440154", "#482475", "#414487", "#355f8d", "#2a788e", "#21918c", "#22a884", "#44bf70", "#7ad151", "#bddf26", "#fde725",
