@@ -9,7 +9,7 @@ import numpy as np
 from measured_runs import REPEATED, ROWS, Runs
 
 from llama_attn import analysis
-from llama_attn.analysis.heads import THRESHOLDS
+from llama_attn.analysis.roles import THRESHOLDS
 from llama_attn.analysis.sinks import EPSILON, by_chance
 from llama_attn.stats.token_text import readable
 

@@ -17,7 +17,7 @@ from llama_attn.analysis import (
     sink_positions,
     sink_rate,
 )
-from llama_attn.analysis.heads import THRESHOLDS
+from llama_attn.analysis.roles import THRESHOLDS
 from llama_attn.analysis.uniform import uniform_attention
 
 

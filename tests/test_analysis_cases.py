@@ -25,7 +25,7 @@ from llama_attn.analysis import (
     sink_rate,
     summarize_layers,
 )
-from llama_attn.analysis.heads import THRESHOLDS
+from llama_attn.analysis.roles import THRESHOLDS
 from llama_attn.analysis.uniform import measured_with, uniform_attention
 from llama_attn.viz.figures.grids import ROLE_COLOURS
 from llama_attn.viz.report.findings import findings

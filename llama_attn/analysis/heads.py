@@ -6,31 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llama_attn.analysis.dataset import as_dataset, direction_of, require
-from llama_attn.analysis.locality import LOCAL_BELOW, normalized_entropy
+from llama_attn.analysis.dataset import as_dataset, require
 from llama_attn.analysis.part import measured_part
-from llama_attn.analysis.retrieval import RETRIEVAL, STREAMING, mass_outside, retrieval_heads
-from llama_attn.analysis.sinks import EPSILON, sink_positions
-from llama_attn.analysis.uniform import measured_with, share_of_keys, uniform_attention
+from llama_attn.analysis.roles import NO_DATA, THRESHOLDS, role_scores, strengths, strongest_roles
 
 if TYPE_CHECKING:
     import pandas
-    import xarray
 
     from llama_attn.analysis.dataset import Source
 
-# What the score of a role must exceed.
-THRESHOLDS = {
-    "first_token_sink": EPSILON,
-    "sink": EPSILON,
-    "previous_token": EPSILON,
-    "duplicate_token": EPSILON,
-    "induction": EPSILON,
-    "local": 1 - LOCAL_BELOW,
-    "uniform": 0.9,
-    "streaming": 1 - STREAMING,
-    "retrieval": RETRIEVAL,
-}
 NEEDED = ("sink_mass", "mean_distance", "entropy", "previous_token", "duplicate_token", "induction")
 
 
@@ -95,99 +79,25 @@ def classify_heads(
 
     dataset = as_dataset(ds)
     require(dataset, *NEEDED)
-    chosen = _queries(dataset, query_slice)
-    scores = _scores(chosen) | {"sink": _on_sinks(dataset, chosen)}
-    scores |= {"streaming": _streaming(dataset, chosen), "retrieval": _retrieval(dataset, needle)}
+    scores = role_scores(dataset, query_slice, needle)
+    relative, best = strengths(scores), strongest_roles(scores)
+    values = {role: score.values for role, score in scores.items()}
     lines = []
-    for layer in dataset.layer.values:
-        for head in dataset["head"].values:
-            of_head = {role: float(scores[role].sel(layer=layer, head=head)) for role in THRESHOLDS}
-            strength = {role: of_head[role] / threshold for role, threshold in THRESHOLDS.items()}
-            if of_head["first_token_sink"] >= of_head["sink"] / 2:
-                strength["first_token_sink"] = max(strength["first_token_sink"], strength["sink"])
-            passed = [role for role, threshold in THRESHOLDS.items() if of_head[role] > threshold]
-            roles = sorted(passed, key=lambda role: -strength[role])
-            known = any(np.isfinite(score) for score in of_head.values())
-            lines.append(
-                {
-                    "layer": int(layer),
-                    "head": int(head),
-                    "role": roles[0] if roles else "mixed" if known else None,
-                    "roles": roles,
-                    "score": of_head[roles[0]] if roles else np.nan,
-                }
-                | {f"{role}_score": score for role, score in of_head.items()}
-            )
+    for place in np.ndindex(*best.shape):
+        of_head = {role: float(score[place]) for role, score in values.items()}
+        strength = dict(zip(THRESHOLDS, relative[(slice(None), *place)], strict=True))
+        passed = [role for role, threshold in THRESHOLDS.items() if of_head[role] > threshold]
+        roles = sorted(passed, key=strength.__getitem__, reverse=True)
+        lines.append(
+            {
+                "layer": int(dataset["layer"].values[place[0]]),
+                "head": int(dataset["head"].values[place[1]]),
+                "role": roles[0] if roles else None if best[place] == NO_DATA else "mixed",
+                "roles": roles,
+                "score": of_head[roles[0]] if roles else np.nan,
+            }
+            | {f"{role}_score": score for role, score in of_head.items()}
+        )
     frame = pandas.DataFrame(lines)
     frame.attrs["part"] = measured_part(dataset)
     return frame
-
-
-def _queries(dataset: xarray.Dataset, query_slice: slice | None) -> xarray.Dataset:
-    """The dataset and what uniform attention would give, with only the queries that count."""
-    if query_slice is not None and not isinstance(query_slice, slice):
-        raise ValueError(f"query_slice: expected a slice such as slice(65, None), got {query_slice!r}")
-    uniform = uniform_attention(dataset)
-    dataset = dataset.assign(uniform_distance=uniform.mean_distance, uniform_sink_mass=uniform.sink_mass)
-    positions = range(
-        *(query_slice or slice(None)).indices(int(max(dataset["key"].values[-1], dataset["query"].values[-1])) + 1)
-    )
-    queries = dataset["query"].values
-    chosen = np.flatnonzero(np.isin(queries, positions))
-    if not len(chosen):
-        raise ValueError(f"query_slice: {query_slice} holds no query; there are {queries[0]} to {queries[-1]}")
-    return dataset.isel(query=chosen)
-
-
-def _scores(dataset: xarray.Dataset) -> dict[str, xarray.DataArray]:
-    """The score of every role, (layer, head)."""
-    everywhere = ["batch", "query"]
-    several = dataset.visible_keys > 1
-    distances = dataset.mean_distance / share_of_keys(dataset), dataset.uniform_distance
-    distance, uniform_distance = (each.where(several).mean(everywhere) for each in distances)
-    # Unknown, it counts: it is so in packed documents, each of which begins with its sink.
-    sees_sink = (dataset.visible_keys > measured_with(dataset, "sink_tokens")) & (dataset.uniform_sink_mass != 0)
-    scores = {
-        "first_token_sink": dataset.sink_mass.where(sees_sink).mean(everywhere),
-        "local": 1 - distance / uniform_distance,
-        "uniform": normalized_entropy(dataset).mean(everywhere),
-    }
-    for role in ("previous_token", "duplicate_token", "induction"):
-        scores[role] = dataset[role].where(several).mean(everywhere)
-    return scores
-
-
-def _on_sinks(dataset: xarray.Dataset, chosen: xarray.Dataset) -> xarray.DataArray:
-    """Mean mass on the sinks of the run, (layer, head), of the queries that see more than one key; NaN if unknown."""
-    several, alone = dataset.visible_keys > 1, dataset.visible_keys == 1
-    every = bool((several.sum("query") == (chosen.visible_keys > 1).sum("query")).all())
-    if "received" not in dataset or not every:
-        return dataset.entropy.mean(["batch", "query"]) * np.nan
-    found = sink_positions(dataset)
-    sinks = found.layer_sink.any("layer")
-    known = found.boost.notnull().any(["layer", "head", "key"])
-    total = (
-        (dataset.received * dataset.visible_queries).where(sinks).sum("key").where(dataset.received.count("key") > 0)
-    )
-    if direction_of(dataset) != "cross":
-        # A query that sees one key sees itself, the first of its sequence, and has no choice.
-        own = sinks.reindex(key=dataset["query"].values, fill_value=False).drop_vars("key_token", errors="ignore")
-        own = own.rename(key="query").assign_coords(query=dataset["query"])
-        total = total - dataset.sink_mass.where(alone & own).sum("query")
-    count = several.sum("query").where(known)
-    return total.where(known).sum("batch", min_count=1) / count.sum("batch").where(lambda queries: queries > 0)
-
-
-def _streaming(dataset: xarray.Dataset, chosen: xarray.Dataset) -> xarray.DataArray:
-    """Mean mass on sink and window, (layer, head), of the chosen queries that see a key outside; NaN if unknown."""
-    if "local_mass" not in dataset or direction_of(dataset) != "causal":
-        return dataset.entropy.mean(["batch", "query"]) * np.nan
-    outside, _ = mass_outside(dataset)
-    return 1 - outside.sel(query=chosen["query"].values).mean(["batch", "query"])
-
-
-def _retrieval(dataset: xarray.Dataset, needle: tuple[int, int] | None) -> xarray.DataArray:
-    """How much of the needle each head copied, (layer, head), mean over rows; NaN without a needle."""
-    if needle is None:
-        return dataset.entropy.mean(["batch", "query"]) * np.nan
-    return retrieval_heads(dataset, needle).score.mean("batch")
