@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from llama_attn import __version__
-from llama_attn.cli import ablate, budget, engine, heads, run, saved
+from llama_attn.cli import ablate, budget, corpus, engine, heads, run, saved
 from llama_attn.cli.terminal import console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for _command in (
-    run.demo, run.run, heads.heads, ablate.ablate, budget.budget, saved.plot, saved.report, saved.compare, engine.backends,
-    engine.build,
+    run.demo, run.run, heads.heads, ablate.ablate, budget.budget, corpus.corpus, corpus.merge, saved.plot, saved.report,
+    saved.compare, engine.backends, engine.build,
 ):  # fmt: skip
     app.command()(_command)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_attn.cli.measuring import known_options
+from llama_attn.observe.options import known_options
 
 # What transformers calls a cache, from 5.24 on and before.
 CACHES = ("cache", "past_key_values")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from llama_attn.cli.progress import measuring
 from llama_attn.cli.terminal import fail, first_line
 from llama_attn.cli.texts import batch
+from llama_attn.observe.options import known_options
 from llama_attn.observe.recording import record
 from llama_attn.observe.stacks import candidates, is_cross, stack_of
 from llama_attn.stats.config import AttentionStatsConfig
@@ -136,7 +136,7 @@ class Subject:
             vocabulary = getattr(own.get_input_embeddings(), "num_embeddings", None)
         inputs = batch(prompt, tokenizer, "left" if decodes else "right", vocabulary)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        _check_length(own, prompt.length + (new_tokens if decodes else 0))
+        check_length(own, prompt.length + (new_tokens if decodes else 0))
         attention = [module for stack in self._stacks for module in stack.layers]
         there = self.layers
         # The last token that is generated is read by nobody; the decoder behind an encoder begins with one of its own.
@@ -157,12 +157,6 @@ class Subject:
         return inputs["input_ids"]
 
 
-def known_options(model: nn.Module, **options: Any) -> dict[str, Any]:
-    """Those of the options that the forward of a model takes."""
-    known = inspect.signature(model.forward).parameters
-    return {name: option for name, option in options.items() if name in known}
-
-
 @contextmanager
 def refusals(model: nn.Module) -> Iterator[None]:
     """End the command with what a model says that cannot be measured."""
@@ -172,7 +166,7 @@ def refusals(model: nn.Module) -> Iterator[None]:
         fail(f"cannot measure {type(model).__name__}: {first_line(error)}")
 
 
-def _check_length(model: Any, length: int) -> None:
+def check_length(model: Any, length: int) -> None:
     """Warn of a text beyond the context; end the command where the model has no positions for it."""
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)

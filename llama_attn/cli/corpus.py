@@ -1,0 +1,237 @@
+"""``llama-attn corpus`` and ``llama-attn merge``: the statistics of many texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from llama_attn.cli.loading import load_model, load_tokenizer, plan
+from llama_attn.cli.measuring import Subject, check_length, refusals
+from llama_attn.cli.options import (
+    Adapter,
+    Attn,
+    Device,
+    Dtype,
+    GgufFile,
+    Model,
+    TrustRemoteCode,
+    check_loading,
+    names_of,
+)
+from llama_attn.cli.terminal import TABLES, console, fail, first_line, missing, say
+from llama_attn.demo import Checkpoint
+from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.labels import Label
+from llama_attn.stats.table import default_statistics, statistics_table
+
+if TYPE_CHECKING:
+    from llama_attn.corpus.records import Source
+    from llama_attn.corpus.summary import CorpusSummary
+
+# Shards of a corpus if nobody says how large they are, and the smallest of them [records].
+SHARDS, SMALLEST_SHARD = 256, 64
+
+
+def corpus(
+    model: Model,
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files of texts, one on each line (.txt), JSON lines (.jsonl) or tables (.parquet), or folders of them.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the results; run again, the command goes on in it.")],
+    field: Annotated[str, typer.Option(help="Field of JSON lines, or column of tables, that holds the text.")] = "text",
+    max_tokens: Annotated[int, typer.Option(min=1, help="What longer texts are cut to.")] = 512,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a batch at most; texts of similar length are read together.")
+    ] = 4096,
+    limit: Annotated[int | None, typer.Option(min=1, help="Records that are read at most.")] = None,
+    shard_records: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Records that are measured and written at once; by default as many as make {SHARDS} shards, and "
+            f"{SMALLEST_SHARD} or more.",
+            show_default=False,
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Texts that are kept of each head and statistic.")] = 4,
+    statistics: Annotated[
+        str | None,
+        typer.Option(help="Statistics besides the default ones, with commas, e.g. induction,weight_count,weight_mass."),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to measure, with commas; all of them if not given.")
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="Query heads to measure, likewise.")] = None,
+    attn: Attn = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    adapter: Adapter = None,
+    gguf_file: GgufFile = None,
+    trust_remote_code: TrustRemoteCode = None,
+) -> None:
+    """Measure every head over many texts, on any number of processes.
+
+    Start it several times, with `torchrun -m llama_attn.corpus` or on several machines that share the folder: each
+    measures what no other does. Killed and started again, it goes on. What cannot be read is counted and named in
+    skipped.jsonl.
+    """
+    check_loading(attn, dtype, device, adapter)
+    if lacking := missing(TABLES):
+        fail(f"a summary needs {', '.join(lacking)}: pip install 'llama_attn[corpus]'")
+    from llama_attn.corpus.batches import Reader
+    from llama_attn.corpus.records import find_files, survey
+    from llama_attn.corpus.run import SUMMARY, Run
+    from llama_attn.corpus.weights import fingerprint
+
+    config = _config(statistics, layers, heads)
+    try:
+        named = find_files(data)
+        sources = [survey(name, path, shard_records or SMALLEST_SHARD) for name, path in named]
+    except (ValueError, ImportError, OSError) as error:
+        fail(first_line(error))
+    every, sources = (shard_records, sources) if shard_records else _in_shards(sources, limit)
+    chosen = plan(Checkpoint(model, gguf_file), trust_remote_code)
+    tokenizer = load_tokenizer(chosen)
+    loaded = load_model(chosen, attn=attn, dtype=dtype, device=_own_device(device), adapter=adapter)
+    subject = Subject.of(loaded, generates=False)
+    if subject.adds_tokens:
+        fail("--adapter: it adds tokens of its own before the text, which no position of a text is of")
+    check_length(loaded, max_tokens)
+    reader = Reader(subject.part, tokenizer, config, fingerprint(loaded), max_tokens, batch_tokens, examples)
+    settings = {"model": chosen.checkpoint.name, "dtype": str(next(loaded.parameters()).dtype), "attn": attn}
+    run = Run(out, reader, sources, field, every, limit, settings)
+    records = sum(shard.records for shard in run.shards)
+    lost = [source for source in sources if source.unreadable]
+    if not records:
+        reasons = "".join(f"; {source.name}: {source.unreadable}" for source in lost[:3])
+        fail(f"DATA: there is no text in {', '.join(source.name for source in sources[:3])}{reasons}")
+    try:
+        run.begin()
+        summary = run.finished()
+        ending = "is" if summary is None else "was finished before,"
+        if summary is None:
+            with _progress(records) as advance, refusals(loaded):
+                summary = run.measure(advance)
+    except OSError as error:
+        fail(
+            f"--out: cannot write to {out}: {first_line(error)}; what is done stays, and the command goes on from there"
+        )
+    except ValueError as error:
+        fail(first_line(error))
+    if summary is None:
+        fail(f"DATA: none of {records:,} records could be read; {out / 'skipped.jsonl'} says why")
+    say(subject.name)
+    say(f"{_told(summary)}; {SUMMARY} {ending} in {out}")
+
+
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs, or files of summaries.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File for the summary of all of them.")],
+) -> None:
+    """Merge the results of several runs of the same model over different texts."""
+    from llama_attn.corpus.run import SHARDS as PARTS, SUMMARY
+    from llama_attn.corpus.summary import CorpusSummary
+
+    files: list[Path] = []
+    for given in folders:
+        parts = sorted((given / PARTS).glob("*.safetensors"))
+        found = [given] if given.is_file() else [given / SUMMARY] if (given / SUMMARY).is_file() else parts
+        if not found:
+            fail(f"FOLDERS: there is no {SUMMARY} and no shard in {given}")
+        files += found
+    try:
+        summary = CorpusSummary.merge(CorpusSummary.load(file) for file in files)
+        summary.save(out)
+    except (ValueError, OSError) as error:
+        fail(first_line(error))
+    say(f"{_told(summary)}; merged from {len(files)} {'file' if len(files) == 1 else 'files'} into {out}")
+
+
+def _told(summary: CorpusSummary) -> str:
+    cut = f", {summary.cut:,} of them cut to {summary.about.max_tokens:,}" if summary.cut else ""
+    skipped = f", {summary.skipped:,} records skipped" if summary.skipped else ""
+    return f"{summary.texts:,} texts{cut}, {summary.tokens:,} tokens{skipped}"
+
+
+def _config(statistics: str | None, layers: str | None, heads: str | None) -> AttentionStatsConfig:
+    """What is measured. Ends the command for what does not add up over texts."""
+    from llama_attn.corpus.reading import check_statistics
+
+    names = tuple(dict.fromkeys([*default_statistics(), *names_of(statistics)]))
+    try:
+        config = AttentionStatsConfig(
+            statistics=names, layers=_indices("--layers", layers), heads=_indices("--heads", heads), offload="cpu"
+        )
+        check_statistics({name: Label.of(statistics_table()[name]) for name in names})
+    except ValueError as error:
+        fail(first_line(error))
+    return config
+
+
+def _indices(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        fail(f"{option}: expected numbers with commas, e.g. 0,5,11, got {text!r}")
+
+
+def _in_shards(sources: Sequence[Source], limit: int | None) -> tuple[int, list[Source]]:
+    """Records of a shard, so that there are neither too many nor too small ones, and the files with these starts."""
+    records = sum(source.records for source in sources)
+    smallest = -(-min(records, limit or records) // (SHARDS * SMALLEST_SHARD)) or 1
+    return smallest * SMALLEST_SHARD, [replace(source, starts=source.starts[::smallest]) for source in sources]
+
+
+def _own_device(device: str) -> str:
+    """Each process of a launcher has its own GPU."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "auto" and rank is not None and torch.cuda.is_available() else device
+
+
+class _Speed(ProgressColumn):
+    """Tokens per second."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.elapsed or 0
+        return Text(f"{task.fields['tokens'] / seconds:,.0f} tokens/s" if seconds else "")
+
+
+@contextmanager
+def _progress(records: int) -> Iterator[Callable[[int, int], None]]:
+    """Show how many texts are done, tokens per second, and the time left, where a terminal is."""
+    if not console.is_terminal:
+        yield lambda texts, tokens: None
+        return
+    columns: tuple[Any, ...] = (
+        TextColumn("reading texts"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=records, tokens=0)
+
+        def advance(texts: int, tokens: int) -> None:
+            progress.update(task, advance=texts, tokens=progress.tasks[0].fields["tokens"] + tokens)
+
+        yield advance

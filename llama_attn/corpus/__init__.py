@@ -1,0 +1,5 @@
+"""Statistics of a corpus: any number of texts, on any number of processes, in one summary of fixed size."""
+
+from llama_attn.corpus.summary import CorpusSummary
+
+__all__ = ["CorpusSummary"]

@@ -1,0 +1,235 @@
+"""A run over a corpus: shard by shard, each written when it is done, on any number of processes at once.
+
+A shard is a run of records of one file. Whoever finds it undone and unlocked measures it; its summary appears under its
+name once it is complete. The result is the merge of all of them, so that going on after a crash, more processes or
+other machines change nothing in it. A lock only saves work: two who measured the same shard would write the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from llama_attn.corpus.batches import Reader
+from llama_attn.corpus.records import Record, Source, read
+from llama_attn.corpus.summary import CorpusSummary
+from llama_attn.stats.files import complete_file
+
+MANIFEST, SUMMARY, SKIPPED, SHARDS = "run.json", "summary.safetensors", "skipped.jsonl", "shards"
+# How often it is looked whether others are done [seconds].
+PATIENCE = 0.5
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some records of one file.
+
+    Args:
+        number: Its place among all shards.
+        source: The file.
+        start: Where they begin, one of its ``starts``.
+        records: How many.
+    """
+
+    number: int
+    source: Source
+    start: tuple[int, int]
+    records: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is measured, and where the results go.
+
+    Args:
+        folder: Where to.
+        reader: How texts are read.
+        sources: The files.
+        field: Name of the field that holds the text.
+        every: Records of a shard.
+        limit: Records that are read at most; None for all.
+        settings: What else must be equal to go on, such as the dtype.
+    """
+
+    folder: Path
+    reader: Reader
+    sources: Sequence[Source]
+    field: str
+    every: int
+    limit: int | None
+    settings: dict[str, Any]
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All shards."""
+        found: list[Shard] = []
+        left = self.limit
+        for source in self.sources:
+            for at, start in enumerate(source.starts):
+                records = min(self.every, source.records - at * self.every)
+                records = records if left is None else min(records, left)
+                left = None if left is None else left - records
+                if records:
+                    found.append(Shard(len(found), source, start, records))
+        return found
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Everything that must be equal to go on."""
+        reader = self.reader
+        files = [
+            {"name": source.name, "size": source.size, "checksum": source.checksum, "records": source.records}
+            for source in self.sources
+        ]
+        return {
+            **self.settings, "weights": reader.weights, "config": reader.config.to_json(), "field": self.field,
+            "max_tokens": reader.max_tokens, "examples": reader.examples, "shard_records": self.every,
+            "limit": self.limit, "files": files,
+        }  # fmt: skip
+
+    def begin(self) -> None:
+        """Make the folder, or check that it is of the same run.
+
+        Raises:
+            ValueError: It is of another; the message has both values.
+            OSError: Nothing can be written there.
+        """
+        (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
+        path, manifest = self.folder / MANIFEST, json.loads(json.dumps(self.manifest))
+        if not path.exists():
+            with complete_file(path) as unfinished:
+                unfinished.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            return
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged, so that it cannot be known what the run is of: {error}") from error
+        for name in {**known, **manifest}:
+            if known.get(name) != manifest.get(name):
+                was, now = _difference(known.get(name), manifest.get(name))
+                raise ValueError(
+                    f"{self.folder} is of another run: {name} was {was}, and is now {now}; choose another --out"
+                )
+
+    def finished(self) -> CorpusSummary | None:
+        """The summary, if the run has ended."""
+        try:
+            return CorpusSummary.load(self.folder / SUMMARY)
+        except (FileNotFoundError, ValueError):
+            # Damaged, it is merged again.
+            return None
+
+    def measure(self, progress: Progress) -> CorpusSummary | None:
+        """Measure what is left, wait for what others measure, and merge; None if no record could be read.
+
+        Args:
+            progress: Told how many records and tokens are done.
+        """
+        shards = self.shards
+        for shard in shards:
+            if self._is_done(shard):
+                progress(shard.records, 0)
+        while True:
+            left = [shard for shard in shards if not self._is_done(shard)]
+            done = [shard for shard in left if self._claim(shard, progress)]
+            if not left:
+                merged = self._merge(shards)
+                if merged is not None:
+                    return merged[0]
+            elif not done:
+                time.sleep(PATIENCE)
+
+    def _path(self, shard: Shard, ending: str) -> Path:
+        return self.folder / SHARDS / f"{shard.number:06}.{ending}"
+
+    def _is_done(self, shard: Shard) -> bool:
+        return any(self._path(shard, ending).exists() for ending in ("safetensors", "empty"))
+
+    def _claim(self, shard: Shard, progress: Progress) -> bool:
+        """Measure a shard, unless somebody else does. A lock goes with the process that holds it, even killed."""
+        try:
+            with FileLock(self._path(shard, "lock"), timeout=0):
+                if self._is_done(shard):
+                    return False
+                self._measure(shard, progress)
+                return True
+        except Timeout:
+            return False
+
+    def _measure(self, shard: Shard, progress: Progress) -> None:
+        skipped, texts, cut = [], [], 0
+        for record in read(shard.source, shard.start, shard.records, self.field):
+            found = record.unreadable or self.reader.tokenize(record)
+            if isinstance(found, str):
+                skipped.append(replace(record, unreadable=found))
+            else:
+                texts.append(found[0])
+                cut += found[1]
+        progress(len(skipped), 0)
+        total: CorpusSummary | None = None
+        for batch in self.reader.batches(texts):
+            part = self.reader.measure(batch)
+            total = part if total is None else total.merged(part)
+            progress(len(batch), sum(len(text.ids) for text in batch))
+        with complete_file(self._path(shard, SKIPPED)) as unfinished:
+            unfinished.write_text("".join(map(_line, skipped)), encoding="utf-8")
+        # Last, since with it the shard is done.
+        if total is None:
+            self._path(shard, "empty").touch()
+        else:
+            replace(total, cut=cut, skipped=len(skipped)).save(self._path(shard, "safetensors"))
+
+    def _merge(self, shards: Sequence[Shard]) -> tuple[CorpusSummary | None] | None:
+        """The merge of all shards, written down; None if one is damaged, which is to be measured again."""
+        with FileLock(self.folder / f"{SUMMARY}.lock"):
+            summary, damaged = None, False
+            for shard in shards:
+                path = self._path(shard, "safetensors")
+                if not path.exists():
+                    continue
+                try:
+                    part = CorpusSummary.load(path)
+                except ValueError:
+                    path.unlink()
+                    damaged = True
+                    continue
+                summary = part if summary is None else summary.merged(part)
+            if damaged:
+                return None
+            lost = [
+                Record(source.name, 0, unreadable=source.unreadable) for source in self.sources if source.unreadable
+            ]
+            lines = [*map(_line, lost), *self._skipped(shards)]
+            with complete_file(self.folder / SKIPPED) as unfinished:
+                unfinished.write_text("".join(lines), encoding="utf-8")
+            if summary is None:
+                return (None,)
+            summary = replace(summary, skipped=len(lines)).with_strings(self.reader.tokenizer)
+            summary.save(self.folder / SUMMARY)
+            return (summary,)
+
+    def _skipped(self, shards: Sequence[Shard]) -> Iterator[str]:
+        for shard in shards:
+            yield from self._path(shard, SKIPPED).read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def _line(record: Record) -> str:
+    return json.dumps({"file": record.file, "line": record.line, "reason": record.unreadable}) + "\n"
+
+
+def _difference(was: Any, now: Any) -> tuple[Any, Any]:
+    """Where two values differ: of lists and objects only that part."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in {**was, **now}:
+            if was.get(name) != now.get(name):
+                return {name: was.get(name)}, {name: now.get(name)}
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        return next(_difference(one, two) for one, two in zip(was, now, strict=True) if one != two)
+    return was, now

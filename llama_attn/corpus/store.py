@@ -1,0 +1,68 @@
+"""Files of labelled arrays: safetensors, with a checksum of everything in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llama_attn.stats.files import complete_file
+
+Arrays = dict[str, np.ndarray]
+FORMAT = "llama_attn.CorpusSummary"
+
+
+def write(path: str | os.PathLike[str], header: Mapping[str, Any], arrays: Arrays) -> None:
+    """Write a file, which appears under its name only once it is complete.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+    """
+    text = json.dumps(header)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with complete_file(path) as unfinished:
+        save_file(arrays, unfinished, {FORMAT: text, "checksum": _checksum(text, arrays)})
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
+    """What `write` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated, damaged, or was not written by `write`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: there is no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if FORMAT not in metadata:
+                raise ValueError("it was not written by CorpusSummary.save")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if _checksum(metadata[FORMAT], arrays) != metadata.get("checksum"):
+            raise ValueError("its checksum is not that of its content")
+        header: dict[str, Any] = json.loads(metadata[FORMAT])
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(damaged(path, error)) from error
+    return header, arrays
+
+
+def damaged(path: str | os.PathLike[str], error: object) -> str:
+    """What is said of a file that cannot be read."""
+    return f"path: {os.fspath(path)!r} is damaged or no summary of a corpus: {error}"
+
+
+def _checksum(header: str, arrays: Arrays) -> str:
+    digest = hashlib.blake2b(header.encode(), digest_size=16)
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(arrays[name].data)
+    return digest.hexdigest()
