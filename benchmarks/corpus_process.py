@@ -25,9 +25,11 @@ class Numbers:
     """Tokens that are written as numbers."""
 
     def __call__(self, text: str, truncation: bool, max_length: int, verbose: bool) -> dict[str, list[int]]:
+        """Ids of a text."""
         return {"input_ids": list(map(int, text.split()))[:max_length]}
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        """What tokens are called."""
         return list(map(str, ids))
 
 
