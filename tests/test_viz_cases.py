@@ -17,8 +17,11 @@ from llama_attn import AttentionStatsConfig, viz
 
 
 def measure(length=16, rows=2, padding=0, seed=0, tokens=True, **settings):
-    """Statistics of texts whose tokens are hostile."""
-    config = AttentionStatsConfig(**({"statistics": "all", "norms": True} | settings))
+    """Statistics of texts whose tokens are hostile, the last of which were generated."""
+    new = min(3, length // 2)
+    asked = {"statistics": "all", "norms": True, "rows": slice(-3, None)}
+    asked["segments"] = [["prompt"] * (length - new) + ["generated"] * new] * rows
+    config = AttentionStatsConfig(**(asked | settings))
     ids = torch.arange(3, 3 + rows * length).view(rows, length)
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0

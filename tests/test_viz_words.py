@@ -22,7 +22,7 @@ from llama_attn.viz.style import NO_DATA
 
 FORMULA = "$\\frac{x$ $_^{$ \x1b[2J"
 MODEL = "$x$ $y$\x1b[2J"
-SEGMENTS = ["system", FORMULA, "user"]
+SEGMENTS = ["system", FORMULA, "generated"]
 
 
 class Words:
@@ -34,8 +34,9 @@ def measure(length=12, layers=None, segments=True, **changes):
     ids = torch.arange(3, 3 + length)[None]
     numbers = torch.arange(length)[None] % 3
     config = AttentionStatsConfig(
-        statistics="all", norms=True, layers=layers, segments=(numbers, SEGMENTS) if segments else None
-    )
+        statistics="all", norms=True, layers=layers, segments=(numbers, SEGMENTS) if segments else None,
+        rows=slice(-3, None),
+    )  # fmt: skip
     with torch.no_grad():
         stats = tiny_model()(ids, output_attention_stats=config).attention_stats
     return replace(stats.with_tokens(Words(), ids), **changes)
