@@ -175,7 +175,7 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_segments_that_there_are_not(call):
     stats = measure()
-    with pytest.raises(ValueError, match=r"segment: expected one of \['system', .*, 'user'\], got 'assistant'"):
+    with pytest.raises(ValueError, match=r"segment: expected one of \['system', .*, 'generated'\], got 'assistant'"):
         call(stats, "segment_mass", "assistant")
     with pytest.raises(ValueError, match=r"segment: 'segment_mass' has a number for each segment; name one of \['sys"):
         call(stats, "segment_mass", None)

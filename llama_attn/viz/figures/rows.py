@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from llama_attn.analysis import as_dataset
+from llama_attn.analysis.dataset import real_tokens
 from llama_attn.analysis.uniform import measured_with
-from llama_attn.viz.figures.canvas import colour_bar, entitle, new_figure
+from llama_attn.viz.figures.canvas import colour_bar, entitle, explain_no_data, new_figure
 from llama_attn.viz.figures.scales import square_root
 from llama_attn.viz.style import NO_DATA, about, drawable, of_head, of_part, pick, pick_head, tokens_of
 
@@ -86,12 +87,13 @@ def plot_rows(
             f"there are {sorted(map(str, dataset.data_vars))}"
         )
     of_text = pick(dataset, batch=batch, layer=layer)
-    row = _row(of_text, row)
+    row = _row(pick(dataset, batch=batch), row)
     values = pick_head(of_text.row_weights.sel(row=row), head)
     weights = (values.mean("layer") if layer is None else values).values
-    real = np.isfinite(weights)
+    has_data = np.isfinite(weights)
+    real = has_data | real_tokens(of_text, "key").values
     keys = of_text["key"].values
-    shaded = real & (sink | (np.cumsum(real) > measured_with(dataset, "sink_tokens")))
+    shaded = has_data & (sink | (np.cumsum(real) > measured_with(dataset, "sink_tokens")))
     high = float(weights[shaded].max(initial=0)) or 1.0
     tokens = tokens_of(of_text, "key")
     pieces = _pieces(keys, weights, real, shaded, tokens, row)
@@ -102,6 +104,8 @@ def plot_rows(
     colour_bar(
         drawn, axes, f"attention weight [probability]{colours.note}{_uniform(of_text, row)}", ticks=colours.ticks
     )
+    if not has_data.any():
+        explain_no_data(figure, weights, ax)
     named = "" if tokens is None else f" “{drawable(tokens[int(np.searchsorted(keys, row))])}”"
     where = "mean over layers" + of_part(dataset) if layer is None else f"layer {layer}"
     without = "" if sink else ", without the sink"
@@ -117,12 +121,15 @@ def _row(dataset: xarray.Dataset, row: int | None) -> int:
     """Position of the query."""
     weights = dataset.row_weights
     has_data = weights.notnull().any([dim for dim in weights.dims if dim != "row"]).values
-    known = weights["row"].values[has_data].tolist()
-    if row is None and known:
+    # Of a text without any data the picture says so.
+    known = weights["row"].values[has_data | ~has_data.any()].tolist()
+    if not known:
+        raise ValueError("row: all that were measured are padding; measure others with AttentionStatsConfig(rows=…)")
+    if row is None:
         return int(known[-1])
-    if row is None or row not in known:
+    if row not in known:
         raise ValueError(f"row: {row} was not measured, or is padding; there are {known}")
-    return int(row)
+    return row
 
 
 def _pieces(
@@ -135,6 +142,8 @@ def _pieces(
 ) -> list[_Piece]:
     """What is written, up to the query: tokens and gaps."""
     places = np.flatnonzero(real & ((keys <= row) | (np.nan_to_num(weights) > 0)))
+    if not len(places):
+        return []
     written = _chosen(np.where(shaded, weights, 0)[places], int(np.searchsorted(keys[places], row)))
     pieces: list[_Piece] = []
     for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(written)) + 1):
@@ -143,7 +152,7 @@ def _pieces(
             pieces.append(_Piece(f" […{len(run):,} tokens: {mass:.1%}…] ", np.nan))
             continue
         for place in places[run]:
-            token = f"{keys[place]} " if tokens is None else drawable(tokens[place]).replace("␣", " ")
+            token = f"{keys[place]} " if tokens is None else drawable(tokens[place]).replace("␣", " ") or " "
             weight = float(weights[place]) if shaded[place] else np.nan
             pieces.append(_Piece(token, weight, keys[place] == row, "⏎" in token))
     return pieces
@@ -171,7 +180,7 @@ def _measure(pieces: list[_Piece], ax: Axes | None) -> tuple[int, float, list[li
         columns = int((WIDTH - BESIDE) * 72 / (LETTERS * LETTER))
         return columns, LETTERS, _lines(pieces, columns)
     whole, _ = new_figure(ax=ax)
-    wide, high = (72 * part for part in whole.get_size_inches() * ax.get_position().size)
+    wide, high = 72 * ax.bbox.size / whole.dpi
     size = LETTERS
     while True:
         columns = max(12, int(wide / (size * LETTER)))
@@ -225,8 +234,7 @@ def _write(axes: Axes, lines: list[list[_Piece]], columns: int, size: float, nor
     shades.set_array(np.ma.masked_invalid(weights))
     axes.add_collection(shades)
     axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor="black", linewidths=1.2))
-    axes.set_xlim(0, columns)
-    axes.set_ylim(len(lines), 0)
+    axes.set(xlim=(0, columns), ylim=(len(lines), 0), xticks=[], yticks=[])
     axes.axis("off")
     return shades
 
