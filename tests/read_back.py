@@ -398,6 +398,7 @@ def kv_norms(figure, asked):
 
 
 def rows(figure, asked):
+    assert "nan" not in bar_of(figure)
     axes, real = figure.axes[0], asked.a.visible_queries[asked.batch].numpy() > 0
     tokens = [token for token, kept in zip(asked.a.tokens[asked.batch], real, strict=True) if kept]
     shades, frame = (each for each in axes.collections if isinstance(each, PatchCollection))
@@ -467,7 +468,8 @@ def coverage(figure, asked):
     for at in range(4):
         least, most = (bounds[name][..., at].mean("head") for name in ("least", "most"))
         close(solid[at].get_xydata(), np.stack([layers, np.sqrt(least * most)], -1))
-        close(dashed[at].get_xydata(), [[layer, float(bounds.uniform[at])] for layer in layers])
+        close(dashed[at].get_ydata(), float(bounds.uniform[at]))
+        assert np.ptp(dashed[at].get_xdata()) > 0, "it is seen, also of one layer"
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["0.5", "0.9", "0.95", "0.99", "uniform attention"]
     bands = [each for each in axes.collections if isinstance(each, PolyCollection)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import replace
 
@@ -159,6 +160,16 @@ def test_a_token_without_data_is_grey(run):
 def test_what_cannot_be_drawn(call, message, run):
     with pytest.raises(ValueError, match=message):
         call(run.ds)
+
+
+def test_coverage_of_padding_alone():
+    config = AttentionStatsConfig(statistics=("weight_count", "weight_mass"))
+    ids = torch.randint(3, 97, (1, 9))
+    with torch.no_grad():
+        stats = tiny_model()(ids, attention_mask=torch.zeros_like(ids), output_attention_stats=config).attention_stats
+    figure = plot_coverage(stats)
+    figure.savefig(io.BytesIO(), format="png", dpi=40)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no data"]
 
 
 def test_coverage_takes_as_many_shares_as_there_are_colours():

@@ -28,7 +28,9 @@ MOST_TOKENS = 600
 AROUND, SHORTEST_GAP = 8, 6
 # Of letters: size [points], width of one over that, and distance of lines over that.
 LETTERS, LETTER, LINE = 8.0, 0.615, 1.6
-WIDTH, BESIDE, LONGEST_BAR = 10.0, 1.7, 4.0
+WIDTH, BESIDE = 10.0, 1.7
+# Lines of the shortest figure, so that the colour bar beside it can be read.
+FEWEST_LINES = 15
 COLOURS = "Oranges"
 # From this share of the darkest colour on letters are white.
 DARK = 0.6
@@ -97,10 +99,12 @@ def plot_rows(
     high = float(weights[shaded].max(initial=0)) or 1.0
     tokens = tokens_of(of_text, "key")
     pieces = _pieces(keys, weights, real, shaded, tokens, row)
-    columns, size, lines = _measure(pieces, ax)
+    columns, room, size, lines = _measure(pieces, ax)
     colours = square_root(high)
-    figure, axes = new_figure((WIDTH, 1.1 + len(lines) * size * LINE / 72), ax)
-    drawn = _write(axes, lines, columns, size, colours.norm)
+    figure, axes = new_figure((WIDTH, 1.1 + room * size * LINE / 72), ax)
+    drawn = _write(axes, lines, size, colours.norm)
+    axes.set(xlim=(0, columns), ylim=(room, 0), xticks=[], yticks=[])
+    axes.axis("off")
     colour_bar(
         drawn, axes, f"attention weight [probability]{colours.note}{_uniform(of_text, row)}", ticks=colours.ticks
     )
@@ -174,19 +178,23 @@ def _chosen(weights: Float[np.ndarray, " token"], query: int) -> Bool[np.ndarray
     return written
 
 
-def _measure(pieces: list[_Piece], ax: Axes | None) -> tuple[int, float, list[list[_Piece]]]:
-    """Letters in a line, their size [points], and the lines."""
+def _measure(pieces: list[_Piece], ax: Axes | None) -> tuple[int, float, float, list[list[_Piece]]]:
+    """Letters for which a line has room, lines for which there is room, size of letters [points], and the lines."""
     if ax is None:
         columns = int((WIDTH - BESIDE) * 72 / (LETTERS * LETTER))
-        return columns, LETTERS, _lines(pieces, columns)
+        lines = _lines(pieces, columns)
+        return columns, max(len(lines), FEWEST_LINES), LETTERS, lines
     whole, _ = new_figure(ax=ax)
     wide, high = 72 * ax.bbox.size / whole.dpi
+    # The colour bar will take some of it.
+    wide = max(wide - 72 * BESIDE, wide / 2)
     size = LETTERS
     while True:
         columns = max(12, int(wide / (size * LETTER)))
         lines = _lines(pieces, columns)
-        if len(lines) * size * LINE <= high or size <= 1.5:
-            return columns, size, lines
+        room = high / (size * LINE)
+        if len(lines) <= room or size <= 1.5:
+            return columns, max(len(lines), room), size, lines
         size *= 0.93
 
 
@@ -206,7 +214,7 @@ def _lines(pieces: list[_Piece], columns: int) -> list[list[_Piece]]:
     return lines if lines[-1] or len(lines) == 1 else lines[:-1]
 
 
-def _write(axes: Axes, lines: list[list[_Piece]], columns: int, size: float, norm: Any) -> Any:
+def _write(axes: Axes, lines: list[list[_Piece]], size: float, norm: Any) -> Any:
     """Write the lines, and return what their colours belong to."""
     from matplotlib import colormaps, rcParams
     from matplotlib.collections import PatchCollection
@@ -234,8 +242,6 @@ def _write(axes: Axes, lines: list[list[_Piece]], columns: int, size: float, nor
     shades.set_array(np.ma.masked_invalid(weights))
     axes.add_collection(shades)
     axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor="black", linewidths=1.2))
-    axes.set(xlim=(0, columns), ylim=(len(lines), 0), xticks=[], yticks=[])
-    axes.axis("off")
     return shades
 
 
@@ -244,4 +250,5 @@ def _uniform(dataset: xarray.Dataset, row: int) -> str:
     if row not in dataset["query"].values:
         return ""
     visible = dataset.visible_keys.sel(query=row)
-    return f"; uniform: {float((1 / visible.where(visible > 0)).mean()):.2g}"
+    even = float((1 / visible.where(visible > 0)).mean())
+    return f"; uniform: {even:.2g}" if np.isfinite(even) else ""

@@ -11,8 +11,22 @@ from llama_attn.analysis import as_dataset, sources
 from llama_attn.analysis.answer import GENERATED
 from llama_attn.analysis.row import row_alone
 from llama_attn.viz.figures.along import MOST_TOKENS, NARROWEST, PER_TOKEN, WIDEST
-from llama_attn.viz.figures.canvas import add_legend, entitle, label_axes, new_figure
-from llama_attn.viz.style import AMBER, BLUE, GREEN, NO_DATA, ORANGE, PINK, SKY, YELLOW, about, drawable, of_head, of_part, written
+from llama_attn.viz.figures.canvas import BESIDE, add_legend, entitle, label_axes, new_figure
+from llama_attn.viz.style import (
+    AMBER,
+    BLUE,
+    GREEN,
+    NO_DATA,
+    ORANGE,
+    PINK,
+    SKY,
+    YELLOW,
+    about,
+    drawable,
+    of_head,
+    of_part,
+    written,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +104,9 @@ def plot_sources(
     right = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
     add_legend(figure, ax, handles[::-1], loc="outside right upper", given=right, title="segment: mean share")
     whose = f"{of_head(dataset, None)}{of_part(dataset)}" if heads is None else _heads(heads)
-    entitle(axes, f"What the answer draws on, {whose}", about(dataset, batch))
+    entitle(
+        axes, f"What the answer draws on, {whose}", about(dataset, batch), BESIDE + LEGEND if ax is None else BESIDE
+    )
     return figure
 
 
