@@ -185,7 +185,7 @@ def _measure(pieces: list[_Piece], ax: Axes | None) -> tuple[int, float, float, 
         lines = _lines(pieces, columns)
         return columns, max(len(lines), FEWEST_LINES), LETTERS, lines
     whole, _ = new_figure(ax=ax)
-    wide, high = 72 * ax.bbox.size / whole.dpi
+    wide, high = (72 * float(length) / whole.dpi for length in ax.bbox.size)
     # The colour bar will take some of it.
     wide = max(wide - 72 * BESIDE, wide / 2)
     size = LETTERS
