@@ -65,5 +65,5 @@ def test_a_mask_of_ones_own_is_honoured():
     mask = torch.ones(8, 8, dtype=torch.bool).tril()
     mask[:, 6:] = False
     with record(model, AttentionStatsConfig(statistics=("entropy",))) as recording, torch.no_grad():
-        model(ids, attention_mask={kind: mask[None, None] for kind in ("full_attention", "sliding_attention")})
+        model(ids, attention_mask=dict.fromkeys(("full_attention", "sliding_attention"), mask[None, None]))
     assert torch.equal(recording.stats["visible_keys"].expand(1, 8), mask.sum(-1)[None].int())

@@ -229,8 +229,8 @@ class MaskRequest:
         if real is None:
             return visibility
         # A query of padding may well see keys: those that its window or an image shows.
-        sees = visibility.sees & real[:, visibility.query_positions] if aligned else visibility.sees
-        return replace(visibility, real=real, sees=sees)
+        own = real[:, visibility.query_positions] if aligned else True
+        return replace(visibility, real=real, sees=visibility.real_queries & own)
 
     def _real(self, num_keys: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Which keys are real, and how many were before the first slot."""
