@@ -453,8 +453,8 @@ def sources(figure, asked):
     assert list(ticks.values()) == [*tokens, "mean", "uniform"]
     written = {text.get_text().split(":")[0]: text.get_text() for text in figure.legends[0].get_texts()}
     for name, share, even in zip(names, means, of_uniform, strict=True):
-        shown = "no data" if np.isnan(share) else f"{share:.0%}"
-        assert written[name] == f"{name}: {shown} (uniform {even:.0%})"
+        shown = "no data" if np.isnan(share) else percent(share)
+        assert written[name] == f"{name}: {shown} (uniform {percent(even)})"
     assert ("no data" in written) == empty.any()
     heads = HEADS[tuple(sorted(asked.a.heads))]
     read_title(axes.get_title(), f"What the answer draws on, mean over {heads}{part_of(asked)}", asked)
@@ -480,6 +480,11 @@ def coverage(figure, asked):
     heights = [band.get_paths()[0].get_extents() for band in bands]
     assert [height.y0 for height in heights[::2]] == [float(bounds.least[..., at].min()) for at in range(4)]
     assert [height.y1 for height in heights[::2]] == [float(bounds.most[..., at].max()) for at in range(4)]
+
+
+def percent(share: float) -> str:
+    """Without what is behind the point; what is not nothing is not 0 %."""
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def of_own_text(read):

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from llama_attn.analysis import as_dataset
 from llama_attn.analysis.dataset import real_tokens
 from llama_attn.analysis.uniform import measured_with
+from llama_attn.stats.shares import percent
 from llama_attn.viz.figures.canvas import colour_bar, entitle, explain_no_data, new_figure
 from llama_attn.viz.figures.scales import square_root
 from llama_attn.viz.style import NO_DATA, about, drawable, of_head, of_part, pick, pick_head, tokens_of
@@ -153,7 +154,7 @@ def _pieces(
     for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(written)) + 1):
         if not written[run[0]]:
             mass = float(np.nansum(weights[places[run]]))
-            pieces.append(_Piece(f" […{len(run):,} tokens: {mass:.1%}…] ", np.nan))
+            pieces.append(_Piece(f" […{len(run):,} tokens: {percent(mass, 1)}…] ", np.nan))
             continue
         for place in places[run]:
             token = f"{keys[place]} " if tokens is None else drawable(tokens[place]).replace("␣", " ") or " "

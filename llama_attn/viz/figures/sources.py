@@ -10,6 +10,7 @@ import numpy as np
 from llama_attn.analysis import as_dataset, sources
 from llama_attn.analysis.answer import GENERATED
 from llama_attn.analysis.row import row_alone
+from llama_attn.stats.shares import percent
 from llama_attn.viz.figures.along import MOST_TOKENS, NARROWEST, PER_TOKEN, WIDEST
 from llama_attn.viz.figures.canvas import BESIDE, add_legend, entitle, label_axes, new_figure
 from llama_attn.viz.style import (
@@ -91,8 +92,8 @@ def plot_sources(
         pair = np.nan_to_num(mean.loc[name, [shown, uniform]].to_numpy(dtype=float))
         axes.bar(beside, pair, bottom=under, width=wide, color=colour)
         bottoms, under = bottoms + heights, under + pair
-        share = f"{pair[0]:.0%}" if np.isfinite(mean.loc[name, shown]) else "no data"
-        handles.append(Patch(color=colour, label=f"{written(name)}: {share} (uniform {pair[1]:.0%})"))
+        share = percent(pair[0]) if np.isfinite(mean.loc[name, shown]) else "no data"
+        handles.append(Patch(color=colour, label=f"{written(name)}: {share} (uniform {percent(pair[1])})"))
     empty = ~np.isfinite(shares).any(1)
     if empty.any():
         axes.bar(places[empty], 1, width=0.9, color=NO_DATA)
