@@ -47,7 +47,7 @@ def test_small_shares_where_they_are_shown():
     cells = [list(column.cells) for column in table_of_documents(stats, 21).columns]
     assert cells[1] == ["99.6%", "<0.1%", "0.4%"]
     stats["received"][:] = 0.001
-    assert ", <1%</td>" in stats._repr_html_()
+    assert ", &lt;1%</td>" in stats._repr_html_()
     legend = [text.get_text() for text in viz.plot_sources(stats).legends[0].get_texts()]
     assert sorted(label.partition(" (")[0] for label in legend) == ["generated: <1%", "one: 100%", "two: <1%"]
 
