@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from test_answer import NEW, PROMPT, Run
@@ -41,7 +42,11 @@ def long():
 
 
 def shades(figure):
-    return next(each for each in figure.axes[0].collections if isinstance(each, PatchCollection))
+    return shades_in(figure.axes[0])
+
+
+def shades_in(axes):
+    return next(each for each in axes.collections if isinstance(each, PatchCollection))
 
 
 def test_long_texts_are_written_where_they_are_attended(long):
@@ -114,6 +119,26 @@ def test_in_axes_of_ones_own(run, long):
     for plot in (plot_rows, plot_sources):
         with pytest.raises(TypeError, match="ax: expected one matplotlib Axes"):
             plot(run.stats, ax=[left])
+
+
+@pytest.mark.parametrize("layout", ["constrained", None])
+def test_letters_stand_on_their_shade(layout, run):
+    """Beside a colour bar too, which takes some of the axes' room."""
+    figure = Figure(figsize=(14, 5), layout=layout)
+    ax = figure.subfigures(1, 2)[1].subplots(1, 2)[0]
+    plot_rows(run.stats, ax=ax)
+    FigureCanvasAgg(figure).draw()
+    for text, path in zip(ax.texts, shades_in(ax).get_paths(), strict=True):
+        wide = path.get_extents().transformed(ax.transData).width
+        assert text.get_window_extent().width < 1.1 * wide, text.get_text()
+
+
+def test_of_a_short_text_the_colour_bar_can_be_read(run):
+    figure = plot_rows(run.stats)
+    FigureCanvasAgg(figure).draw()
+    bar = next(axes for axes in figure.axes if axes.get_label() == "<colorbar>")
+    label = bar.yaxis.label.get_window_extent()
+    assert figure.bbox.y0 <= label.y0 < label.y1 <= figure.bbox.y1
 
 
 @pytest.mark.parametrize("sink", [False, True])
