@@ -484,7 +484,7 @@ def coverage(figure, asked):
 
 def percent(share: float) -> str:
     """Without what is behind the point; what is not nothing is not 0 %."""
-    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
+    return "<1%" if 1e-6 < share < 0.005 else f"{share:.0%}"
 
 
 def of_own_text(read):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+# Shares are sums and differences of float32 numbers up to 1: less than this cannot be told from nothing.
+ROUNDING = 1e-6
+
 
 def percent(share: float, digits: int = 0) -> str:
     """A share in percent, – where there is no data; what is not nothing is never written as 0 %.
@@ -15,4 +18,4 @@ def percent(share: float, digits: int = 0) -> str:
     if not math.isfinite(share):
         return "–"
     written = f"{share:.{digits}%}"
-    return f"<{10 ** -(digits + 2):.{digits}%}" if share > 0 and written == f"{0:.{digits}%}" else written
+    return f"<{10 ** -(digits + 2):.{digits}%}" if share > ROUNDING and written == f"{0:.{digits}%}" else written
