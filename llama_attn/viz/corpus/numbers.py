@@ -170,7 +170,7 @@ def deciles_of(summary: CorpusSummary, statistic: int) -> Examples:
 
 
 def decile_texts(means: Float[np.ndarray, "text layer head"], each: int = EACH) -> Int[np.ndarray, "layer head place"]:
-    """Of each tenth of the texts by a head's mean, those that come first; −1 where there are fewer.
+    """Of each tenth of the texts by a head's mean, those that come first, by their mean; −1 where there are fewer.
 
     Args:
         means: A score of every text, NaN for none. Texts are in the order in which they are to be taken.
@@ -183,7 +183,9 @@ def decile_texts(means: Float[np.ndarray, "text layer head"], each: int = EACH) 
     for layer, head in np.ndindex(*means.shape[1:]):
         ends = known[layer, head] * np.arange(DECILES + 1) // DECILES
         for decile, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
-            chosen = np.sort(order[start:end, layer, head])[:each]
+            tenth = order[start:end, layer, head]
+            # Those that come first, in the order of their scores.
+            chosen = tenth[np.sort(np.argsort(tenth)[:each])]
             found[layer, head, decile, : len(chosen)] = chosen
     return found.reshape(*means.shape[1:], DECILES * each)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_attn.analysis.activations import needed
+from llama_attn.analysis.sinks import EPSILON
 from llama_attn.corpus.bins import position_starts, value_bins
 from llama_attn.corpus.examples import AROUND, NO_TOKEN
 from llama_attn.stats.files import complete_file
@@ -120,7 +121,7 @@ def _about(summary: CorpusSummary, scores: list[Score], ids: np.ndarray) -> dict
         "massive": [[*massive.keys[at].tolist(), *massive.counts[at].tolist()] for at in channels],
         "otherMassive": len(massive.keys) - len(channels),
         "massiveKnown": all(name in about.labels for name in needed(about.labels)),
-        "sinksKnown": "received" in about.labels, "share": SHARE,
+        "sinksKnown": "received" in about.labels, "epsilon": EPSILON, "share": SHARE,
     }  # fmt: skip
 
 

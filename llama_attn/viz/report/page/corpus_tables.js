@@ -11,7 +11,7 @@ function sortable(columns, rows, by) {
     body.append(...[...lines].sort((a, b) => value(b.row) - value(a.row)).map(({ line }) => line));
   };
   sort(by);
-  return element("div", { class: "scroller card", tabindex: 0 }, element("table", {}, element("thead", {}, element("tr", {}, ...headings)), body));
+  return element("div", { class: "scroller card lines", tabindex: 0 }, element("table", {}, element("thead", {}, element("tr", {}, ...headings)), body));
 }
 
 const count = (value) => value.toLocaleString("en");
@@ -28,7 +28,7 @@ function buildSinks() {
   const rateFirst = ({ first, timesFirst }) => rate(first, timesFirst);
   const rateBehind = ({ behind, timesBehind }) => rate(behind, timesBehind);
   const known = (value) => (Number.isNaN(value) ? -1 : value);
-  $("sinks-note").textContent = `A token is a sink of a head that receives more than 0.3 of the attention of those who see it. Its rate is over all heads${ofPart()} and all its occurrences, as the first token of a text and further behind.${others(report.otherSinks, "tokens")}`;
+  $("sinks-note").textContent = `A token is a sink of a head if it receives more than ${report.epsilon} of the attention of the queries that see it, on average. Its rate is over all heads${ofPart()} and all its occurrences, as the first token of a text and further behind.${others(report.otherSinks, "tokens")}`;
   $("sinks-body").replaceChildren(sortable([
     ["token", ({ name }) => element("bdi", { class: "chip" }, name || "(empty)")],
     ["times first", ({ timesFirst }) => count(timesFirst), ({ timesFirst }) => timesFirst],
