@@ -77,7 +77,8 @@ def strengths(scores: dict[str, xarray.DataArray]) -> Float[np.ndarray, "role ..
     relative["first_token_sink"] = np.where(
         mostly_first, np.fmax(relative["first_token_sink"], relative["sink"]), relative["first_token_sink"]
     )
-    return np.stack(list(relative.values()))
+    # Scores that differ by rounding alone are equal, and the role that is named first counts.
+    return np.stack(list(relative.values())).round(6)
 
 
 def strongest_roles(scores: dict[str, xarray.DataArray]) -> Int[np.ndarray, ...]:

@@ -48,7 +48,7 @@ class Moments:
         missing = values.isnan().sum(-1)
         count = values.shape[-1] - missing
         mean = values.nansum(-1, dtype=torch.float64) / count.clamp(min=1)
-        apart = values.double().sub_(mean[..., None]).nan_to_num_(nan=0.0)
+        apart = (values.double() - mean[..., None]).nan_to_num_(nan=0.0)
         low = values.nan_to_num(nan=torch.inf).amin(-1).double()
         high = values.nan_to_num(nan=-torch.inf).amax(-1).double()
         number_of_bins = len(bins.edges) + 1
