@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,6 +86,11 @@ def summary_of(source: Source) -> CorpusSummary:
     return CorpusSummary.load(source)
 
 
+def statistics_of(summary: CorpusSummary) -> list[str]:
+    """Names of the statistics of single queries or keys, in the order in which they were asked for."""
+    return [name for name in summary.about.labels if name in summary.by_position]
+
+
 def scores_of(summary: CorpusSummary, dataset: xarray.Dataset) -> list[Score]:
     """Every number per head: means over texts, sink rate, shares of the roles that any head ever has, keys needed.
 
@@ -117,8 +123,10 @@ def keys_held(summary: CorpusSummary) -> Float[np.ndarray, "bound layer head"] |
         return None
     bounds = np.full((2, *summary.weight_mass.shape[:2]), np.nan)
     for layer, head in np.argwhere(summary.weight_mass.any(-1)):
-        sums = (each[layer, head] / summary.queries[layer] for each in (summary.weight_count, summary.weight_mass))
-        bounds[:, layer, head] = bounds_of(*sums, np.array([SHARE]))[:, 0]
+        counts, masses = (
+            each[layer, head] / summary.queries[layer] for each in (summary.weight_count, summary.weight_mass)
+        )
+        bounds[:, layer, head] = bounds_of(counts, masses, np.array([SHARE]))[:, 0]
     return bounds
 
 
@@ -150,12 +158,7 @@ def deciles_of(summary: CorpusSummary, statistic: int) -> Examples:
     means = sample.means[:, about.scores.index(about.examples_of[statistic])]
     text = decile_texts(means)
     empty, at = text < 0, np.maximum(text, 0)
-    layer, head = np.ogrid[: text.shape[0], : text.shape[1]]
-    layer, head = layer[..., None], head[..., None]
-    if not len(means):
-        # Nothing to take from: as many empty places.
-        nothing = np.zeros((*text.shape, 0))
-        return Examples(np.full(text.shape, np.nan), *[text] * 5, nothing.astype(np.int32), nothing)
+    layer, head, _ = np.ogrid[: text.shape[0], : text.shape[1], :1]
     position = sample.position[at, statistic, layer, head]
     length = (sample.ids >= 0).sum(1)[at]
     values = sample.values[at, statistic, layer, head]
@@ -182,7 +185,7 @@ def decile_texts(means: Float[np.ndarray, "text layer head"], each: int = EACH) 
     known = np.isfinite(means).sum(0)
     for layer, head in np.ndindex(*means.shape[1:]):
         ends = known[layer, head] * np.arange(DECILES + 1) // DECILES
-        for decile, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        for decile, (start, end) in enumerate(pairwise(ends)):
             tenth = order[start:end, layer, head]
             # Those that come first, in the order of their scores.
             chosen = tenth[np.sort(np.argsort(tenth)[:each])]

@@ -26,6 +26,7 @@ from llama_attn.viz.corpus.numbers import (
     keys_held,
     roles_of,
     scores_of,
+    statistics_of,
     strongest_of,
     summary_of,
     token_names,
@@ -110,7 +111,7 @@ def _about(summary: CorpusSummary, scores: list[Score], ids: np.ndarray) -> dict
             }
             for score in scores
         ],
-        "statistics": [_described(summary, name) for name in summary.by_position],
+        "statistics": [_described(summary, name) for name in statistics_of(summary)],
         "positions": position_starts(2 ** _positions(summary) - 1), "examplesOf": list(about.examples_of),
         "ranks": summary.strongest.score.shape[-1], "deciles": DECILES, "each": EACH, "roles": roles_of(summary),
         "files": [drawn(name, LONGEST_NAME) for name in summary.files],
@@ -153,11 +154,11 @@ def _parts(summary: CorpusSummary, scores: list[Score], ids: np.ndarray) -> Iter
     """Everything that the page draws, ready to lose detail."""
     for score in scores:
         yield _fixed(f"score {score.name}", score.values)
-    for name, moments in summary.by_text.items():
+    for name in statistics_of(summary):
+        moments = summary.by_text[name]
         yield _fixed(f"texts {name}", _told(moments))
         yield _histogram_part(name, moments, summary.about.labels[name].unit)
-    for name, moments in summary.by_position.items():
-        yield _position_part(name, _told(moments)[..., :-1])
+        yield _position_part(name, _told(summary.by_position[name])[..., :-1])
     if (bounds := keys_held(summary)) is not None:
         yield _fixed("keys", bounds)
     heads, ranks = len(summary.about.layers) * len(summary.about.heads), summary.strongest.score.shape[-1]
