@@ -258,7 +258,9 @@ def test_json_holds_the_summary(summary, tmp_path):
                 ids = texts[text["file"], text["line"]][text["start"] :][:AROUND].tolist()
                 assert text["ids"] == ids
                 assert text["tokens"] == [f"<{token}>" for token in ids]
-                assert text["values"][text["position"] - text["start"]] == max(filter(None.__ne__, text["values"]))
+                assert text["values"][text["position"] - text["start"]] == max(
+                    value for value in text["values"] if value is not None
+                )
     sinks = {
         entry["id"]: [entry[key] for key in ("first", "behind", "times_first", "times_behind")]
         for entry in held["sinks"]
