@@ -126,7 +126,8 @@ def test_texts_of_a_head(summary, tmp_path):
             names = [(summary.files[summary.sample.file[text]], summary.sample.line[text]) for text in chain(*expected)]
             assert shown == names, (name, layer, head)
         score = page.array(f"strongest {name} score")[0]
-        np.testing.assert_allclose(score, -np.sort(-np.moveaxis(means, 0, -1))[..., :3], rtol=1e-6)
+        # Scores that differ by rounding alone are in the order of their texts.
+        np.testing.assert_allclose(score, -np.sort(-np.moveaxis(means, 0, -1))[..., :3], atol=2e-5)
 
 
 def test_tenths_of_few_texts():

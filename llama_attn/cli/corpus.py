@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from llama_attn.cli.loading import load_model, load_tokenizer, plan
-from llama_attn.cli.measuring import Subject, check_length, refusals
+from llama_attn.cli.measuring import Subject, check_length, context_of, refusals
 from llama_attn.cli.options import (
     Adapter,
     Attn,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 # Shards of a corpus if nobody says how large they are, and the smallest of them [records].
 SHARDS, SMALLEST_SHARD = 256, 64
 REPORT = "report.html"
+MAX_TOKENS = 512
 
 
 def corpus(
@@ -61,7 +62,14 @@ def corpus(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; run again, the command goes on in it.")],
     field: Annotated[str, typer.Option(help="Field of JSON lines, or column of tables, that holds the text.")] = "text",
-    max_tokens: Annotated[int, typer.Option(min=1, help="What longer texts are cut to.")] = 512,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"What longer texts are cut to; by default {MAX_TOKENS}, or the context of the model if that is shorter.",
+            show_default=False,
+        ),
+    ] = None,
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of a batch at most; texts of similar length are read together.")
     ] = 4096,
@@ -118,6 +126,8 @@ def corpus(
     subject = Subject.of(loaded, generates=False)
     if subject.adds_tokens:
         fail("--adapter: it adds tokens of its own before the text, which no position of a text is of")
+    if max_tokens is None:
+        max_tokens = min(MAX_TOKENS, context_of(loaded) or MAX_TOKENS)
     check_length(loaded, max_tokens)
     reader = Reader(subject.part, tokenizer, config, fingerprint(loaded), max_tokens, batch_tokens, examples)
     settings = {"model": chosen.checkpoint.name, "dtype": str(next(loaded.parameters()).dtype), "attn": attn}

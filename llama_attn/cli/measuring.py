@@ -166,17 +166,21 @@ def refusals(model: nn.Module) -> Iterator[None]:
         fail(f"cannot measure {type(model).__name__}: {first_line(error)}")
 
 
+def context_of(model: Any) -> int | None:
+    """Tokens that a model is made for; None if its configuration does not say."""
+    return getattr(_without_adapter(model).config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_length(model: Any, length: int) -> None:
     """Warn of a text beyond the context; end the command where the model has no positions for it."""
-    text = model.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
+    context = context_of(model)
     if context is None or length <= context:
         return
     tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
     if any(
         context <= table.num_embeddings < context + SPARE_POSITIONS
         for table in tables
-        if table.num_embeddings != text.vocab_size
+        if table.num_embeddings != model.config.get_text_config().vocab_size
     ):
         fail(f"the text has {length} tokens, and the model positions for {context}")
     warnings.warn(f"the text has {length} tokens, more than the model's context of {context}", stacklevel=2)

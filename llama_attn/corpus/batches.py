@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +43,33 @@ class Reader:
     max_tokens: int
     batch_tokens: int
     examples: int
+
+    def read(
+        self, records: Iterable[Record], progress: Callable[[int, int], None]
+    ) -> tuple[CorpusSummary | None, list[Record]]:
+        """The summary of some records, None if none of them could be read, and those that could not.
+
+        Args:
+            records: As many as are held in memory at once, so that batches are of similar length.
+            progress: Told how many records and tokens are done.
+        """
+        skipped: list[Record] = []
+        texts: list[Text] = []
+        cut = 0
+        for one in records:
+            found = one.unreadable or self.tokenize(one)
+            if isinstance(found, str):
+                skipped.append(replace(one, unreadable=found))
+            else:
+                texts.append(found[0])
+                cut += found[1]
+        progress(len(skipped), 0)
+        total: CorpusSummary | None = None
+        for batch in self.batches(texts):
+            part = self.measure(batch)
+            total = part if total is None else total.merged(part)
+            progress(len(batch), sum(len(text.ids) for text in batch))
+        return None if total is None else replace(total, cut=cut, skipped=len(skipped)), skipped
 
     def tokenize(self, record: Record) -> tuple[Text, bool] | str:
         """The tokens of a record, and whether it was cut; or the reason why there are none."""

@@ -36,7 +36,7 @@ class Text:
 class Strongest:
     """The texts with the highest scores of each head, the highest first; empty places have a score of −∞.
 
-    Equal scores are ordered by digest, file and line, so that no order of reading matters.
+    Scores that are equal to five digits are ordered by digest, file and line, so that no order of reading matters.
 
     Args:
         score: The mean of the statistic over the text.
@@ -62,7 +62,8 @@ class Strongest:
             field.name: np.concatenate([getattr(self, field.name), getattr(other, field.name)], 3)
             for field in fields(self)
         }
-        keys = (both["line"], both["file"], both["digest"], -both["score"])
+        # The same text may come twice, and its score may differ by rounding.
+        keys = (both["line"], both["file"], both["digest"], -both["score"].round(5))
         order = np.lexsort(keys, axis=-1)[..., :count]
         return Strongest(
             **{

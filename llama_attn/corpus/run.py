@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,27 +164,15 @@ class Run:
             return False
 
     def _measure(self, shard: Shard, progress: Progress) -> None:
-        skipped, texts, cut = [], [], 0
-        for record in read(shard.source, shard.start, shard.records, self.field):
-            found = record.unreadable or self.reader.tokenize(record)
-            if isinstance(found, str):
-                skipped.append(replace(record, unreadable=found))
-            else:
-                texts.append(found[0])
-                cut += found[1]
-        progress(len(skipped), 0)
-        total: CorpusSummary | None = None
-        for batch in self.reader.batches(texts):
-            part = self.reader.measure(batch)
-            total = part if total is None else total.merged(part)
-            progress(len(batch), sum(len(text.ids) for text in batch))
+        records = read(shard.source, shard.start, shard.records, self.field)
+        summary, skipped = self.reader.read(records, progress)
         with complete_file(self._path(shard, SKIPPED)) as unfinished:
-            unfinished.write_text("".join(map(_line, skipped)), encoding="utf-8")
+            unfinished.write_text(as_lines(skipped), encoding="utf-8")
         # Last, since with it the shard is done.
-        if total is None:
+        if summary is None:
             self._path(shard, "empty").touch()
         else:
-            replace(total, cut=cut, skipped=len(skipped)).save(self._path(shard, "safetensors"))
+            summary.save(self._path(shard, "safetensors"))
 
     def _merge(self, shards: Sequence[Shard]) -> tuple[CorpusSummary | None] | None:
         """The merge of all shards, written down; None if one is damaged, which is to be measured again."""
@@ -206,22 +194,21 @@ class Run:
             lost = [
                 Record(source.name, 0, unreadable=source.unreadable) for source in self.sources if source.unreadable
             ]
-            lines = [*map(_line, lost), *self._skipped(shards)]
+            parts = (self._path(shard, SKIPPED).read_text(encoding="utf-8") for shard in shards)
+            skipped = "".join([as_lines(lost), *parts])
             with complete_file(self.folder / SKIPPED) as unfinished:
-                unfinished.write_text("".join(lines), encoding="utf-8")
+                unfinished.write_text(skipped, encoding="utf-8")
             if summary is None:
                 return (None,)
-            summary = replace(summary, skipped=len(lines)).with_strings(self.reader.tokenizer)
+            summary = replace(summary, skipped=skipped.count("\n")).with_strings(self.reader.tokenizer)
             summary.save(self.folder / SUMMARY)
             return (summary,)
 
-    def _skipped(self, shards: Sequence[Shard]) -> Iterator[str]:
-        for shard in shards:
-            yield from self._path(shard, SKIPPED).read_text(encoding="utf-8").splitlines(keepends=True)
 
-
-def _line(record: Record) -> str:
-    return json.dumps({"file": record.file, "line": record.line, "reason": record.unreadable}) + "\n"
+def as_lines(skipped: Iterable[Record]) -> str:
+    """Records that cannot be read, as JSON lines."""
+    entries = ({"file": record.file, "line": record.line, "reason": record.unreadable} for record in skipped)
+    return "".join(f"{json.dumps(entry)}\n" for entry in entries)
 
 
 def _difference(was: Any, now: Any) -> tuple[Any, Any]:

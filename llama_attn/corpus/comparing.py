@@ -1,0 +1,128 @@
+"""What differs between two corpora, or between two models on the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+if TYPE_CHECKING:
+    import pandas
+
+    from llama_attn.corpus.summary import CorpusSummary
+
+
+def compare(a: CorpusSummary, b: CorpusSummary, *, confidence: float = 0.95) -> pandas.DataFrame:
+    r"""Differences b − a of every head's statistics, means over texts, with effect sizes and confidence intervals.
+
+    Where both have sampled the same texts (the same characters, whatever is put around them), these are compared one by
+    one as well, which takes away how much texts differ from each other.
+
+    Args:
+        a: Summary of a corpus.
+        b: Another: the same model on other texts, or another one (fine-tuned, quantised) on the same.
+        confidence: Of the intervals, which hold for large numbers of texts (they are those of a normal distribution).
+
+    Returns:
+        One line per statistic, layer and head that both have, the largest effect first: ``mean_a``, ``mean_b`` over
+        all texts; ``difference``, with ``low`` and ``high`` around it; ``effect``, the difference over the
+        root mean square of both standard deviations over texts (standardised mean difference);
+        ``texts`` that both have sampled; over these ``paired_difference``, with ``paired_low`` and ``paired_high``, and
+        ``paired_effect``, it over the standard deviation of the differences. NaN where there are less than two
+        texts, and effects where nothing varies. ``attrs`` hold ``texts_a``, ``texts_b`` and what is ``only_in_a`` and
+        ``only_in_b``.
+
+    Raises:
+        ValueError: They have no statistic, layer and head in common, or the confidence is not in (0, 1).
+
+    Source: Cohen (1988), Statistical power analysis, 2.2 and 2.3 (d, d_z); Welch (1947) (interval).
+    """
+    import pandas
+
+    if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    names = [name for name in a.about.scores if name in b.about.scores]
+    layers = [layer for layer in a.about.layers if layer in b.about.layers]
+    heads = [head for head in a.about.heads if head in b.about.heads]
+    if not names or not layers or not heads:
+        raise ValueError(
+            f"b: expected a statistic, layer and head that a has too; a has {list(a.about.scores)} in layers "
+            f"{list(a.about.layers)} and heads {list(a.about.heads)}, b has {list(b.about.scores)} in layers "
+            f"{list(b.about.layers)} and heads {list(b.about.heads)}"
+        )
+    width = NormalDist().inv_cdf(0.5 + confidence / 2)
+    _, in_a, in_b = np.intersect1d(a.sample.digest, b.sample.digest, return_indices=True)
+    frames = []
+    for name in names:
+        columns = dict(_columns(a, b, name, layers, heads, width, in_a, in_b))
+        grid = np.meshgrid(layers, heads, indexing="ij")
+        frames.append(
+            pandas.DataFrame(
+                {"statistic": name, "layer": grid[0].ravel(), "head": grid[1].ravel()}
+                | {column: values.ravel() for column, values in columns.items()}
+            )
+        )
+    frame = pandas.concat(frames, ignore_index=True)
+    strength = frame[["effect", "paired_effect"]].abs().max(axis=1).fillna(-1)
+    frame = frame.loc[strength.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+    frame.attrs |= {
+        "texts_a": a.texts, "texts_b": b.texts, "confidence": confidence,
+        "only_in_a": [name for name in a.about.scores if name not in names],
+        "only_in_b": [name for name in b.about.scores if name not in names],
+    }  # fmt: skip
+    return frame
+
+
+def _columns(
+    a: CorpusSummary,
+    b: CorpusSummary,
+    name: str,
+    layers: list[int],
+    heads: list[int],
+    width: float,
+    in_a: np.ndarray,
+    in_b: np.ndarray,
+) -> Iterator[tuple[str, Float[np.ndarray, "layer head"]]]:
+    places = [
+        np.ix_(
+            [summary.about.layers.index(layer) for layer in layers], [summary.about.heads.index(head) for head in heads]
+        )
+        for summary in (a, b)
+    ]
+    moments = [summary.by_text[name] for summary in (a, b)]
+    counts, means, stds = (
+        [array[place] for array, place in zip(arrays, places, strict=True)]
+        for arrays in ([one.count for one in moments], [one.mean for one in moments], [one.std for one in moments])
+    )
+    means = [np.where(count > 0, mean, np.nan) for count, mean in zip(counts, means, strict=True)]
+    difference = means[1] - means[0]
+    yield "mean_a", means[0]
+    yield "mean_b", means[1]
+    yield "difference", difference
+    # The variance of the mean, from that of the texts: divided by n − 1.
+    variances = [std**2 / np.where(count > 1, count - 1, np.nan) for count, std in zip(counts, stds, strict=True)]
+    error = width * np.sqrt(variances[0] + variances[1])
+    yield "low", difference - error
+    yield "high", difference + error
+    yield "effect", _over(difference, np.sqrt((stds[0] ** 2 + stds[1] ** 2) / 2))
+    scores = [
+        summary.sample.means[same, summary.about.scores.index(name)][(slice(None), *place)].astype(np.float64)
+        for summary, same, place in zip((a, b), (in_a, in_b), places, strict=True)
+    ]
+    apart = scores[1] - scores[0]
+    texts = len(apart)
+    unknown = np.full(difference.shape, np.nan)
+    paired = apart.mean(0) if texts else unknown
+    spread = apart.std(0, ddof=1) if texts > 1 else unknown
+    yield "texts", np.full(difference.shape, texts)
+    yield "paired_difference", paired
+    yield "paired_low", paired - width * spread / np.sqrt(max(texts, 1))
+    yield "paired_high", paired + width * spread / np.sqrt(max(texts, 1))
+    yield "paired_effect", _over(paired, spread)
+
+
+def _over(difference: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    return difference / np.where(spread > 0, spread, np.nan)
