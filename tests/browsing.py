@@ -6,6 +6,16 @@ import time
 
 import numpy as np
 
+# What would do something if a page read it as HTML, as a template or as a sign of direction.
+HACKS = [
+    "<b>bold</b></script><script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked=1'>",
+    "\"'`&amp;<b>",
+    "\u202eevil",
+    "${1}",
+    "{{code}}",
+]
+
 
 def token(page, position):
     return page.locator(f'.token[data-position="{position}"]')

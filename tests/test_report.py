@@ -15,7 +15,7 @@ from test_viz import TOKENS
 from llama_attn.analysis import classify_heads, head_means, layer_evolution, sink_rate
 from llama_attn.stats.token_text import readable
 from llama_attn.viz import report
-from llama_attn.viz.report import html
+from llama_attn.viz.report import assembly
 
 
 @pytest.mark.parametrize("batch", [0, 1])
@@ -170,7 +170,7 @@ def test_what_is_missing_is_named(ids, tmp_path):
 def test_the_file_appears_only_when_complete(ids, tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("before")
-    monkeypatch.setattr(html, "_page", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(assembly.Shell, "filled", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         report(measured(ids), path)
     assert path.read_text() == "before"

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from browsing import drawn, shown_links, token
+from browsing import HACKS, drawn, shown_links, token
 from conftest import tiny_model
 from report_page import Page, measured
 from test_viz import TOKENS
@@ -18,24 +18,16 @@ from llama_attn.viz import report
 
 def test_hostile_tokens_are_text(ids, open_page, tmp_path):
     stats = measured(ids)
-    hacks = [
-        "<b>bold</b></script><script>window.hacked = 1</script>",
-        "<img src=x onerror='window.hacked=1'>",
-        "\"'`&amp;<b>",
-        "\u202eevil",
-        "${1}",
-        "{{code}}",
-    ]
-    tokens = [*hacks, *TOKENS]
+    tokens = [*HACKS, *TOKENS]
     object.__setattr__(stats, "tokens", [[tokens[i % len(tokens)] for i in range(37)] for _ in range(2)])
-    object.__setattr__(stats, "model", hacks[0])
+    object.__setattr__(stats, "model", HACKS[0])
     page = open_page(report(stats, tmp_path / "hostile.html"), viewport={"width": 400, "height": 800})
     shown = page.locator(".token").all_inner_texts()
     for position, each in enumerate(stats.tokens[0]):
         expected = readable(each, 80)
         assert shown[position] == (expected or "(empty)") + ("[10,000 characters]" if len(each) > 80 else "")
     assert "\u202e" not in "".join(shown)
-    assert page.locator("h1").inner_text() == hacks[0]
+    assert page.locator("h1").inner_text() == HACKS[0]
     for position in range(len(tokens)):
         token(page, position).click()
         page.locator("#token h3", has_text=f"Token {position} ").wait_for()
@@ -44,7 +36,7 @@ def test_hostile_tokens_are_text(ids, open_page, tmp_path):
     drawn(page, "hidden")
     page.locator("#hidden .nsewdrag").hover(position={"x": 2, "y": 100})
     page.locator("#hidden .hovertext").wait_for()
-    assert readable(hacks[0], 80) in page.locator("#hidden .hovertext").text_content()
+    assert readable(HACKS[0], 80) in page.locator("#hidden .hovertext").text_content()
     assert page.evaluate("window.hacked") is None
     assert page.locator("img, b, script[src]").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= 400

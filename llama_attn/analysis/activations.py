@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Container
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -116,8 +117,8 @@ def massive_activations(ds: Source, magnitude: float = MAGNITUDE, ratio: float =
     return result
 
 
-def needed(dataset: xarray.Dataset) -> tuple[str, ...]:
-    """The statistics that `massive_activations` reads of this dataset, some of which it may lack."""
+def needed(dataset: Container[Any]) -> tuple[str, ...]:
+    """The statistics that `massive_activations` reads of a dataset, or of one with these names; it may lack some."""
     top = ("hidden_top", "hidden_top_channel")
     largest = top if all(name in dataset for name in top) else ("hidden_max", "hidden_max_channel")
     return *largest, "hidden_layer_median" if "hidden_layer_median" in dataset else "hidden_median"

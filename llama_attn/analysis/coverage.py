@@ -72,7 +72,7 @@ def coverage(ds: Source, mass: Sequence[float] = MASS) -> xarray.Dataset:
     bounds = np.full((2, *known.shape, len(shares)), np.nan)
     for place in np.argwhere(known):
         at = tuple(place)
-        bounds[(slice(None), *at)] = _bounds(counts.values[at], masses.values[at], shares)
+        bounds[(slice(None), *at)] = bounds_of(counts.values[at], masses.values[at], shares)
     coordinates = {"layer": dataset["layer"], "head": dataset["head"], "mass": shares}
     of_uniform = [dim for dim in ("layer",) if dim in dataset.visible_keys.dims]
     numbers = dataset.visible_keys.transpose(*of_uniform, "batch", "query").values
@@ -103,10 +103,16 @@ def _shares(mass: Sequence[float]) -> Float[np.ndarray, " share"]:
     return np.array(numbers, dtype=np.float64)
 
 
-def _bounds(
+def bounds_of(
     counts: Float[np.ndarray, " bin"], masses: Float[np.ndarray, " bin"], shares: Float[np.ndarray, " share"]
 ) -> Float[np.ndarray, "2 share"]:
-    """Bounds on the keys per query that hold each share, from the histogram of one head."""
+    """Bounds on the keys per query that hold each share, from the histogram of one head, as `coverage` says.
+
+    Args:
+        counts: Weights in each bin, per query.
+        masses: Their sums, likewise; not all 0.
+        shares: Shares of the attention.
+    """
     counts, masses = counts.astype(np.float64), masses.astype(np.float64)
     # From the smallest up, so that weights do not get lost beside larger ones: what all bins behind each hold, and
     # what may be left out.

@@ -35,7 +35,7 @@ from llama_attn.cli.options import (
     check_loading,
     names_of,
 )
-from llama_attn.cli.terminal import TABLES, console, fail, first_line, missing, say
+from llama_attn.cli.terminal import TABLES, console, fail, first_line, how_to_draw, missing, say
 from llama_attn.demo import Checkpoint
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.labels import Label
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 # Shards of a corpus if nobody says how large they are, and the smallest of them [records].
 SHARDS, SMALLEST_SHARD = 256, 64
+REPORT = "report.html"
 MAX_TOKENS = 512
 
 
@@ -160,6 +161,22 @@ def corpus(
         fail(f"DATA: none of {records:,} records could be read; {out / 'skipped.jsonl'} says why")
     say(subject.name)
     say(f"{_told(summary)}; {SUMMARY} {ending} in {out}")
+    _report(summary, out / REPORT)
+
+
+def _report(summary: CorpusSummary, path: Path) -> None:
+    """Write the report, if nobody has, or say what it needs."""
+    if (reason := how_to_draw()) is not None:
+        say(f"no report: {reason}; then llama-attn report {path.parent / 'summary.safetensors'}")
+        return
+    if not path.exists():
+        from llama_attn.viz import corpus_report
+
+        try:
+            corpus_report(summary, path)
+        except (ValueError, OSError) as error:
+            fail(f"no report: {first_line(error)}")
+    say(str(path))
 
 
 def merge(

@@ -58,10 +58,18 @@ def plot(
 
 
 def report(
-    file: Saved,
-    out: Annotated[Path | None, typer.Option(help="HTML file to write; by default beside FILE.")] = None,
-    max_megabytes: Annotated[float, typer.Option(min=0.1, help="Largest size; what does not fit is pooled.")] = 12,
-    batch: Annotated[int, typer.Option(help="Row of the batch.")] = 0,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="What AttentionStats.save wrote, or the summary of a corpus, e.g. summary.safetensors.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="File to write; by default beside FILE.")] = None,
+    max_megabytes: Annotated[
+        float | None, typer.Option(min=0.1, help="Largest size; what does not fit is pooled.", show_default="12")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Row of the batch; not of a corpus.", show_default="0")] = None,
     exact: Annotated[
         str | None,
         typer.Option(
@@ -69,18 +77,32 @@ def report(
             metavar="POSITIONS",
         ),
     ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Of a corpus: write JSON for other viewers in place of the page.")
+    ] = False,
 ) -> None:
     """Write one interactive HTML page about saved statistics, which works offline."""
     check_pictures()
     from llama_attn import viz
+    from llama_attn.corpus.store import is_summary
 
-    target = file.with_suffix(".html") if out is None else out
-    if target.suffix != ".html":
-        fail(f"--out: expected a name that ends in .html, got {target.name!r}")
-    asked = None if exact is None else _positions(exact)
-    stats = _load(file)
+    target = file.with_suffix(".json" if json else ".html") if out is None else out
+    if target.suffix != (suffix := ".json" if json else ".html"):
+        fail(f"--out: expected a name that ends in {suffix}, got {target.name!r}")
+    given = {"max_megabytes": max_megabytes, "batch": batch, "exact": None if exact is None else _positions(exact)}
+    given = {name: value for name, value in given.items() if value is not None}
+    of_corpus = is_summary(file)
+    taken = () if json else ("max_megabytes",) if of_corpus else (*given,)
+    if json and not of_corpus:
+        fail(f"--json: it is of summaries of a corpus, and {file} is none")
+    for name in given:
+        if name not in taken:
+            what = "JSON" if json else "the report of a corpus"
+            fail(f"--{name.replace('_', '-')}: {what} has no such option")
+    source: Any = file if of_corpus else _load(file)
+    write: Callable[..., Path] = viz.corpus_json if json else viz.corpus_report if of_corpus else viz.report
     try:
-        viz.report(stats, target, max_megabytes=max_megabytes, batch=batch, exact=asked)
+        write(source, target, **given)
     except (ValueError, OSError) as error:
         fail(first_line(error))
     say(str(target))

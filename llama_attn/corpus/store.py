@@ -55,6 +55,15 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
     return header, arrays
 
 
+def is_summary(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says that it holds a summary; nothing else of it is read."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return FORMAT in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def damaged(path: str | os.PathLike[str], error: object) -> str:
     """What is said of a file that cannot be read."""
     return f"path: {os.fspath(path)!r} is damaged or no summary of a corpus: {error}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from llama_attn.viz.corpus.page import corpus_report
+from llama_attn.viz.corpus.plain import corpus_json
 from llama_attn.viz.figures.ablation import plot_ablation
 from llama_attn.viz.figures.activations import plot_massive_activations
 from llama_attn.viz.figures.attention import plot_attention_map
@@ -20,6 +22,8 @@ from llama_attn.viz.figures.tokens import plot_token_strip
 from llama_attn.viz.report.html import report
 
 __all__ = [
+    "corpus_json",
+    "corpus_report",
     "plot_ablation",
     "plot_attention_map",
     "plot_budget",

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +18,7 @@ from llama_attn.analysis.row import row_alone
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.token_text import readable
 from llama_attn.viz.report.answer import about_answer
+from llama_attn.viz.report.assembly import LONGEST_TOKEN, Shell, bytes_of, name_of, plotly_code, shown_token
 from llama_attn.viz.report.contents import (
     HISTOGRAM,
     MAP,
@@ -31,7 +29,6 @@ from llama_attn.viz.report.contents import (
     one_row,
     parts_of,
 )
-from llama_attn.viz.report.embedding import Embedded, Part, arrays_of, embed, fit
 from llama_attn.viz.report.findings import findings
 from llama_attn.viz.report.links import TOP_KEYS, asked_queries, first_generated
 from llama_attn.viz.style import tokens_of
@@ -42,11 +39,15 @@ if TYPE_CHECKING:
     from llama_attn.analysis.dataset import Source
     from llama_attn.viz.report.links import Positions
 
-PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("data", "words", "colours", "state", "lists", "shades", "text", "links", "maps", "charts", "answer", "main")
-MEGABYTE = 1_000_000
-# Longer tokens are cut in the page.
-LONGEST_TOKEN = 80
+PAGE = Shell(
+    "page",
+    ("page",),
+    (
+        "data", "words", "colours", "choosing", "boxes", "drawing", "pictures", "frame",
+        "state", "lists", "shades", "text", "links", "maps", "charts", "answer", "main",
+    ),
+    "run",
+)  # fmt: skip
 # So many characters of the text stand in the title.
 OPENING = 60
 # What the page has a place for; what is missing is named.
@@ -94,12 +95,8 @@ def report(
             ``topk_weight`` and ``topk_position``.
         FileNotFoundError: The folder does not exist.
     """
-    if isinstance(max_megabytes, bool) or not isinstance(max_megabytes, (int, float)) or not max_megabytes > 0:
-        raise ValueError(f"max_megabytes: expected a positive number, got {max_megabytes!r}")
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError("the report needs plotly: pip install 'llama_attn[viz]'") from error
+    most = bytes_of(max_megabytes)
+    plotly_code()
     dataset = as_dataset(source)
     require(dataset, "visible_keys", "visible_queries")
     if direction_of(dataset) == "cross":
@@ -116,47 +113,9 @@ def report(
         # In words, segments are parts of one statistic.
         found = [asdict(finding) for finding in findings(row_alone(dataset, batch))]
         about = _about(row) | {"findings": found, "row": int(batch), "rows": dataset.sizes["batch"]}
-        plotly = embed(np.frombuffer(get_plotlyjs().encode(), np.uint8))
         parts = parts_of(from_the_first_token(row), asked)
-        unfinished.write_text(_fitting_page(about, plotly, parts, int(max_megabytes * MEGABYTE)), "utf-8")
+        unfinished.write_text(PAGE.fitting(about, parts, most), "utf-8")
     return Path(path)
-
-
-def _fitting_page(about: dict[str, Any], plotly: Embedded, parts: Sequence[Part], most: int) -> str:
-    """The page with as much detail as ``most`` bytes hold."""
-    room = most - len(_page(about, plotly, {}).encode())
-    while True:
-        try:
-            page = _page(about, plotly, fit(parts, room))
-        except ValueError:
-            page = _page(about, plotly, arrays_of(parts))
-            # Of the few arrays that are left, less is said than the room was reduced for.
-            if (size := len(page.encode())) <= most:
-                return page
-            # Rounded up, so that the number itself is enough.
-            least = np.ceil(size / MEGABYTE * 100) / 100
-            raise ValueError(
-                f"max_megabytes: {most / MEGABYTE:g} is too small for this run; pooled as far as it goes, it needs {least:g}"
-            ) from None
-        # What is said of the arrays takes space too, and is known only now.
-        excess = len(page.encode()) - most
-        if excess <= 0:
-            return page
-        room -= excess
-
-
-def _page(about: dict[str, Any], plotly: Embedded, arrays: dict[str, Embedded]) -> str:
-    index = {name: array.described() | {"id": f"a{number}"} for number, (name, array) in enumerate(arrays.items())}
-    text = json.dumps(about | {"arrays": index, "plotlySize": plotly.shape[0]}, allow_nan=False).encode()
-    blocks = {"about": embed(np.frombuffer(text, np.uint8)), "plotly": plotly}
-    blocks |= {f"a{number}": array for number, array in enumerate(arrays.values())}
-    data = "\n".join(
-        f'<script type="application/octet-stream" id="{name}">{block.text}</script>' for name, block in blocks.items()
-    )
-    code = "\n".join((PAGE / f"{name}.js").read_text("utf-8") for name in SCRIPTS)
-    content = {"style": (PAGE / "page.css").read_text("utf-8"), "data": data, "code": code}
-    # Base64 and the package's own files only: whatever came with the run is inside the compressed blocks.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: content[match[1]], (PAGE / "page.html").read_text("utf-8"))
 
 
 def _about(row: xarray.Dataset) -> dict[str, Any]:
@@ -166,11 +125,9 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
     absent = without_attention(row)
     hidden = row["hidden_layer"].values.tolist() if "hidden_layer" in row.dims else []
     layers = row["layer"].values.tolist() if "layer" in row.dims else hidden[:-1]
-    model = str(row.attrs.get("model", ""))
     total = int(row.attrs.get("num_layers", len(layers)))
     return {
-        # Of a folder, its name is enough.
-        "model": PurePath(model).name if PurePath(model).is_absolute() else model,
+        "model": name_of(str(row.attrs.get("model", ""))),
         "backend": str(row.attrs.get("backend", "")),
         "engine": str(row.attrs.get("engine", "")),
         "replayed": bool(row.attrs.get("replayed", 0)),
@@ -187,7 +144,7 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         # Where the first bin of the maps begins: before the text if it holds padding too.
         "mapStart": int(row["key_bin"].values[0]) if MAP in row else 0,
         "queries": _queries(row["query"].values),
-        "tokens": None if tokens is None else [_shown(token) for token in tokens],
+        "tokens": None if tokens is None else [shown_token(token) for token in tokens],
         "opening": _opening(row),
         "direction": direction_of(row),
         "generated": first_generated(row),
@@ -218,12 +175,6 @@ def _opening(row: xarray.Dataset) -> str:
     text = "".join(readable(token, LONGEST_TOKEN) for token in known)
     words = " ".join(text.translate(str.maketrans("␣⏎⇥", "   ")).split())
     return words if len(words) <= OPENING else words[: OPENING - 1].rstrip() + "…"
-
-
-def _shown(token: str) -> str:
-    """A token as text of the page; a long one ends with its length."""
-    shown = readable(token, LONGEST_TOKEN)
-    return shown if not shown.endswith("…") or len(token) <= LONGEST_TOKEN else f"{shown}[{len(token):,} characters]"
 
 
 def _roles(row: xarray.Dataset) -> list[list[str | None]] | None:

@@ -1,6 +1,5 @@
 // Puts the page together: findings, selects, sections, theme.
 
-let report = null;
 let real = null;
 
 const lacking = (...names) => element("p", { class: "note" }, `Not shown: ${names.join(", ")} ${names.length > 1 ? "were" : "was"} not measured. Ask for it with AttentionStatsConfig(statistics=(…, ${names.map((name) => `"${name}"`).join(", ")})).`);
@@ -143,22 +142,12 @@ function buildMethod() {
   body.append(element("details", {}, element("summary", {}, "Detail and meaning of every statistic"), element("div", { class: "scroller" }, element("table", {}, element("thead", {}, header), element("tbody", {}, ...rows.map((cells) => element("tr", {}, ...cells.map((text) => element("td", {}, text)))))))));
 }
 
-function buildTheme() {
-  const button = $("theme");
-  const label = () => { button.textContent = isDark() ? "Light" : "Dark"; button.setAttribute("aria-label", `Switch to ${isDark() ? "light" : "dark"} colours`); };
-  const repaint = () => { label(); redraw(null); if (view) drawView(); if (shading) { drawLegend(); chunks.forEach(paint); } paintAnswer(); };
-  button.addEventListener("click", () => { document.documentElement.dataset.theme = isDark() ? "light" : "dark"; repaint(); });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
-  label();
-}
-
 async function main() {
-  report = JSON.parse(await textOf("about"));
   real = (await table("real")).codes;
   openQueries();
   await openLists();
   buildHead();
-  buildTheme();
+  buildTheme(() => { if (view) drawView(); if (shading) { drawLegend(); chunks.forEach(paint); } paintAnswer(); });
   buildFindings();
   buildSelects();
   buildText();
@@ -172,10 +161,4 @@ async function main() {
   document.documentElement.dataset.ready = "all";
 }
 
-main().catch((error) => {
-  const trouble = $("trouble");
-  trouble.hidden = false;
-  trouble.textContent = typeof DecompressionStream === "undefined"
-    ? "This browser cannot open compressed data. Any browser of 2024 or later can." : `This page could not be drawn: ${error.message}`;
-  throw error;
-});
+begin(main);

@@ -1,9 +1,8 @@
-// What is chosen, in one place; whoever shows it is told when it changes.
+// What is chosen of a run, and where it stands on the axes of its statistics.
 
 const MEAN = -1;
 // Indices into report.layers and report.heads, and the position of a token.
 const chosen = { layer: 0, head: MEAN, token: null, shade: 0 };
-const listeners = [];
 // Positions of the measured queries, and where each stands on their axis.
 let queryPositions = [];
 let queryPlaces = new Map();
@@ -12,16 +11,6 @@ function openQueries() {
   const { first, stride, count, positions } = report.queries;
   queryPositions = positions ?? Array.from({ length: count }, (_, index) => first + index * stride);
   queryPlaces = new Map(queryPositions.map((position, index) => [position, index]));
-}
-
-// `listener` runs after every change, with the names of what changed.
-const onChange = (listener) => listeners.push(listener);
-
-function choose(changes) {
-  const changed = new Set(Object.keys(changes).filter((name) => chosen[name] !== changes[name]));
-  if (!changed.size) return;
-  Object.assign(chosen, changes);
-  for (const listener of listeners) listener(changed);
 }
 
 const layerName = () => report.layers[chosen.layer];
@@ -54,11 +43,4 @@ async function along(statistic) {
     }
   }
   return { values, source, layer, poolsHeads: one && !heads };
-}
-
-function bindSelect(id, name, entries) {
-  const select = $(id);
-  options(select, entries, chosen[name]);
-  select.addEventListener("change", () => choose({ [name]: Number(select.value) }));
-  onChange((changed) => { if (changed.has(name)) select.value = chosen[name]; });
 }

@@ -50,13 +50,6 @@ function buildText() {
 const everyQuery = () => queryPositions.every((position, index) => position === report.length - report.queries.count + index);
 const isGenerated = (position) => report.generated !== null && position >= report.generated && Boolean(real[position]);
 
-// A token whose spaces and line breaks, as the tokenizer shows them, are faint.
-function marked(text) {
-  const pieces = text.split(/([␣⏎⇥]+)/).filter(Boolean)
-    .map((piece) => (/^[␣⏎⇥]/.test(piece) ? element("span", { class: "mark" }, piece) : piece));
-  return pieces.length ? pieces : [element("span", { class: "mark" }, "(empty)")];
-}
-
 function fill(box) {
   if (box.filled) { paint(box); return; }
   box.filled = true;
@@ -82,15 +75,11 @@ const boxOf = (position) => {
 
 function paint(box) {
   if (!box.filled || !shading) return;
-  // Where light letters begin to be easier to read than dark ones, or dark ones than light ones.
-  const turn = isDark() ? 0.6 : 0.8;
+  const turn = turnOfLetters();
   for (const span of box.querySelectorAll(".token")) {
     const position = Number(span.dataset.position);
     const share = shading.scale.share(shading.values[position]);
-    const blank = Number.isNaN(share) ? shading.blank?.(position)?.name ?? "nothing" : "";
-    for (const name of ["nothing", "unseen"]) span.classList.toggle(name, blank === name);
-    span.classList.toggle("strong", share > turn);
-    span.style.setProperty("--share", Number.isNaN(share) ? 0 : Math.round(100 * Math.max(0, Math.min(1, share))));
+    shadeBox(span, share, turn, Number.isNaN(share) ? shading.blank?.(position)?.name ?? "nothing" : "");
   }
 }
 
@@ -164,24 +153,7 @@ async function shadeText() {
   $("shade-note").textContent = shading.note;
 }
 
-const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
-
-function drawLegend() {
-  const { scale, unit } = shading;
-  const empty = !Number.isFinite(scale.high);
-  $("low").textContent = empty ? "no data" : number(scale.low);
-  $("high").textContent = empty ? "" : number(scale.high);
-  $("legend-unit").textContent = empty ? "" : `${unit}${scale.kind === "linear" ? "" : `, ${scale.kind} scale`}`;
-  const ramp = $("ramp");
-  ramp.hidden = empty;
-  const context = ramp.getContext("2d");
-  const gradient = context.createLinearGradient(0, 0, ramp.width, 0);
-  gradient.addColorStop(0, themed("shade-none"));
-  gradient.addColorStop(1, themed("shade"));
-  context.clearRect(0, 0, ramp.width, ramp.height);
-  context.fillStyle = gradient;
-  context.fillRect(0, 0, ramp.width, ramp.height);
-}
+const drawLegend = () => drawRamp(shading.scale, shading.unit);
 
 onChange((changed) => {
   nameShades();

@@ -21,6 +21,8 @@ function options(select, entries, chosen) {
   }));
 }
 
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
 const plain = (name) => name.replaceAll("_", " ");
 
 function number(value) {

@@ -1,0 +1,1 @@
+"""The report of a corpus, as a page and as plain JSON."""
