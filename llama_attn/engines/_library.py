@@ -102,14 +102,12 @@ def own() -> Path:
 
 @cache
 def choices() -> dict[str, Path]:
-    """The libraries that this processor can run, by what $LLAMA_ATTN_ISA calls them, best first; ours built or not."""
-    able = _compiler.processor_flags()
-    brought = {isa: path for isa, path in _compiler.portable().items() if path.exists()}
-    runs = {isa: path for isa, path in brought.items() if _compiler.PORTABLE[platform.machine()][isa] <= able}
-    return {NATIVE: own(), **runs}
+    """What $LLAMA_ATTN_ISA can say, best first: ours, built or not, and those of the wheel that this processor runs."""
+    able, needed = _compiler.processor_flags(), _compiler.PORTABLE.get(platform.machine(), {})
+    brought = {isa: library for isa, library in _compiler.portable().items() if library.exists()}
+    return {NATIVE: own(), **{isa: library for isa, library in brought.items() if needed[isa] <= able}}
 
 
-@cache
 def name() -> str:
     """Which of the `choices` is used: what $LLAMA_ATTN_ISA says, else the best that there is.
 
@@ -121,7 +119,7 @@ def name() -> str:
         return next((isa for isa, library in there.items() if library.exists()), NATIVE)
     if named not in there:
         raise ValueError(
-            f"LLAMA_ATTN_ISA: expected one of {list(there)}, which this installation has for this processor, got {named!r}"
+            f"LLAMA_ATTN_ISA: expected one of {list(there)}, those of this installation that this processor runs, got {named!r}"
         )
     return named
 
@@ -145,7 +143,6 @@ def build() -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         _compiler.compile_library(target, _flags())
-        name.cache_clear()
     return target
 
 
