@@ -87,7 +87,7 @@ def compile_portable() -> list[Path]:
     libraries = portable()
     if not libraries:
         raise RuntimeError(f"no instruction set to compile for: {sys.platform} on {platform.machine()}")
-    if not _is_gcc(compiler()):
+    if not is_gcc(compiler()):
         raise RuntimeError(f"libraries for other machines take GCC, whose OpenMP torch has; got {compiler()}")
     for left in set(SOURCES.parent.glob("native-*.so")).difference(libraries.values()):
         left.unlink()
@@ -111,14 +111,15 @@ def compile_library(target: Path, flags: list[str]) -> None:
         objects = map(str, sorted(Path(folder).glob("*.o")))
         link = [*command, "-shared", *objects, "-o", str(written)]
         # clang calls an OpenMP of its own, and only Linux leaves open what is found when the library is loaded.
-        if sys.platform == "linux" and _is_gcc(compiler()):
+        if sys.platform == "linux" and is_gcc(compiler()):
             link.remove("-fopenmp")
             link += [*LINK_FLAGS, f"-Wl,--version-script={SOURCES / 'exports.map'}"]
         _run(link, folder)
         written.replace(target)
 
 
-def _is_gcc(command: str) -> bool:
+def is_gcc(command: str) -> bool:
+    """Whether this is GCC, which calls the OpenMP that torch has."""
     said = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, check=False)  # noqa: S603
     return "Free Software Foundation" in said.stdout
 
