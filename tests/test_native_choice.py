@@ -8,7 +8,9 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from llama_attn.cli import app
 from llama_attn.engines import _compiler, _library as library, native
 
 pytestmark = pytest.mark.usefixtures("built_native")
@@ -124,3 +126,8 @@ def test_what_the_compiler_says_of_this_processor(tmp_path):
     said = subprocess.run([tmp_path / "levels"], check=False).returncode
     able = _compiler.processor_flags()
     assert said == (able >= V3) + 2 * (able >= V4)
+
+
+def test_the_command_line_names_it():
+    output = CliRunner().invoke(app, ["backends"]).output
+    assert f"the native engine runs its library for {library.name()}: {library.path()}" in output
