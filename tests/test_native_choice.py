@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 
@@ -116,16 +117,44 @@ def test_a_file_that_is_no_library(machine):
     assert str(library.path()) in native.unavailable()
 
 
+@pytest.fixture
+def on_x86_64():
+    if platform.machine() != "x86_64" or not _compiler.is_gcc(_compiler.compiler()):
+        pytest.skip("it takes a GCC for x86-64")
+
+
+@pytest.mark.usefixtures("on_x86_64")
 def test_what_the_compiler_says_of_this_processor(tmp_path):
     """The compiler asks the processor itself."""
-    if platform.machine() != "x86_64":
-        pytest.skip("the compiler knows levels of x86-64 only")
     code = 'int main() { return !!__builtin_cpu_supports("x86-64-v3") + 2 * !!__builtin_cpu_supports("x86-64-v4"); }'
     (tmp_path / "levels.cpp").write_text(code)
     subprocess.run([_compiler.compiler(), "levels.cpp", "-o", "levels"], cwd=tmp_path, check=True)
     said = subprocess.run([tmp_path / "levels"], check=False).returncode
     able = _compiler.processor_flags()
-    assert said == (able >= V3) + 2 * (able >= V4)
+    assert said == V3.issubset(able) + 2 * V4.issubset(able)
+
+
+@pytest.mark.usefixtures("on_x86_64")
+@pytest.mark.parametrize("isa", ["x86-64-v3", "x86-64-v4"])
+def test_what_the_compiler_takes_for_granted(isa):
+    """The extensions that it may use: those it says so of in its macros."""
+    other_names = {
+        "sse3": "pni", "bmi": "bmi1", "lzcnt": "abm", "lahf_sahf": "lahf_lm", "crc32": "sse4_2",
+        "gcc_have_sync_compare_and_swap_16": "cx16",
+    }  # fmt: skip
+
+    def macros(march):
+        command = [_compiler.compiler(), f"-march={march}", "-dM", "-E", "-x", "c++", "/dev/null"]
+        return set(
+            re.findall(
+                "define __(.*?)_* 1$",
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.lower(),
+                re.MULTILINE,
+            )
+        )
+
+    names = {other_names.get(name, name) for name in macros(isa) - macros("x86-64") if not name.startswith("fp_fast")}
+    assert _compiler.PORTABLE["x86_64"][isa] == names
 
 
 def test_the_command_line_names_it():

@@ -30,7 +30,7 @@ LINK_FLAGS = ("-static-libgcc", "-static-libstdc++", "-Wl,--gc-sections")
 _V3 = frozenset(
     {
         "cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2",
-        "abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe",
+        "abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave",
     }
 )  # fmt: skip
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
