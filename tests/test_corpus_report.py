@@ -235,7 +235,7 @@ def test_json_holds_the_summary(summary, tmp_path):
             role: round(float(share) * summary.texts)
             for role, share in zip(here.role.values, here.role_share, strict=True)
         }
-        assert 0 < head["keys"]["least"] <= head["keys"]["most"] == head["scores"]["keys_95"]
+        assert 0 < head["keys"]["least"] <= head["keys"]["most"] == head["scores"]["keys_for_95_percent"]
         for name, told in head["statistics"].items():
             assert described[name]["of_heads"]
             for key in ("count", "mean", "std", "min", "max"):
@@ -257,13 +257,13 @@ def test_json_holds_the_summary(summary, tmp_path):
             assert [len(tenth) for tenth in deciles] == [2] * 10
             for text in [*strongest, *chain(*deciles)]:
                 ids = texts[text["file"], text["line"]][text["start"] :][:AROUND].tolist()
-                assert text["ids"] == ids
-                assert text["tokens"] == [f"<{token}>" for token in ids]
+                assert text["tokens"] == ids
+                assert [held["token_strings"][str(token)] for token in ids] == [f"<{token}>" for token in ids]
                 assert text["values"][text["position"] - text["start"]] == max(
                     value for value in text["values"] if value is not None
                 )
     sinks = {
-        entry["id"]: [entry[key] for key in ("first", "behind", "times_first", "times_behind")]
+        entry["token"]: [entry[key] for key in ("first", "behind", "times_first", "times_behind")]
         for entry in held["sinks"]
     }
     assert sinks == {
@@ -280,6 +280,7 @@ def test_json_says_null_where_nothing_is_known(summary, tmp_path):
     moments = summary.by_text["entropy"]
     unknown = replace(moments, count=moments.count * 0, low=moments.low + np.inf)
     changed = replace(summary, by_text={**summary.by_text, "entropy": unknown}, strings={})
-    head = json.loads(corpus_json(changed, tmp_path / "summary.json").read_text("utf-8"))["heads"][0]
+    held = json.loads(corpus_json(changed, tmp_path / "summary.json").read_text("utf-8"))
+    head = held["heads"][0]
     assert head["scores"]["entropy"] is head["statistics"]["entropy"]["texts"]["min"] is None
-    assert re.fullmatch(r"<id:\d+>", next(iter(head["strongest"].values()))[0]["tokens"][0])
+    assert all(name == f"<id:{token}>" for token, name in held["token_strings"].items())

@@ -89,7 +89,7 @@ def test_a_grid_of_any_score(width, summary, opened):
         "sink_rate": dataset.sink_rate,
         "entropy": dataset.entropy_text_mean,
         "mixed_share": dataset.role_share.sel(role="mixed"),
-        "keys_95": keys_held(summary)[1],
+        "keys_for_95_percent": keys_held(summary)[1],
     }
     for name, values in expected.items():
         page.select_option("#grid-score", name)

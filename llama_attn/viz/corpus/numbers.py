@@ -25,7 +25,7 @@ DECILES = 10
 EACH = 2
 # The share of the attention that keys are counted for.
 SHARE = 0.95
-KEYS = f"keys_{SHARE:.0%}".rstrip("%")
+KEYS = "keys_for_95_percent"
 
 
 @dataclass(frozen=True, eq=False)
