@@ -17,6 +17,7 @@ from llama_attn import record
 from llama_attn.analysis import classify_heads
 from llama_attn.corpus import CorpusSummary
 from llama_attn.corpus.bins import BINS, OTHERS, RAISED, position_starts, value_bins
+from llama_attn.corpus.examples import ROUNDING
 from llama_attn.corpus.moments import Moments
 from llama_attn.corpus.records import Record
 
@@ -142,7 +143,12 @@ def test_examples_are_the_strongest_texts(summary, one_by_one):
             scores = [row.mean() for row in numbers]
             order = sorted(
                 range(len(scores)),
-                key=lambda n, s=scores: (-s[n].round(5), one_by_one[n][2], one_by_one[n][0], one_by_one[n][1]),
+                key=lambda n, s=scores: (
+                    -(s[n] / ROUNDING).round(),
+                    one_by_one[n][2],
+                    one_by_one[n][0],
+                    one_by_one[n][1],
+                ),
             )
             for rank, place in enumerate(order[:3]):
                 file, line, digest, ids, _ = one_by_one[place]
@@ -150,8 +156,8 @@ def test_examples_are_the_strongest_texts(summary, one_by_one):
                 assert strongest.score[where] == pytest.approx(scores[place], abs=1e-9)
                 assert (summary.files[strongest.file[where]], strongest.line[where]) == (file, line)
                 assert strongest.digest[where] == digest
-                peak = int(numbers[place].argmax())
-                assert numbers[place][strongest.position[where]] == pytest.approx(numbers[place][peak], abs=1e-9)
+                peaks = np.flatnonzero(numbers[place] >= numbers[place].max() - ROUNDING)
+                assert strongest.position[where] == peaks[0]
                 shown = [token for token in strongest.ids[where] if token >= 0]
                 start = next(n for n in range(len(ids)) if ids[n : n + len(shown)] == shown)
                 assert start <= strongest.position[where] < start + len(shown)
@@ -175,7 +181,7 @@ def test_the_sample_has_the_smallest_digests(summary, one_by_one):
         assert there.sum() == min(len(ids), 24)
         position = sample.position[row, at, 1, 2]
         values = one.sink_mass.values[1, 2]
-        assert values[position] == pytest.approx(values.max(), abs=1e-9)
+        assert position == np.flatnonzero(values >= values.max() - ROUNDING)[0]
         np.testing.assert_allclose(np.sort(sample.values[row, at, 1, 2][there])[-1], values[position], atol=1e-3)
 
 

@@ -13,6 +13,8 @@ AROUND = 24
 # Random texts, of which each decile of a head's scores takes its own.
 SAMPLED = 128
 NO_TOKEN = -1
+# Probabilities that differ by less are equal.
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,7 @@ class Strongest:
             for field in fields(self)
         }
         # The same text may come twice, and its score may differ by rounding.
-        keys = (both["line"], both["file"], both["digest"], -both["score"].round(5))
+        keys = (both["line"], both["file"], both["digest"], -(both["score"] / ROUNDING).round())
         order = np.lexsort(keys, axis=-1)[..., :count]
         return Strongest(
             **{
@@ -153,7 +155,9 @@ def examples_of(
         row[: len(text.ids)] = text.ids
     # (text, statistic, layer, head, query), as both keep them.
     by_text = values.transpose(2, 0, 1, 3, 4)
-    position = np.where(np.isnan(by_text), -np.inf, by_text).argmax(-1).astype(np.int32)
+    known = np.where(np.isnan(by_text), -np.inf, by_text)
+    # The first of those that are equal but for rounding.
+    position = (known >= known.max(-1, keepdims=True) - ROUNDING).argmax(-1).astype(np.int32)
     start = first_shown(position, lengths[:, None, None, None])
     shown = start[..., None] + np.arange(AROUND)
     inside = shown < lengths[:, None, None, None, None]
