@@ -13,9 +13,9 @@ OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml
 VERSIONS ?= $(OLDEST) 5.24.0
 # What no other transformers changes: figures, reports, and engines called by themselves.
 SAME := analysis compare container docs figures gradients native notebook properties report style table threads triton \
-	tutorial viz
+	tutorial viz wheel
 
-.PHONY: demo test versions newest long upstream bench sanitize clean
+.PHONY: demo test wheel versions newest long upstream bench sanitize clean
 
 demo: $(VENV)/.native
 	$(BIN)/llama-attn demo
@@ -25,6 +25,14 @@ test: $(VENV)/.native
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
+
+# The wheel, in dist/, with the C++ engine for every processor in it (docs/wheels.md), tried outside the tree; then the
+# tests of that engine with each of its libraries that runs here.
+wheel: $(VENV)/.native
+	$(BIN)/python -m hatchling build -t wheel
+	$(BIN)/python -m pytest tests/test_wheel.py
+	for isa in $$($(BIN)/python -c "from llama_attn.engines import _library; print(*_library.choices())"); do \
+		LLAMA_ATTN_ISA=$$isa $(BIN)/python -m pytest tests/test_native*.py || exit; done
 
 # The tests on other transformers; VERSIONS="5.20.2 5.22.2" names others.
 versions: $(VERSIONS:%=on-%)
@@ -96,4 +104,5 @@ sanitize: $(VENV)/.ready
 	VENV_BIN=$(BIN) sh tests/sanitize.sh
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(NEWEST) .venv-tf-* llama_attn_demo llama_attn_run llama_attn_heads
+	rm -rf $(VENV) $(PEERS) $(NEWEST) .venv-tf-* dist llama_attn/engines/native-*.so
+	rm -rf llama_attn_demo llama_attn_run llama_attn_heads

@@ -7,6 +7,7 @@ and measured; the textbook forms see the same numbers in float64.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 
 from llama_attn import AttentionStatsConfig, LlamaForCausalLM
 from llama_attn.demo import SYSTEM, USER, demo_checkpoint
-from llama_attn.engines import get_engine
+from llama_attn.engines import _library as library, get_engine
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.counts import Counts
 from llama_attn.stats.labelling import mark_padding
@@ -36,6 +37,13 @@ SmolLM2-135M-Instruct on the demo chat, with queries and keys rounded to the dty
 are exact in float32, in which the engines work. The tests allow 1e-5 for models in float32 and 1e-10 for float64.
 What the engine `native` does not know is measured by `torch`. Written by `docs/make_error_budget.py`
 (torch {torch}, CPU).
+
+"""
+LIBRARIES = """
+## Each library of the native engine
+
+The largest of these errors over all statistics that `native` knows, with each library that a wheel brings and this
+processor runs, and with `native`, compiled for this very processor by `llama-attn build`, which the table above is of.
 
 """
 
@@ -96,17 +104,33 @@ def errors(layers: list, ids: torch.Tensor, engine: str, dtype: torch.dtype) -> 
     return worst
 
 
+def with_library(isa: str) -> None:
+    """From now on the native engine runs this library."""
+    os.environ["LLAMA_ATTN_ISA"] = isa
+    library._entry.cache_clear()
+
+
+def table(lines: list[list[str]]) -> str:
+    """Lines of cells as Markdown, the first as its head."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 if __name__ == "__main__":
+    with_library(library.NATIVE)
     layers, ids = captured()
     columns = {
         f"{engine}, {str(dtype).removeprefix('torch.')}": errors(layers, ids, engine, dtype)
         for engine in ENGINES
         for dtype in DTYPES
     }
-    lines = [["statistic", *columns, "bound float32", "bound float64"], ["---"] * (len(columns) + 3)]
+    lines = [["statistic", *columns, "bound float32", "bound float64"]]
     for name in columns["torch, float32"]:
         cells = [f"{column[name]:.1e}" if name in column else "" for column in columns.values()]
         lines.append([f"`{name}`", *cells, "1e-5", "1e-10"])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    page = INTRODUCTION.format(torch=torch.__version__) + table + "\n"
-    (ROOT / "docs" / "error_budget.md").write_text(page)
+    page = INTRODUCTION.format(torch=torch.__version__) + table(lines)
+    lines = [["library", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)]]
+    for isa in library.choices():
+        with_library(isa)
+        lines.append([f"`{isa}`", *(f"{max(errors(layers, ids, 'native', dtype).values()):.1e}" for dtype in DTYPES)])
+    (ROOT / "docs" / "error_budget.md").write_text(page + LIBRARIES + table(lines))

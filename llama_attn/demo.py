@@ -20,10 +20,12 @@ class Checkpoint:
     Args:
         name: A local folder, or an id on the hub.
         gguf_file: Name of the GGUF file in it, if it is one.
+        hub_id: The id on the hub of what lies in a folder, if that is known.
     """
 
     name: str
     gguf_file: str | None = None
+    hub_id: str | None = None
 
 
 def demo_checkpoint() -> Checkpoint:
@@ -39,7 +41,7 @@ def demo_checkpoint() -> Checkpoint:
         if (folder / GGUF_FILE).is_file():
             if importlib.util.find_spec("gguf") is None:
                 raise ImportError("reading the demo model needs gguf: pip install 'llama_attn[demo]'")
-            return Checkpoint(str(folder), GGUF_FILE)
+            return Checkpoint(str(folder), GGUF_FILE, HUB_ID)
     return Checkpoint(HUB_ID)
 
 

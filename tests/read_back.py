@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -397,15 +398,25 @@ def kv_norms(figure, asked):
 
 
 def rows(figure, asked):
-    axes, tokens = figure.axes[0], asked.a.tokens[asked.batch]
+    assert "nan" not in bar_of(figure)
+    axes, real = figure.axes[0], asked.a.visible_queries[asked.batch].numpy() > 0
+    tokens = [token for token, kept in zip(asked.a.tokens[asked.batch], real, strict=True) if kept]
     shades, frame = (each for each in axes.collections if isinstance(each, PatchCollection))
-    close(shades.get_array().filled(np.nan), asked.at("row_weights")[-1])
-    assert [text.get_text() for text in axes.texts] == tokens
+    close(shades.get_array().filled(np.nan), asked.at("row_weights")[-1][real])
+    # Spaces are seen by the shade, and a token without letters has one too.
+    letters = [drawable(token).replace("␣", " ") or " " for token in tokens]
+    assert [text.get_text() for text in axes.texts] == letters
+    widths = [path.get_extents().width for path in shades.get_paths()]
+    assert widths == [len(text) for text in letters]
     places = [path.get_extents().x0 for path in shades.get_paths()]
     assert places == [text.get_position()[0] for text in axes.texts], "letters stand on their shade"
     assert [path.get_extents().x0 for path in frame.get_paths()] == places[-1:]
     assert f"layer {asked.layer}, " in axes.get_title()
-    assert f"“{tokens[-1]}”" in axes.get_title()
+    last = asked.a.num_keys - 1
+    token = drawable(asked.a.tokens[asked.batch][last])
+    read_title(axes.get_title(), f"Attention of the token “{token}” at {last}, {words(asked)}", asked)
+    legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert legends == ([] if np.isfinite(shades.get_array().filled(np.nan)).any() else ["no data"])
 
 
 def sources(figure, asked):
@@ -415,45 +426,65 @@ def sources(figure, asked):
     writing = slice(first - 1, len(labels_of_keys))
     # The sink is the first token, in the first segment.
     assert labels_of_keys[0] == names[0]
-    mass = asked.a["segment_mass"][:, asked.batch, :, writing].double().numpy()
-    sink = asked.a["sink_mass"][:, asked.batch, :, writing].double().numpy()
+    mass, sink, learned = (
+        asked.a[name][:, asked.batch, :, writing].double().numpy()
+        for name in ("segment_mass", "sink_mass", "learned_sink_mass")
+    )
     mass[..., 0] = np.maximum(mass[..., 0] - sink, 0)
-    shares = mass.mean((0, 1)) / (1 - sink.mean((0, 1)))[:, None]
+    rest = average(1 - sink - learned, (0, 1))
+    # Of a query that sees the sink alone, as the only token before the answer does, nothing is left.
+    shares = average(mass, (0, 1)) / np.where(rest > 1e-6, rest, np.nan)[:, None]
+    empty = np.isnan(shares).all(1)
     heights = [[patch.get_height() for patch in container] for container in axes.containers]
-    bars, beside = heights[::2], heights[1::2]
-    close(np.transpose(bars), shares)
+    assert len(heights) == 2 * len(names) + empty.any()
+    bars, beside = heights[: 2 * len(names) : 2], heights[1 : 2 * len(names) : 2]
+    close(np.transpose(bars), np.nan_to_num(shares))
+    grey = [patch.get_x() + patch.get_width() / 2 for each in axes.containers[2 * len(names) :] for patch in each]
+    close(grey, np.flatnonzero(empty))
     uniform = [
-        [(labels_of_keys[1 : i + 1] == name).sum() / i for name in names] for i in range(first - 1, len(labels_of_keys))
+        [(labels_of_keys[1 : i + 1] == name).sum() / i if i else np.nan for name in names]
+        for i in range(first - 1, len(labels_of_keys))
     ]
-    close(beside, np.stack([shares.mean(0), np.mean(uniform, 0)], -1))
+    means, of_uniform = average(shares, 0), average(uniform, 0)
+    close(beside, np.stack([np.nan_to_num(means), of_uniform], -1))
     ticks = labels(axes.xaxis)
-    tokens = asked.a.tokens[asked.batch][first:]
-    assert list(ticks.values())[: len(tokens)] == tokens
-    assert list(ticks.values())[-2:] == ["mean", "uniform"]
+    # The last token was never fed back, and so only its place is known.
+    tokens = [*map(drawable, asked.a.tokens[asked.batch][first:]), f"[{len(labels_of_keys)}]"]
+    assert list(ticks.values()) == [*tokens, "mean", "uniform"]
     written = {text.get_text().split(":")[0]: text.get_text() for text in figure.legends[0].get_texts()}
-    for name, share in zip(names, shares.mean(0), strict=True):
-        assert f"{name}: {share:.0%} (" in written[name]
+    for name, share, even in zip(names, means, of_uniform, strict=True):
+        shown = "no data" if np.isnan(share) else percent(share)
+        assert written[name] == f"{name}: {shown} (uniform {percent(even)})"
+    assert ("no data" in written) == empty.any()
+    heads = HEADS[tuple(sorted(asked.a.heads))]
+    read_title(axes.get_title(), f"What the answer draws on, mean over {heads}{part_of(asked)}", asked)
 
 
 def coverage(figure, asked):
     """The bounds themselves are checked against weights elsewhere."""
     axes, bounds = figure.axes[0], coverage_of(asked.a).sortby("layer")
+    layers = bounds["layer"].values
     solid, dashed = axes.lines[::2], axes.lines[1::2]
     for at in range(4):
         least, most = (bounds[name][..., at].mean("head") for name in ("least", "most"))
-        close(solid[at].get_xydata(), np.stack([[0, 1, 2], np.sqrt(least * most)], -1))
-        close(dashed[at].get_ydata(), [float(bounds.uniform[at])] * 3)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "0.5",
-        "0.9",
-        "0.95",
-        "0.99",
-        "uniform attention",
-    ]
+        close(solid[at].get_xydata(), np.stack([layers, np.sqrt(least * most)], -1))
+        close(dashed[at].get_ydata(), float(bounds.uniform[at]))
+        assert np.ptp(dashed[at].get_xdata()) > 0, "it is seen, also of one layer"
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["0.5", "0.9", "0.95", "0.99", "uniform attention"]
     bands = [each for each in axes.collections if isinstance(each, PolyCollection)]
+    assert [text.get_text() for text in axes.texts] == ([] if bounds.most.notnull().any() else ["no data"])
+    if axes.texts:
+        assert not any(len(band.get_paths()) for band in bands)
+        return
     heights = [band.get_paths()[0].get_extents() for band in bands]
     assert [height.y0 for height in heights[::2]] == [float(bounds.least[..., at].min()) for at in range(4)]
     assert [height.y1 for height in heights[::2]] == [float(bounds.most[..., at].max()) for at in range(4)]
+
+
+def percent(share: float) -> str:
+    """Without what is behind the point; what is not nothing is not 0 %."""
+    return "<1%" if 1e-6 < share < 0.005 else f"{share:.0%}"
 
 
 def of_own_text(read):

@@ -76,6 +76,7 @@ def test_a_text_of_ordinary_tokens_behind_the_one_that_begins():
 def test_heads_of_smollm2(tmp_path):
     frame, stats, said = heads(HUB_ID, out=tmp_path)
     assert (len(stats.layers), stats.num_keys) == (30, 129)
+    assert stats.model == HUB_ID, "not the folder of the package"
     found = roles_of(said)
     assert sum(count for count, *_ in found.values()) == len(frame) == 270
     assert found["induction"][1:] == ("18", "6")

@@ -142,7 +142,7 @@ def test_examples_are_the_strongest_texts(summary, one_by_one):
             scores = [row.mean() for row in numbers]
             order = sorted(
                 range(len(scores)),
-                key=lambda n, s=scores: (-s[n], one_by_one[n][2], one_by_one[n][0], one_by_one[n][1]),
+                key=lambda n, s=scores: (-s[n].round(5), one_by_one[n][2], one_by_one[n][0], one_by_one[n][1]),
             )
             for rank, place in enumerate(order[:3]):
                 file, line, digest, ids, _ = one_by_one[place]

@@ -15,6 +15,7 @@ from report_page import Page
 from llama_attn.corpus.bins import value_bins
 from llama_attn.corpus.examples import AROUND
 from llama_attn.viz import corpus_json, corpus_report
+from llama_attn.viz.corpus import page as page_of_corpus
 from llama_attn.viz.corpus.numbers import decile_texts, keys_held
 from llama_attn.viz.report import assembly
 
@@ -76,6 +77,16 @@ def test_the_page_holds_the_summary(summary, tmp_path):
             assert found[f"<{token}>"] == [token, *counts]
     massive = [[*key, *counts] for key, counts in zip(summary.massive.keys, summary.massive.counts, strict=True)]
     assert sorted(page.about["massive"]) == sorted(np.array(massive).tolist()) != []
+
+
+def test_of_many_lines_the_largest_are_kept(summary, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_of_corpus, "MOST_LINES", 2)
+    about = Page(corpus_report(summary, tmp_path / "report.html")).about
+    totals = summary.sinks.counts[:, :2].sum(1)
+    assert [row[1] + row[2] for row in about["sinks"]] == sorted(totals.tolist(), reverse=True)[:2]
+    assert about["otherSinks"] == (totals > 0).sum() - 2
+    assert [row[3] for row in about["massive"]] == sorted(summary.massive.counts[:, 1].tolist(), reverse=True)[:2]
+    assert about["otherMassive"] == len(summary.massive.keys) - 2
 
 
 def test_keys_that_hold_most_of_the_attention(summary):

@@ -20,6 +20,7 @@ from filelock import FileLock
 from test_cli import invoke
 
 from llama_attn.corpus import CorpusSummary
+from llama_attn.corpus.hub import HubDataset, is_hub_dataset
 from llama_attn.corpus.records import find_files, read, survey
 from llama_attn.corpus.run import SHARDS, SKIPPED, SUMMARY
 
@@ -197,6 +198,27 @@ def test_tables(tmp_path):
     assert len(broken) == 23
     assert broken[0].unreadable
     assert broken[-1].text == "row 22"
+
+
+def test_datasets(tmp_path, monkeypatch):
+    """A folder is read as a dataset of the hub is."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    write(folder, parts=2, count=30)
+    source = HubDataset(str(folder), None, "train").survey(7, 31)
+    assert (source.records, len(source.starts)) == (31, 5)
+    found = [record for start in source.starts for record in read(source, start, min(7, 31 - start[0]), "text")]
+    written = [json.loads(line)["text"] for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]
+    assert [record.text for record in found] == written[:31]
+    assert [record.line for record in found] == [*range(1, 32)]
+    other = [*read(source, source.starts[4], 3, "body")]
+    assert [record.unreadable for record in other] == ["no field 'body'; there are ['text']"] * 3
+    with pytest.raises(ValueError, match="--limit: nobody knows how many records"):
+        HubDataset(str(folder), None, "train").survey(7, None)
+    with pytest.raises(ValueError, match="there is no dataset nobody/nothing"):
+        HubDataset("nobody/nothing", None, "train").survey(7, 5)
+    assert is_hub_dataset("owner/name")
+    assert not any(map(is_hub_dataset, (str(folder), "name", "owner/file.txt", "a/b/c")))
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import llama_attn.engines as engines
 from llama_attn import AttentionStatsConfig, available_backends
 from llama_attn.cli import app
-from llama_attn.engines import _library as library, native, torch as reference_engine
+from llama_attn.engines import _compiler, _library as library, native, torch as reference_engine
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.table import statistics_table
 from llama_attn.stats.visibility import Visibility
@@ -33,13 +33,15 @@ SIZES = st.tuples(st.integers(1, 200), st.sampled_from([64, 128, native.BLOCK_KE
 
 @pytest.fixture
 def _nothing_built(monkeypatch, tmp_path):
-    """A machine on which the engine was never built."""
+    """A machine on which the engine was never built, and came with no wheel."""
     monkeypatch.setenv("LLAMA_ATTN_CACHE", str(tmp_path))
+    monkeypatch.delenv("LLAMA_ATTN_ISA", raising=False)
+    monkeypatch.setattr(_compiler, "portable", dict)
     monkeypatch.setattr(engines, "_loaded", {"torch": reference_engine})
-    library.path.cache_clear()
+    library.choices.cache_clear()
     yield
     monkeypatch.undo()
-    library.path.cache_clear()
+    library.choices.cache_clear()
 
 
 def everything(inputs, config=AttentionStatsConfig(), statistics=KNOWN):  # noqa: B008 - it is frozen
@@ -285,7 +287,7 @@ def test_building(monkeypatch, tmp_path):
     """With flags that make the compiler quick; built once, kept, and by another name where the flags differ."""
     usual = library.path()
     monkeypatch.setenv("LLAMA_ATTN_CXXFLAGS", "-O0")
-    library.path.cache_clear()
+    library.choices.cache_clear()
     assert library.path() != usual
     result = CliRunner().invoke(app, ["build"])
     assert result.exit_code == 0, result.output
@@ -305,7 +307,7 @@ def test_building(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("_nothing_built")
 def test_building_fails_clearly(monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMA_ATTN_CXXFLAGS", "-O0 -no-such-flag")
-    library.path.cache_clear()
+    library.choices.cache_clear()
     with pytest.raises(RuntimeError, match=r"failed:\n(.|\n)*no-such-flag"):
         library.build()
     assert not list(tmp_path.iterdir())
@@ -313,11 +315,3 @@ def test_building_fails_clearly(monkeypatch, tmp_path):
     result = CliRunner().invoke(app, ["build"])
     assert result.exit_code == 2
     assert "no C++ compiler found; looked for ['no-such-compiler']" in " ".join(result.output.split())
-
-
-def test_another_library_is_refused(monkeypatch):
-    monkeypatch.setattr(library, "Call", library.Tensor)
-    library.load.cache_clear()
-    with pytest.raises(ImportError, match="expects calls of another layout"):
-        library.load(library.path())
-    library.load.cache_clear()

@@ -96,6 +96,7 @@ ALLOWED_TO_VIZ = {
     "llama_attn.corpus.summary", "llama_attn.corpus.summary.CorpusSummary",
     "llama_attn.stats.files", "llama_attn.stats.files.complete_file",
     "llama_attn.stats.images", "llama_attn.stats.images.ImageSegments", "llama_attn.stats.images.ImageSpan",
+    "llama_attn.stats.shares", "llama_attn.stats.shares.percent",
     "llama_attn.stats.token_text", "llama_attn.stats.token_text.readable", "llama_attn.stats.token_text.drawn",
     "llama_attn.stats.token_text.printable",
 }  # fmt: skip

@@ -10,6 +10,7 @@ from browsing import drawn
 from conftest import tiny_model
 from report_page import measured, written
 
+from llama_attn.analysis.heads import THRESHOLDS
 from llama_attn.viz import report
 
 
@@ -51,7 +52,7 @@ def test_the_bar_hides_what_it_covers_and_no_role_looks_like_no_data(scheme, ids
     page.select_option("#grid-statistic", "roles")
     page.locator("#grid .chart-title", has_text="Role").wait_for()
     legend = drawn(page, "grid", "all => all[0].data.slice(1).map(({name, marker}) => [name, marker.color])")
-    assert len({colour for _, colour in legend}) == len(legend) == 8
+    assert len({colour for _, colour in legend}) == len(legend) == len(THRESHOLDS) + 1
     for name, colour in legend:
         red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
         assert max(red, green, blue) - min(red, green, blue) > 40, f"{name} is grey, which means “no data”"

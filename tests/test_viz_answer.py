@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from test_answer import NEW, PROMPT, Run
@@ -40,7 +42,11 @@ def long():
 
 
 def shades(figure):
-    return next(each for each in figure.axes[0].collections if isinstance(each, PatchCollection))
+    return shades_in(figure.axes[0])
+
+
+def shades_in(axes):
+    return next(each for each in axes.collections if isinstance(each, PatchCollection))
 
 
 def test_long_texts_are_written_where_they_are_attended(long):
@@ -115,6 +121,26 @@ def test_in_axes_of_ones_own(run, long):
             plot(run.stats, ax=[left])
 
 
+@pytest.mark.parametrize("layout", ["constrained", None])
+def test_letters_stand_on_their_shade(layout, run):
+    """Beside a colour bar too, which takes some of the axes' room."""
+    figure = Figure(figsize=(14, 5), layout=layout)
+    ax = figure.subfigures(1, 2)[1].subplots(1, 2)[0]
+    plot_rows(run.stats, ax=ax)
+    FigureCanvasAgg(figure).draw()
+    for text, path in zip(ax.texts, shades_in(ax).get_paths(), strict=True):
+        wide = path.get_extents().transformed(ax.transData).width
+        assert text.get_window_extent().width < 1.1 * wide, text.get_text()
+
+
+def test_of_a_short_text_the_colour_bar_can_be_read(run):
+    figure = plot_rows(run.stats)
+    FigureCanvasAgg(figure).draw()
+    bar = next(axes for axes in figure.axes if axes.get_label() == "<colorbar>")
+    label = bar.yaxis.label.get_window_extent()
+    assert figure.bbox.y0 <= label.y0 < label.y1 <= figure.bbox.y1
+
+
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("heads", [None, {1: [0, 4], 2: [3]}])
 def test_bars_are_the_sources(heads, sink, run):
@@ -125,7 +151,8 @@ def test_bars_are_the_sources(heads, sink, run):
     for name, bars in zip(run.stats.segments, axes.containers[::2], strict=True):
         lines = frame[(frame.segment == name) & (frame.position >= 0)]
         np.testing.assert_allclose([bar.get_height() for bar in bars], lines[column], rtol=1e-12)
-    assert ("heads 1.0, 1.4, 2.3" if heads else "mean over all heads") in axes.get_title()
+    title = axes.get_title().replace("\n", " ")
+    assert ("heads 1.0, 1.4, 2.3" if heads else "mean over heads 0–5") in title
     assert ("sink included" if sink else "without the sink") in axes.get_ylabel()
 
 
@@ -159,6 +186,16 @@ def test_a_token_without_data_is_grey(run):
 def test_what_cannot_be_drawn(call, message, run):
     with pytest.raises(ValueError, match=message):
         call(run.ds)
+
+
+def test_coverage_of_padding_alone():
+    config = AttentionStatsConfig(statistics=("weight_count", "weight_mass"))
+    ids = torch.randint(3, 97, (1, 9))
+    with torch.no_grad():
+        stats = tiny_model()(ids, attention_mask=torch.zeros_like(ids), output_attention_stats=config).attention_stats
+    figure = plot_coverage(stats)
+    figure.savefig(io.BytesIO(), format="png", dpi=40)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no data"]
 
 
 def test_coverage_takes_as_many_shares_as_there_are_colours():

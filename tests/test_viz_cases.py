@@ -16,9 +16,13 @@ from test_viz import TOKENS, Tokenizer
 from llama_attn import AttentionStatsConfig, viz
 
 
-def measure(length=16, rows=2, padding=0, seed=0, tokens=True, **settings):
-    """Statistics of texts whose tokens are hostile."""
-    config = AttentionStatsConfig(**({"statistics": "all", "norms": True} | settings))
+def measure(length=16, rows=2, padding=0, seed=0, tokens=True, answer=True, **settings):
+    """Statistics of texts whose tokens are hostile, the last of which were generated."""
+    new = min(3, length // 2)
+    asked = {"statistics": "all", "norms": True}
+    if answer:
+        asked |= {"rows": slice(-3, None), "segments": [["prompt"] * (length - new) + ["generated"] * new] * rows}
+    config = AttentionStatsConfig(**(asked | settings))
     ids = torch.arange(3, 3 + rows * length).view(rows, length)
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
@@ -65,6 +69,8 @@ CASES = {
 
 REFUSED = {
     ("all of the row is padding", "plot_head_comparison"): "b: row 0 has no token in common with that of a",
+    ("all of the row is padding", "plot_sources"): "batch: no token of row 0 was generated",
+    ("one token", "plot_sources"): "source: nothing says which tokens were generated",
 }
 
 
@@ -89,7 +95,7 @@ def test_odd_input(name, case):
             # Warnings are errors, and a glyph that no font has is a warning.
             figure.savefig(io.BytesIO(), format="png", dpi=40)
         READ_BACK[name](figure, asked)
-        if case == "all of the row is padding":
+        if case == "all of the row is padding" and takes(name, "batch"):
             assert "no data" in texts(figure) or nothing_but_grey(figure)
 
 
@@ -138,9 +144,10 @@ def test_what_was_not_measured_is_refused(name):
         if takes(name, parameter):
             with pytest.raises(ValueError, match=f"{parameter}: {wanted} was not measured; there are"):
                 drawn(name, Asked(stats, stats, **({"layer": 2} | {parameter: wanted})))
-    nothing = measure(statistics="topk_weight", norms=False)
+    nothing = measure(statistics="topk_weight", norms=False, answer=False)
     function = getattr(viz, name)
     sources = (nothing, nothing) if "a" in inspect.signature(function).parameters else (nothing,)
-    with pytest.raises(ValueError, match=r"AttentionStatsConfig\(statistics=\(…, "):
+    wanted = {"plot_rows": r"rows=\(-1,\)", "plot_sources": "segments=…"}.get(name, r"statistics=\(…, ")
+    with pytest.raises(ValueError, match=rf"AttentionStatsConfig\({wanted}"):
         function(*sources)
     assert drawn(name, asked), "the rest is"

@@ -22,7 +22,7 @@ from llama_attn.viz.style import NO_DATA
 
 FORMULA = "$\\frac{x$ $_^{$ \x1b[2J"
 MODEL = "$x$ $y$\x1b[2J"
-SEGMENTS = ["system", FORMULA, "user"]
+SEGMENTS = ["system", FORMULA, "generated"]
 
 
 class Words:
@@ -34,8 +34,9 @@ def measure(length=12, layers=None, segments=True, **changes):
     ids = torch.arange(3, 3 + length)[None]
     numbers = torch.arange(length)[None] % 3
     config = AttentionStatsConfig(
-        statistics="all", norms=True, layers=layers, segments=(numbers, SEGMENTS) if segments else None
-    )
+        statistics="all", norms=True, layers=layers, segments=(numbers, SEGMENTS) if segments else None,
+        rows=slice(-3, None),
+    )  # fmt: skip
     with torch.no_grad():
         stats = tiny_model()(ids, output_attention_stats=config).attention_stats
     return replace(stats.with_tokens(Words(), ids), **changes)
@@ -174,7 +175,7 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_segments_that_there_are_not(call):
     stats = measure()
-    with pytest.raises(ValueError, match=r"segment: expected one of \['system', .*, 'user'\], got 'assistant'"):
+    with pytest.raises(ValueError, match=r"segment: expected one of \['system', .*, 'generated'\], got 'assistant'"):
         call(stats, "segment_mass", "assistant")
     with pytest.raises(ValueError, match=r"segment: 'segment_mass' has a number for each segment; name one of \['sys"):
         call(stats, "segment_mass", None)

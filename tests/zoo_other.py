@@ -321,7 +321,7 @@ JOINT = (
             eoi_token_index=94,
         ),
         inputs=lambda batch: pixels(batch, 16),
-        situations=("plain", "left", "cached", "generated"),
+        situations=("plain", "left", "cached", "generated", "right"),
     ),
     _joint(
         "qwen2_5_vl",

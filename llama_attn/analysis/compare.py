@@ -89,7 +89,13 @@ def compare(a: Source, b: Source) -> pandas.DataFrame:
             "b: has no statistic, layer and head in common with a, which has "
             f"{sorted(map(str, first.data_vars))} of layers {first['layer'].values.tolist()}"
         )
-    frame = pandas.DataFrame(lines).astype({"layer": "Int64", "head": "Int64", "batch": "Int64", "position": "Int64"})
+    # Not of pandas' own type of strings, which holds no halves of characters.
+    tokens = pandas.Series([line.pop("token") for line in lines], dtype=object)
+    frame = (
+        pandas.DataFrame(lines)
+        .assign(token=tokens)
+        .astype({"layer": "Int64", "head": "Int64", "batch": "Int64", "position": "Int64"})
+    )
     frame = frame.sort_values("effect", ascending=False, kind="stable", na_position="last", ignore_index=True)
     frame.attrs.update(how_much(first, second, pairs), left_out=left_out)
     frame.attrs.update(part_a=measured_part(first), part_b=measured_part(second))

@@ -67,7 +67,8 @@ def coverage(ds: Source, mass: Sequence[float] = MASS) -> xarray.Dataset:
         (dataset[name].fillna(0) * weight).sum("batch", min_count=1).transpose(*axes)
         for name in ("weight_count", "weight_mass")
     )
-    known = np.isfinite(dataset.weight_mass).any(["batch", "weight_bin"]).transpose("layer", "head").values
+    # Where no attention goes to keys, as all of it goes to a learned sink, none hold a share of it.
+    known = (masses > 0).any("weight_bin").values
     bounds = np.full((2, *known.shape, len(shares)), np.nan)
     for place in np.argwhere(known):
         at = tuple(place)

@@ -126,7 +126,8 @@ def sources(
     lines = pandas.DataFrame(
         {
             "position": np.repeat(positions, len(names)),
-            "token": np.repeat(strings, len(names)),
+            # Not pandas' own type of strings, which holds no halves of characters.
+            "token": pandas.Series(np.repeat(strings, len(names)), dtype=object),
             "segment": names * len(positions),
         }
         | {name: values.reshape(-1) for name, values in numbers.items()}

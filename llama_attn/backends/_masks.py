@@ -226,7 +226,11 @@ class MaskRequest:
             dropped=dropped,
             aligned=aligned,
         )
-        return visibility if real is None else replace(visibility, real=real)
+        if real is None:
+            return visibility
+        # A query of padding may well see keys: those that its window or an image shows.
+        own = real[:, visibility.query_positions] if aligned else True
+        return replace(visibility, real=real, sees=visibility.real_queries & own)
 
     def _real(self, num_keys: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Which keys are real, and how many were before the first slot."""

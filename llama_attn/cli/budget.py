@@ -24,6 +24,7 @@ from llama_attn.observe.interventions import block_keys
 from llama_attn.observe.recording import record
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.files import complete_file
+from llama_attn.stats.shares import percent
 
 if TYPE_CHECKING:
     import pandas
@@ -173,7 +174,7 @@ def table_of_budgets(frame: pandas.DataFrame) -> Table:
             part = of_policy[of_policy.budget == size].reset_index(drop=True)
             least, loss = int(part.kept.argmin()), float(part.loss[0])
             table.add_row(
-                str(policy), f"{size:,}", f"{part.kept.mean():.1%}", f"{part.kept[least]:.1%} (layer {part.layer[least]})",
+                str(policy), f"{size:,}", f"{percent(part.kept.mean(), 1)}", f"{percent(part.kept[least], 1)} (layer {part.layer[least]})",
                 number(loss), f"{loss - full:+.3f}",
             )  # fmt: skip
     return table

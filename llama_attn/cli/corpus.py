@@ -56,12 +56,15 @@ def corpus(
     data: Annotated[
         list[str],
         typer.Argument(
-            help="Files of texts, one on each line (.txt), JSON lines (.jsonl) or tables (.parquet), or folders of them.",
+            help="Files of texts, one on each line (.txt), JSON lines (.jsonl) or tables (.parquet), folders of them, or ids "
+            "of datasets on the hub.",
             show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; run again, the command goes on in it.")],
     field: Annotated[str, typer.Option(help="Field of JSON lines, or column of tables, that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -109,14 +112,18 @@ def corpus(
     if lacking := missing(TABLES):
         fail(f"a summary needs {', '.join(lacking)}: pip install 'llama_attn[corpus]'")
     from llama_attn.corpus.batches import Reader
+    from llama_attn.corpus.hub import HubDataset, is_hub_dataset
     from llama_attn.corpus.records import find_files, survey
     from llama_attn.corpus.run import SUMMARY, Run
     from llama_attn.corpus.weights import fingerprint
 
     config = _config(statistics, layers, heads)
     try:
-        named = find_files(data)
-        sources = [survey(name, path, shard_records or SMALLEST_SHARD) for name, path in named]
+        noted = shard_records or SMALLEST_SHARD
+        sources = [
+            survey(name, path, noted) for name, path in find_files([one for one in data if not is_hub_dataset(one)])
+        ]
+        sources += [HubDataset(one, subset, split).survey(noted, limit) for one in data if is_hub_dataset(one)]
     except (ValueError, ImportError, OSError) as error:
         fail(first_line(error))
     every, sources = (shard_records, sources) if shard_records else _in_shards(sources, limit)

@@ -28,8 +28,7 @@ def backends() -> None:
     for name, reason in available_backends().items():
         table.add_row(name, "no" if reason else "yes", fitted(reason or ""))
     console.print(table)
-    if native.unavailable() is not None:
-        say(BUILD)
+    say(BUILD if native.unavailable() else f"the native engine runs its library for {library.name()}: {library.path()}")
 
 
 def how_to_be_faster(stats: AttentionStats, device: torch.device) -> str | None:
@@ -39,9 +38,9 @@ def how_to_be_faster(stats: AttentionStats, device: torch.device) -> str | None:
 
 
 def build() -> None:
-    """Compile the engine for CPUs, which `streaming` then uses; once per machine and version."""
+    """Compile the engine for this very processor, which `streaming` then uses; once per machine and version."""
     start = time.perf_counter()
-    there = library.path().exists()
+    there = library.own().exists()
     try:
         with console.status("compiling"):
             path = library.build()

@@ -14,6 +14,7 @@ from llama_attn.analysis.row import row_alone
 from llama_attn.cli.folder import STATS, clear
 from llama_attn.cli.layers import SEED_LAYERS
 from llama_attn.cli.terminal import TABLES, console, how_to_draw, missing, new_table, number, say
+from llama_attn.stats.shares import percent
 from llama_attn.stats.token_text import LONGEST, readable
 
 if TYPE_CHECKING:
@@ -117,8 +118,8 @@ def _table_of_layers(row: xarray.Dataset, name: str) -> Table:
         for layer, line in lines.iterrows():
             table.add_row(
                 str(layer),
-                _share(line.sink_mass),
-                f"{at(int(line.sink_position))}: {_share(line.share)}, {number(line.boost)} ×, {int(line.queries):,}",
+                percent(line.sink_mass),
+                f"{at(int(line.sink_position))}: {percent(line.share)}, {number(line.boost)} ×, {int(line.queries):,}",
                 f"{number(line.activation)}, {number(line.activation_over_median)} ×, "
                 f"{at(int(line.activation_position))}",
             )
@@ -145,9 +146,5 @@ def table_of_documents(stats: AttentionStats, prompt_length: int) -> Table:
     part = part_of_layers(stats.layers, stats.num_layers, stats.without_attention)
     table = new_table("document", f"attention of {whose}", fold="document", title=part)
     for name, share in zip(stats.segments or (), shares, strict=True):
-        table.add_row(name, _share(share, digits=1))
+        table.add_row(name, percent(share, 1))
     return table
-
-
-def _share(value: float, *, digits: int = 0) -> str:
-    return "–" if value != value else f"{value:.{digits}%}"

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 # A longer line is no text that somebody wrote, and is not read into memory.
@@ -41,13 +41,20 @@ class Record:
         )
 
 
+class Dataset(Protocol):
+    """What is no file and has records nevertheless."""
+
+    def read(self, source: Source, first: int, count: int, field: str) -> Iterator[Record]:
+        """Some of its records."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A file of texts, as it was when it was counted.
 
     Args:
         name: Its name, relative to what was given.
-        path: Where it lies.
+        path: Where it lies; or what reads it, where it is no file.
         size: How long it is [byte].
         checksum: Hash of its content.
         starts: Where every ``every``-th record begins: byte and number of lines before it; rows of a table.
@@ -56,7 +63,7 @@ class Source:
     """
 
     name: str
-    path: Path
+    path: Path | Dataset
     size: int
     checksum: str
     starts: tuple[tuple[int, int], ...]
@@ -139,10 +146,14 @@ def read(source: Source, start: tuple[int, int], count: int, field: str) -> Iter
         count: How many records.
         field: Name of the field, or column, that holds the text.
     """
-    if source.path.suffix == ".parquet":
-        yield from _read_rows(source, start[0], count, field)
+    path = source.path
+    if not isinstance(path, Path):
+        yield from path.read(source, start[0], count, field)
         return
-    with source.path.open("rb") as file:
+    if path.suffix == ".parquet":
+        yield from _read_rows(source, path, start[0], count, field)
+        return
+    with path.open("rb") as file:
         file.seek(start[0])
         line, left = start[1], count
         while left:
@@ -150,10 +161,10 @@ def read(source: Source, start: tuple[int, int], count: int, field: str) -> Iter
             line += 1
             if isinstance(text, bytes) and not text.strip():
                 if not text:
-                    raise OSError(f"{source.path} has become shorter while it was read")
+                    raise OSError(f"{path} has become shorter while it was read")
                 continue
             left -= 1
-            yield _record(source, line, text, field)
+            yield _record(source.name, line, text, None if path.suffix == ".txt" else field)
 
 
 def _line(file: BinaryIO) -> bytes | int:
@@ -167,9 +178,11 @@ def _line(file: BinaryIO) -> bytes | int:
     return length
 
 
-def _record(source: Source, line: int, text: bytes | int, field: str) -> Record:
+def _record(name: str, line: int, text: bytes | int, field: str | None) -> Record:
+    """The record of a line, of which the whole is text if there is no field."""
+
     def unreadable(why: str) -> Record:
-        return Record(source.name, line, unreadable=why)
+        return Record(name, line, unreadable=why)
 
     if isinstance(text, int):
         return unreadable(f"a line of {text:,} bytes, more than {LONGEST_LINE:,}")
@@ -179,8 +192,8 @@ def _record(source: Source, line: int, text: bytes | int, field: str) -> Record:
         decoded = text.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         return unreadable(f"not UTF-8: byte {error.start} is 0x{text[error.start]:02x}")
-    if source.path.suffix == ".txt":
-        return Record(source.name, line, decoded)
+    if field is None:
+        return Record(name, line, decoded)
     try:
         value = json.loads(decoded)
     except (ValueError, RecursionError) as error:
@@ -189,10 +202,18 @@ def _record(source: Source, line: int, text: bytes | int, field: str) -> Record:
         return unreadable(f"expected an object with the field {field!r}, got {type(value).__name__}")
     if field not in value:
         return unreadable(f"no field {field!r}; there are {sorted(value)[:8]}")
-    return _of_field(source.name, line, value[field], field)
+    return of_field(name, line, value[field], field)
 
 
-def _of_field(name: str, line: int, value: Any, field: str) -> Record:
+def of_field(name: str, line: int, value: Any, field: str) -> Record:
+    """The record that a field holds.
+
+    Args:
+        name: What its file is called.
+        line: Its line.
+        value: The field.
+        field: Its name.
+    """
     if not isinstance(value, str):
         return Record(name, line, unreadable=f"field {field!r}: expected text, got {type(value).__name__}")
     if not value.strip():
@@ -205,7 +226,7 @@ def _of_cell(name: str, line: int, cell: Any, field: str) -> Record:
         value = cell.as_py()
     except UnicodeDecodeError as error:
         return Record(name, line, unreadable=f"field {field!r}: not UTF-8: {error.reason}")
-    return _of_field(name, line, value, field)
+    return of_field(name, line, value, field)
 
 
 def _parquet() -> Any:
@@ -227,8 +248,8 @@ def _rows(path: Path) -> tuple[int, str]:
         return 0, str(error).strip().splitlines()[0]
 
 
-def _read_rows(source: Source, first: int, count: int, field: str) -> Iterator[Record]:
-    with _parquet().ParquetFile(source.path) as table:
+def _read_rows(source: Source, path: Path, first: int, count: int, field: str) -> Iterator[Record]:
+    with _parquet().ParquetFile(path) as table:
         if field not in table.schema_arrow.names:
             for line in range(first, min(first + count, source.records)):
                 yield Record(

@@ -28,7 +28,7 @@ _loaded: dict[str, ModuleType] = {}
 
 
 def default_engine(device: torch_device) -> str:
-    """The engine that works on ``device`` when none is named: ``native`` on a CPU where it has been built."""
+    """The engine that works on ``device`` when none is named: ``native`` on a CPU that has it."""
     return "native" if "native" in _loaded and device.type == "cpu" else "torch"
 
 

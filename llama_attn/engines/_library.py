@@ -1,32 +1,32 @@
-"""The compiled part of the ``native`` engine: where it lies, how it is built, and how it is loaded.
+"""The compiled part of the ``native`` engine: which library runs here, how it is called, and how it is built.
 
-The sources use nothing but the C++ library and OpenMP, so one call of the compiler (GCC 12, clang 15 or newer) builds
-them; torch's own OpenMP runtime, already loaded, runs their threads.
+There may be several: those of the wheel, one for each instruction set, and one that `llama-attn build` has compiled for
+this very processor. None of them knows torch, so all of them outlive its versions; its OpenMP runtime, already loaded,
+runs their threads.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
 import shlex
-import shutil
 import struct
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 
-SOURCES = Path(__file__).parent / "csrc"
-COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
+from llama_attn.engines import _compiler
+
 # What a function returns if there is not enough memory; 0 is success, all else a call that it refuses.
 NO_MEMORY = 1
+# `kAbi` of csrc/call.h.
+ABI = 1
 HOW_TO_BUILD = "not built; run `llama-attn build`"
+# The library that `llama-attn build` makes, among the instruction sets that $LLAMA_ATTN_ISA can name.
+NATIVE = "native"
 
 
 class Tensor(ctypes.Structure):
@@ -93,67 +93,84 @@ class Call(ctypes.Structure):
 _OFFSETS = {name: getattr(Call, name).offset for name, *_ in Call._fields_}
 
 
-def compiler() -> str:
-    """The C++ compiler: ``$CXX``, or the first one found.
-
-    Raises:
-        RuntimeError: There is none.
-    """
-    names = [named] if (named := os.environ.get("CXX")) else list(COMPILERS)
-    for name in names:
-        if shutil.which(shlex.split(name)[0]):
-            return name
-    raise RuntimeError(f"no C++ compiler found; looked for {names}. Install one (`apt install g++`) or set CXX")
+def own() -> Path:
+    """Where the library for these sources, flags and this kind of processor lies, built or not."""
+    # The ABIs of Python and torch do not matter: the library uses neither.
+    name = _compiler.digest(_flags(), platform.machine(), sorted(_compiler.processor_flags()) or platform.processor())
+    return _folder() / f"native-{name}.so"
 
 
 @cache
+def choices() -> dict[str, Path]:
+    """What $LLAMA_ATTN_ISA can say, best first: ours, built or not, and those of the wheel that this processor runs."""
+    able, needed = _compiler.processor_flags(), _compiler.PORTABLE.get(platform.machine(), {})
+    brought = {isa: library for isa, library in _compiler.portable().items() if library.exists()}
+    return {NATIVE: own(), **{isa: library for isa, library in brought.items() if needed[isa] <= able}}
+
+
+def name() -> str:
+    """Which of the `choices` is used: what $LLAMA_ATTN_ISA says, else the best that there is.
+
+    Raises:
+        ValueError: $LLAMA_ATTN_ISA names none of them.
+    """
+    there = choices()
+    if (named := os.environ.get("LLAMA_ATTN_ISA")) is None:
+        return next((isa for isa, library in there.items() if library.exists()), NATIVE)
+    if named not in there:
+        raise ValueError(
+            f"LLAMA_ATTN_ISA: expected one of {list(there)}, those of this installation that this processor runs, got {named!r}"
+        )
+    return named
+
+
 def path() -> Path:
-    """Where the library for these sources, torch, flags and this kind of processor lies, built or not."""
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + source.read_bytes())
-    # The ABI of Python does not matter: the library does not use it.
-    digest.update(repr((_flags(), torch.__version__, platform.machine(), _processor())).encode())
-    return _folder() / f"native-{digest.hexdigest()[:16]}.so"
+    """The library that is used, built or not.
+
+    Raises:
+        ValueError: As `name`.
+    """
+    return choices()[name()]
 
 
 def build() -> Path:
-    """Compile the library, unless it is there already; ``LLAMA_ATTN_CXXFLAGS`` adds flags to the usual ones.
+    """Compile `own`, unless it is there already; ``LLAMA_ATTN_CXXFLAGS`` adds flags to the usual ones.
 
     Raises:
         RuntimeError: There is no compiler, or it refuses; the message holds its own.
     """
-    target = path()
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        # Written under another name and renamed, so that nobody loads half a library.
-        written = Path(folder) / target.name
-        sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
-        command = [*shlex.split(compiler()), *_flags(), *sources, "-o", str(written)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        if result.returncode:
-            raise RuntimeError(f"{shlex.join(command)} failed:\n{result.stderr.strip()}")
-        written.replace(target)
+    target = own()
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _compiler.compile_library(target, _flags())
     return target
 
 
 @cache
 def load(library: Path) -> ctypes.CDLL:
-    """The built library with its functions' types declared.
+    """A library with its functions' types declared.
 
     Raises:
-        ImportError: It is not built, or it does not fit this package.
+        ImportError: It is not built, the system cannot load it, or it does not fit this package.
     """
     if not library.exists():
         raise ImportError(HOW_TO_BUILD)
-    loaded = ctypes.CDLL(str(library))
-    for function in (loaded.llama_attn_forward, loaded.llama_attn_backward):
+    try:
+        loaded = ctypes.CDLL(str(library))
+        forward, backward = loaded.llama_attn_forward, loaded.llama_attn_backward
+        said = [loaded.llama_attn_abi, loaded.llama_attn_call_size]
+    except (OSError, AttributeError) as error:
+        raise ImportError(f"{library} cannot be loaded ({error}); `llama-attn build` compiles another") from None
+    for function in said:
+        function.restype = ctypes.c_int64
+    for function in (forward, backward):
         function.argtypes, function.restype = (ctypes.POINTER(Call),), ctypes.c_int64
-    loaded.llama_attn_call_size.restype = ctypes.c_int64
-    if loaded.llama_attn_call_size() != ctypes.sizeof(Call):
-        raise ImportError(f"{library} expects calls of another layout; remove it and run `llama-attn build`")
+    found, expected = [function() for function in said], [ABI, ctypes.sizeof(Call)]
+    if found != expected:
+        raise ImportError(
+            f"{library} takes calls of ABI {found[0]} and {found[1]} bytes, expected ABI {expected[0]} and {expected[1]} "
+            "bytes; remove it and run `llama-attn build`"
+        )
     return loaded
 
 
@@ -176,19 +193,10 @@ def _entry(function: str) -> Callable[[Call], int]:
 
 
 def _flags() -> list[str]:
-    return [*FLAGS, *shlex.split(os.environ.get("LLAMA_ATTN_CXXFLAGS", ""))]
+    return ["-march=native", *shlex.split(os.environ.get("LLAMA_ATTN_CXXFLAGS", ""))]
 
 
 def _folder() -> Path:
     if own := os.environ.get("LLAMA_ATTN_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_attn"
-
-
-def _processor() -> str:
-    """What distinguishes processors that share a home folder: their instruction sets."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    lines = info.read_text(encoding="utf-8").splitlines()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

@@ -1,6 +1,6 @@
 """The engine in C++ for CPUs: output and statistics of a tile of query rows while it is in the cache.
 
-The sources are in csrc/; `llama-attn build` compiles them, once per machine.
+The sources are in csrc/. Wheels bring them compiled; `llama-attn build` compiles them for the processor at hand.
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ _BEYOND = 2**40
 
 
 def unavailable() -> str | None:
-    """Why it does not run here: it has not been built."""
-    return None if library.path().exists() else library.HOW_TO_BUILD
+    """Why it does not run here: it has not been built, or the library cannot be used."""
+    try:
+        library.load(library.path())
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def knows(statistic: Statistic) -> bool:

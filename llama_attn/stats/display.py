@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llama_attn.stats.shares import percent
 from llama_attn.stats.token_text import printable, readable
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _strongest(stats: AttentionStats) -> list[str]:
     cells = []
     for mass, at in zip(share.tolist(), place.tolist(), strict=True):
         token = f" {readable(stats.tokens[0][at])}" if stats.tokens else ""
-        cells.append("no data" if mass < 0 else f"{positions[at]}{token}, {mass:.0%}")
+        cells.append("no data" if mass < 0 else f"{positions[at]}{token}, {percent(mass)}")
     return cells
 
 

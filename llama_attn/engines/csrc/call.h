@@ -5,6 +5,9 @@
 
 namespace llama_attn {
 
+// What fields mean, to be raised when that changes; engines/_library.py has the same number.
+constexpr int64_t kAbi = 1;
+
 enum class Type : int64_t { kFloat64, kFloat32, kBFloat16, kFloat16, kBool, kInt32, kInt64 };
 
 // A tensor of up to four axes; `data` is null where there is none. Strides count elements.

@@ -40,9 +40,17 @@ int64_t run(llama_attn::Call& call, bool backward) {
 
 }  // namespace
 
-extern "C" int64_t llama_attn_forward(llama_attn::Call* call) { return run<llama_attn::Forward>(*call, false); }
+#pragma GCC visibility push(default)
+extern "C" {
 
-extern "C" int64_t llama_attn_backward(llama_attn::Call* call) { return run<llama_attn::Backward>(*call, true); }
+int64_t llama_attn_forward(llama_attn::Call* call) { return run<llama_attn::Forward>(*call, false); }
 
-// Bytes of `Call`, to be compared with what Python thinks.
-extern "C" int64_t llama_attn_call_size() { return sizeof(llama_attn::Call); }
+int64_t llama_attn_backward(llama_attn::Call* call) { return run<llama_attn::Backward>(*call, true); }
+
+// Bytes of `Call`, and the number of what its fields mean, to be compared with what Python thinks.
+int64_t llama_attn_call_size() { return sizeof(llama_attn::Call); }
+
+int64_t llama_attn_abi() { return llama_attn::kAbi; }
+
+}  // extern "C"
+#pragma GCC visibility pop

@@ -39,13 +39,14 @@ def new_figure(size: tuple[float, float] = SIZE, ax: Axes | None = None) -> tupl
     return ax.figure.figure, ax
 
 
-def entitle(where: Axes | Figure, title: str, about: str) -> None:
+def entitle(where: Axes | Figure, title: str, about: str, beside: float = BESIDE) -> None:
     """Write a title above axes, or above all axes of a figure, in lines that fit.
 
     Args:
         where: Axes or figure.
         title: What is shown, and of which part.
         about: Model and text, the second line.
+        beside: Width of what stands beside axes, in a figure of our own [inches].
     """
     from matplotlib.figure import Figure
 
@@ -56,7 +57,7 @@ def entitle(where: Axes | Figure, title: str, about: str) -> None:
         write = where.set_title
         whole = where.figure.figure
         # Axes of a figure of our own are nearly as wide as it is.
-        width = whole.get_size_inches()[0] - BESIDE
+        width = whole.get_size_inches()[0] - beside
         if len(whole.axes) > 2:
             width = max(width * where.get_position().width, NARROWEST_TITLE)
     # Not by matplotlib, which takes dollar signs for formulas where it wraps.

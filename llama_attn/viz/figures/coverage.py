@@ -55,25 +55,32 @@ def plot_coverage(source: Source, *, mass: Sequence[float] = MASS, ax: Axes | No
     if bounds.sizes["mass"] > len(COLOURS):
         raise ValueError(f"mass: expected at most {len(COLOURS)} shares, which colours tell apart, got {mass!r}")
     layers = bounds["layer"].values
+    # Bands and dashes of a single layer have some width too.
+    along = layers if len(layers) > 1 else layers + np.array([-0.3, 0.3])
     figure, axes = new_figure(ax=ax)
     for colour, share in zip(COLOURS, bounds["mass"].values, strict=False):
         least, most = (bounds[name].sel(mass=share).transpose("layer", "head") for name in ("least", "most"))
-        axes.fill_between(layers, least.min("head"), most.max("head"), color=colour, alpha=0.13, linewidth=0)
+        axes.fill_between(
+            along, least.min("head").values, most.max("head").values, color=colour, alpha=0.13, linewidth=0
+        )
         low, high = least.mean("head").values, most.mean("head").values
-        axes.fill_between(layers, low, high, color=colour, alpha=0.6, linewidth=0)
+        axes.fill_between(along, low, high, color=colour, alpha=0.6, linewidth=0)
         axes.plot(
             layers, np.sqrt(low * high), color=colour, linewidth=1, marker="o", markersize=3, label=f"{share:.4g}"
         )
         uniform = bounds.uniform.sel(mass=share)
-        along = uniform.values if "layer" in uniform.dims else np.full(len(layers), float(uniform))
-        axes.plot(layers, along, color=colour, linewidth=1, linestyle="--")
-    axes.set_yscale("log", base=2)
+        axes.plot(along, np.broadcast_to(uniform.values, along.shape), color=colour, linewidth=1, linestyle="--")
+    if bounds.uniform.notnull().any():
+        axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda number, _: f"{number:,.4g}")
     say_no_data(axes, bounds.most.values)
     entitle(axes, f"Keys that hold a share of the attention{of_part(dataset)}", about(dataset))
     heads = named_range("head", dataset["head"].values.tolist())
     label_axes(axes, f"layer{of_layers(dataset)}", f"keys per query\nmean over {heads}, fewest to most in light colour")
-    axes.locator_params(axis="x", integer=True)
+    if len(layers) > 1:
+        axes.locator_params(axis="x", integer=True)
+    else:
+        axes.set_xticks(layers)
     axes.grid(alpha=0.4)
     handles = [
         *axes.get_legend_handles_labels()[0],

@@ -9,6 +9,7 @@ import numpy as np
 
 from llama_attn.analysis import as_dataset
 from llama_attn.stats.images import ImageSegments
+from llama_attn.stats.shares import percent
 from llama_attn.viz.figures.canvas import colour_bar, entitle, label_axes, new_figure
 from llama_attn.viz.figures.scales import Scale, check_scale, colour_scale
 from llama_attn.viz.style import ORANGE, about, drawable, heat_map, of_head, pick, pick_head, tokens_of, unit_of
@@ -101,7 +102,7 @@ def plot_image_rows(
     tokens = tokens_of(of_text, "key")
     at = int(np.flatnonzero(of_text["key"].values == row)[0]) if tokens else 0
     named = f" “{drawable(tokens[at])}”" if tokens else ""
-    whole = f"image {image_index} of {count}, which gets {float(cells.sum()):.1%} of it"
+    whole = f"image {image_index} of {count}, which gets {percent(float(cells.sum()), 1)} of it"
     entitle(
         axes,
         f"Attention of the token{named} at {row} to {whole}, layer {layer}, {of_head(dataset, head)}",

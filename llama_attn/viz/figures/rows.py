@@ -9,8 +9,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from llama_attn.analysis import as_dataset
+from llama_attn.analysis.dataset import real_tokens
 from llama_attn.analysis.uniform import measured_with
-from llama_attn.viz.figures.canvas import colour_bar, entitle, new_figure
+from llama_attn.stats.shares import percent
+from llama_attn.viz.figures.canvas import colour_bar, entitle, explain_no_data, new_figure
 from llama_attn.viz.figures.scales import square_root
 from llama_attn.viz.style import NO_DATA, about, drawable, of_head, of_part, pick, pick_head, tokens_of
 
@@ -27,7 +29,9 @@ MOST_TOKENS = 600
 AROUND, SHORTEST_GAP = 8, 6
 # Of letters: size [points], width of one over that, and distance of lines over that.
 LETTERS, LETTER, LINE = 8.0, 0.615, 1.6
-WIDTH, BESIDE, LONGEST_BAR = 10.0, 1.7, 4.0
+WIDTH, BESIDE = 10.0, 1.7
+# Lines of the shortest figure, so that the colour bar beside it can be read.
+FEWEST_LINES = 15
 COLOURS = "Oranges"
 # From this share of the darkest colour on letters are white.
 DARK = 0.6
@@ -86,22 +90,27 @@ def plot_rows(
             f"there are {sorted(map(str, dataset.data_vars))}"
         )
     of_text = pick(dataset, batch=batch, layer=layer)
-    row = _row(of_text, row)
+    row = _row(pick(dataset, batch=batch), row)
     values = pick_head(of_text.row_weights.sel(row=row), head)
     weights = (values.mean("layer") if layer is None else values).values
-    real = np.isfinite(weights)
+    has_data = np.isfinite(weights)
+    real = has_data | real_tokens(of_text, "key").values
     keys = of_text["key"].values
-    shaded = real & (sink | (np.cumsum(real) > measured_with(dataset, "sink_tokens")))
+    shaded = has_data & (sink | (np.cumsum(real) > measured_with(dataset, "sink_tokens")))
     high = float(weights[shaded].max(initial=0)) or 1.0
     tokens = tokens_of(of_text, "key")
     pieces = _pieces(keys, weights, real, shaded, tokens, row)
-    columns, size, lines = _measure(pieces, ax)
+    columns, room, size, lines = _measure(pieces, ax)
     colours = square_root(high)
-    figure, axes = new_figure((WIDTH, 1.1 + len(lines) * size * LINE / 72), ax)
-    drawn = _write(axes, lines, columns, size, colours.norm)
+    figure, axes = new_figure((WIDTH, 1.1 + room * size * LINE / 72), ax)
+    drawn = _write(axes, lines, size, colours.norm)
+    axes.set(xlim=(0, columns), ylim=(room, 0), xticks=[], yticks=[])
+    axes.axis("off")
     colour_bar(
         drawn, axes, f"attention weight [probability]{colours.note}{_uniform(of_text, row)}", ticks=colours.ticks
     )
+    if not has_data.any():
+        explain_no_data(figure, weights, ax)
     named = "" if tokens is None else f" “{drawable(tokens[int(np.searchsorted(keys, row))])}”"
     where = "mean over layers" + of_part(dataset) if layer is None else f"layer {layer}"
     without = "" if sink else ", without the sink"
@@ -117,12 +126,15 @@ def _row(dataset: xarray.Dataset, row: int | None) -> int:
     """Position of the query."""
     weights = dataset.row_weights
     has_data = weights.notnull().any([dim for dim in weights.dims if dim != "row"]).values
-    known = weights["row"].values[has_data].tolist()
-    if row is None and known:
+    # Of a text without any data the picture says so.
+    known = weights["row"].values[has_data | ~has_data.any()].tolist()
+    if not known:
+        raise ValueError("row: all that were measured are padding; measure others with AttentionStatsConfig(rows=…)")
+    if row is None:
         return int(known[-1])
-    if row is None or row not in known:
+    if row not in known:
         raise ValueError(f"row: {row} was not measured, or is padding; there are {known}")
-    return int(row)
+    return row
 
 
 def _pieces(
@@ -135,15 +147,17 @@ def _pieces(
 ) -> list[_Piece]:
     """What is written, up to the query: tokens and gaps."""
     places = np.flatnonzero(real & ((keys <= row) | (np.nan_to_num(weights) > 0)))
+    if not len(places):
+        return []
     written = _chosen(np.where(shaded, weights, 0)[places], int(np.searchsorted(keys[places], row)))
     pieces: list[_Piece] = []
     for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(written)) + 1):
         if not written[run[0]]:
             mass = float(np.nansum(weights[places[run]]))
-            pieces.append(_Piece(f" […{len(run):,} tokens: {mass:.1%}…] ", np.nan))
+            pieces.append(_Piece(f" […{len(run):,} tokens: {percent(mass, 1)}…] ", np.nan))
             continue
         for place in places[run]:
-            token = f"{keys[place]} " if tokens is None else drawable(tokens[place]).replace("␣", " ")
+            token = f"{keys[place]} " if tokens is None else drawable(tokens[place]).replace("␣", " ") or " "
             weight = float(weights[place]) if shaded[place] else np.nan
             pieces.append(_Piece(token, weight, keys[place] == row, "⏎" in token))
     return pieces
@@ -165,19 +179,23 @@ def _chosen(weights: Float[np.ndarray, " token"], query: int) -> Bool[np.ndarray
     return written
 
 
-def _measure(pieces: list[_Piece], ax: Axes | None) -> tuple[int, float, list[list[_Piece]]]:
-    """Letters in a line, their size [points], and the lines."""
+def _measure(pieces: list[_Piece], ax: Axes | None) -> tuple[int, float, float, list[list[_Piece]]]:
+    """Letters for which a line has room, lines for which there is room, size of letters [points], and the lines."""
     if ax is None:
         columns = int((WIDTH - BESIDE) * 72 / (LETTERS * LETTER))
-        return columns, LETTERS, _lines(pieces, columns)
+        lines = _lines(pieces, columns)
+        return columns, max(len(lines), FEWEST_LINES), LETTERS, lines
     whole, _ = new_figure(ax=ax)
-    wide, high = (72 * part for part in whole.get_size_inches() * ax.get_position().size)
+    wide, high = (72 * float(length) / whole.dpi for length in ax.bbox.size)
+    # The colour bar will take some of it.
+    wide = max(wide - 72 * BESIDE, wide / 2)
     size = LETTERS
     while True:
         columns = max(12, int(wide / (size * LETTER)))
         lines = _lines(pieces, columns)
-        if len(lines) * size * LINE <= high or size <= 1.5:
-            return columns, size, lines
+        room = high / (size * LINE)
+        if len(lines) <= room or size <= 1.5:
+            return columns, max(len(lines), room), size, lines
         size *= 0.93
 
 
@@ -197,7 +215,7 @@ def _lines(pieces: list[_Piece], columns: int) -> list[list[_Piece]]:
     return lines if lines[-1] or len(lines) == 1 else lines[:-1]
 
 
-def _write(axes: Axes, lines: list[list[_Piece]], columns: int, size: float, norm: Any) -> Any:
+def _write(axes: Axes, lines: list[list[_Piece]], size: float, norm: Any) -> Any:
     """Write the lines, and return what their colours belong to."""
     from matplotlib import colormaps, rcParams
     from matplotlib.collections import PatchCollection
@@ -225,9 +243,6 @@ def _write(axes: Axes, lines: list[list[_Piece]], columns: int, size: float, nor
     shades.set_array(np.ma.masked_invalid(weights))
     axes.add_collection(shades)
     axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor="black", linewidths=1.2))
-    axes.set_xlim(0, columns)
-    axes.set_ylim(len(lines), 0)
-    axes.axis("off")
     return shades
 
 
@@ -236,4 +251,5 @@ def _uniform(dataset: xarray.Dataset, row: int) -> str:
     if row not in dataset["query"].values:
         return ""
     visible = dataset.visible_keys.sel(query=row)
-    return f"; uniform: {float((1 / visible.where(visible > 0)).mean()):.2g}"
+    even = float((1 / visible.where(visible > 0)).mean())
+    return f"; uniform: {even:.2g}" if np.isfinite(even) else ""

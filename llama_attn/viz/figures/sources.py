@@ -9,9 +9,25 @@ import numpy as np
 
 from llama_attn.analysis import as_dataset, sources
 from llama_attn.analysis.answer import GENERATED
+from llama_attn.analysis.row import row_alone
+from llama_attn.stats.shares import percent
 from llama_attn.viz.figures.along import MOST_TOKENS, NARROWEST, PER_TOKEN, WIDEST
-from llama_attn.viz.figures.canvas import add_legend, entitle, label_axes, new_figure
-from llama_attn.viz.style import AMBER, BLUE, GREEN, NO_DATA, ORANGE, PINK, SKY, YELLOW, about, drawable, written
+from llama_attn.viz.figures.canvas import BESIDE, add_legend, entitle, label_axes, new_figure
+from llama_attn.viz.style import (
+    AMBER,
+    BLUE,
+    GREEN,
+    NO_DATA,
+    ORANGE,
+    PINK,
+    SKY,
+    YELLOW,
+    about,
+    drawable,
+    of_head,
+    of_part,
+    written,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +69,8 @@ def plot_sources(
     from matplotlib.patches import Patch
 
     dataset = as_dataset(source)
-    frame = sources(dataset, heads=heads, batch=batch)
+    # Positions as in every picture of a row: of its own text.
+    frame = sources(row_alone(dataset, batch), heads=heads, batch=batch)
     shown, uniform = ("share", "uniform") if sink else ("without_sink", "uniform_without_sink")
     names = list(dict.fromkeys(frame.segment))
     lines, mean = frame[frame.position >= 0], frame[frame.position < 0].set_index("segment")
@@ -75,8 +92,8 @@ def plot_sources(
         pair = np.nan_to_num(mean.loc[name, [shown, uniform]].to_numpy(dtype=float))
         axes.bar(beside, pair, bottom=under, width=wide, color=colour)
         bottoms, under = bottoms + heights, under + pair
-        share = f"{pair[0]:.0%}" if np.isfinite(mean.loc[name, shown]) else "no data"
-        handles.append(Patch(color=colour, label=f"{written(name)}: {share} (uniform {pair[1]:.0%})"))
+        share = percent(pair[0]) if np.isfinite(mean.loc[name, shown]) else "no data"
+        handles.append(Patch(color=colour, label=f"{written(name)}: {share} (uniform {percent(pair[1])})"))
     empty = ~np.isfinite(shares).any(1)
     if empty.any():
         axes.bar(places[empty], 1, width=0.9, color=NO_DATA)
@@ -87,7 +104,10 @@ def plot_sources(
     label_axes(axes, "generated token", f"attention [probability]\n{'sink included' if sink else 'without the sink'}")
     right = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
     add_legend(figure, ax, handles[::-1], loc="outside right upper", given=right, title="segment: mean share")
-    entitle(axes, f"What the answer draws on, {_heads(heads)}", about(dataset, batch))
+    whose = f"{of_head(dataset, None)}{of_part(dataset)}" if heads is None else _heads(heads)
+    entitle(
+        axes, f"What the answer draws on, {whose}", about(dataset, batch), BESIDE + LEGEND if ax is None else BESIDE
+    )
     return figure
 
 
@@ -107,10 +127,8 @@ def _label(axes: Axes, places: np.ndarray, positions: np.ndarray, tokens: list[o
         tick.label1.set_fontsize(8)
 
 
-def _heads(heads: Mapping[int, Sequence[int]] | None) -> str:
+def _heads(heads: Mapping[int, Sequence[int]]) -> str:
     """Which heads, for a title."""
-    if heads is None:
-        return "mean over all heads"
     named = [f"{layer}.{head}" for layer in heads for head in np.atleast_1d(np.array(heads[layer]))]
     more = f" and {len(named) - 8} more" if len(named) > 8 else ""
     return f"head{'s' if len(named) > 1 else ''} {', '.join(named[:8])}{more}"

@@ -17,11 +17,13 @@ from llama_attn.analysis import (
     sink_rate,
 )
 from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed as needed_activations
+from llama_attn.analysis.answer import GENERATED, seen_of_segments
 from llama_attn.analysis.dataset import direction_of, real_tokens, without_attention
 from llama_attn.analysis.locality import LOCAL_BELOW
 from llama_attn.analysis.part import measured_part, named_layers
 from llama_attn.analysis.sinks import EPSILON
 from llama_attn.analysis.uniform import measured_with
+from llama_attn.stats.shares import percent
 
 if TYPE_CHECKING:
     import xarray
@@ -77,7 +79,7 @@ def findings(row: xarray.Dataset) -> list[Finding]:
             _activations,
         ),
     ]
-    if "segment_mass" in row:
+    if "segment_mass" in row and _has_parts(row):
         questions.append(("Which part of the text gets the attention?", ("segment_mass",), _segments))
     answers = []
     for question, needed, answer in questions:
@@ -290,6 +292,14 @@ def _activations(row: xarray.Dataset) -> tuple[str, str, Words]:
     return figure, caption, [*words, f"The largest, {_number(peak.magnitude)}, is on ", *where]
 
 
+def _has_parts(row: xarray.Dataset) -> bool:
+    """Whether what was read has several parts: of all that was fed, all attention goes to it."""
+    if "key_segment" not in row.coords:
+        return True
+    real = real_tokens(row, "key").isel(batch=0).values
+    return len({*row.key_segment.values[0][real].tolist()} - {GENERATED}) > 1
+
+
 def _segments(row: xarray.Dataset) -> tuple[str, str, Words]:
     mass = row.segment_mass.isel(batch=0)
     shares, last = mass.mean(["layer", "head", "query"]), mass.dropna("query", how="all").isel(query=-1)
@@ -308,7 +318,30 @@ def _segments(row: xarray.Dataset) -> tuple[str, str, Words]:
         for name, at in zip(names, order[:EXAMPLES], strict=False):
             peak = by_layer[:, at].isel(layer=int(by_layer[:, at].fillna(-1).argmax("layer")))
             words.append(f"{name} gets most in layer {int(peak.layer)} ({_percent(peak)}). ")
-    return _percent(shares[order[0]]), f"of all attention goes to {names[0]}", words
+    even = _even_shares(row)
+    if even is None:
+        return _percent(shares[order[0]]), f"of all attention goes to {names[0]}", words
+    listed = ", ".join(f"{name} {_percent(even[at])}" for name, at in zip(names, order, strict=True))
+    words.append(f"Uniform attention would give {listed}.")
+    # The longest part says nothing by being long.
+    at = int((shares - even).argmax("segment"))
+    if _percent(shares[at]) == _percent(even[at]):
+        return "–", "no part gets more than uniform attention would give it", words
+    name = names[order.tolist().index(at)]
+    return _percent(shares[at]), f"of all attention goes to {name}, uniform attention: {_percent(even[at])}", words
+
+
+def _even_shares(row: xarray.Dataset) -> xarray.DataArray | None:
+    """What uniform attention gives each segment, on average over layers and queries; None if it is unknown who sees whom."""
+    if "key_segment" not in row.coords:
+        return None
+    try:
+        seen = seen_of_segments(row)
+    except ValueError:
+        # Behind a mask of the user's own.
+        return None
+    shares = (seen / row.visible_keys.where(row.visible_keys > 0)).isel(batch=0)
+    return shares.mean([dim for dim in shares.dims if dim != "segment"])
 
 
 def _channels(row: xarray.Dataset, token: xarray.Dataset) -> str:
@@ -350,7 +383,7 @@ def _percent(share: Any) -> str:
     digits = 0 if share == 0 or share >= 0.095 else 1
     while share < 1 and digits < 4 and f"{share:.{digits}%}" == f"{1:.{digits}%}":
         digits += 1
-    return f"{share:.{digits}%}"
+    return percent(share, digits)
 
 
 def _times(ratio: float) -> str:

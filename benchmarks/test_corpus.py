@@ -1,0 +1,65 @@
+"""What measuring a corpus costs beside reading it: time per token, and memory that must not grow with the texts."""
+
+from __future__ import annotations
+
+import corpus_process
+import pytest
+import torch
+from fresh_process import run
+from models import ours, stock
+from results import Row
+from timing import Case, alternate, keep
+
+from llama_attn import AttentionStatsConfig
+from llama_attn.corpus.batches import Reader
+from llama_attn.corpus.examples import Text
+
+pytestmark = pytest.mark.benchmark(group="corpus")
+
+# Texts after which the peak is noted, and all of them: of the full number, `corpus_process.py FOLDER 200 2000` tells.
+SOME, ALL = 100, 300
+# MiB that the others may add.
+MOST_ADDED = 50
+
+
+@torch.no_grad()
+def test_tokens_per_second(benchmark, model, text):
+    """Batches of texts of 512 tokens and a few shorter ones, default statistics, examples, roles and all."""
+    long = text(8192)[0]
+    ids = [long[start : start + 512 - 8 * (start // 512)] for start in range(0, 8192, 512)]
+    texts = [Text("texts", line, hash(tuple(row.tolist())), tuple(row.tolist())) for line, row in enumerate(ids)]
+    plain = stock(model)
+    reader = Reader(ours(model, "streaming"), None, AttentionStatsConfig(offload="cpu"), "", 512, 4096, 4)
+    batches = list(reader.batches(texts))
+
+    def bare() -> None:
+        for batch in batches:
+            rows = [torch.tensor(one.ids) for one in batch]
+            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            plain(padded, attention_mask=mask, logits_to_keep=1, use_cache=False)
+
+    def measured():
+        total = None
+        for batch in batches:
+            part = reader.measure(batch)
+            total = part if total is None else total.merged(part)
+        return total
+
+    bare()
+    assert measured().texts == len(texts)
+    # At least 0.9 of the tokens per second.
+    cases = [Case("a corpus, default statistics", measured, 1 / 0.9)]
+    alternate(benchmark, Case("stock sdpa, nothing measured", bare), cases, shape="SmolLM2, float32, 16 texts, T 512")
+
+
+def test_memory(benchmark, tmp_path):
+    """The peak after some texts and after all, of SmolLM2's shape."""
+    found = benchmark.pedantic(run, args=(tmp_path, SOME, ALL), kwargs={"script": corpus_process.__file__}, rounds=1)
+    assert found["texts"] == ALL
+    some, every = found["peaks"]
+    shape = f"SmolLM2's shape, T 512, {ALL} texts"
+    keep(
+        benchmark,
+        [Row.over("peak of all texts", shape, every, "MiB", f"after {SOME} texts", some, 1 + MOST_ADDED / some)],
+    )
