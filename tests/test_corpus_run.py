@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import cli_models
+import pandas
 import pytest
 from corpora import assert_same, measured, run, write
 from corpus_process import measure
 from filelock import FileLock
 from test_cli import invoke
 
-from llama_attn.corpus import CorpusSummary
+from llama_attn.corpus import CorpusSummary, compare
 from llama_attn.corpus.hub import HubDataset, is_hub_dataset
 from llama_attn.corpus.records import find_files, read, survey
 from llama_attn.corpus.run import SHARDS, SKIPPED, SUMMARY
@@ -295,6 +296,20 @@ def test_merging_runs(checkpoint, words, tmp_path):
     assert both.files == ("one.txt", "two.txt")
     one = CorpusSummary.load(tmp_path / "one" / SUMMARY)
     assert both.tokens > one.tokens
+    # Two corpora are compared by the same command as two runs.
+    files = tmp_path / "one" / SUMMARY, tmp_path / "both.safetensors"
+    result = invoke("compare", *files, "--statistic", "entropy", "--out", tmp_path / "all.csv", "--top", "3")
+    assert result.exit_code == 0, result.output
+    assert "texts_a: 25" in result.output
+    assert "texts_b: 40" in result.output
+    frame, expected = pandas.read_csv(tmp_path / "all.csv"), compare(one, both)
+    assert frame.effect.tolist() == pytest.approx(expected.effect.tolist(), nan_ok=True)
+    strongest = expected[expected.statistic == "entropy"].iloc[0]
+    assert f"{strongest.effect:.3g}" in result.output
+    other = invoke("compare", files[0], tmp_path / "one.txt")
+    assert other.exit_code == 2
+    assert "one.txt is none" in " ".join(other.output.split())
+    assert invoke("compare", *files, "--plot", tmp_path / "x.png").exit_code == 2
     assert invoke("merge", tmp_path / "nothing", "--out", tmp_path / "x").exit_code == 2
 
 
