@@ -14,7 +14,9 @@ from report_page import Page
 
 from llama_attn.corpus.bins import value_bins
 from llama_attn.corpus.examples import AROUND
+from llama_attn.corpus.table import Table
 from llama_attn.viz import corpus_json, corpus_report
+from llama_attn.viz.corpus import page as page_of_corpus
 from llama_attn.viz.corpus.numbers import decile_texts, keys_held
 from llama_attn.viz.report import assembly
 
@@ -76,6 +78,30 @@ def test_the_page_holds_the_summary(summary, tmp_path):
             assert found[f"<{token}>"] == [token, *counts]
     massive = [[*key, *counts] for key, counts in zip(summary.massive.keys, summary.massive.counts, strict=True)]
     assert sorted(page.about["massive"]) == sorted(np.array(massive).tolist()) != []
+
+
+def test_only_files_of_examples_are_named(summary, tmp_path):
+    """As a corpus of very many files has them."""
+    files = ("before.jsonl", *summary.files, *(f"z{number}.jsonl" for number in range(1000)))
+    parts = {name: getattr(summary, name) for name in ("strongest", "sample")}
+    more = {name: replace(part, file=part.file + 1) for name, part in parts.items()}
+    few, many = (
+        Page(corpus_report(each, tmp_path / "report.html")) for each in (summary, replace(summary, files=files, **more))
+    )
+    assert many.about["files"] == few.about["files"] == list(summary.files)
+    name = f"strongest {summary.about.examples_of[0]} place"
+    np.testing.assert_array_equal(many.array(name)[0], few.array(name)[0])
+
+
+def test_of_many_lines_the_largest_are_kept(summary, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_of_corpus, "MOST_LINES", 2)
+    massive = Table(np.array([[0, 7], [1, 7], [2, 9]]), np.array([[40, 5], [30, 20], [20, 10]]))
+    about = Page(corpus_report(replace(summary, massive=massive), tmp_path / "report.html")).about
+    totals = summary.sinks.counts[:, :2].sum(1)
+    assert [row[1] + row[2] for row in about["sinks"]] == sorted(totals.tolist(), reverse=True)[:2]
+    assert about["otherSinks"] == (totals > 0).sum() - 2
+    assert about["massive"] == [[1, 7, 30, 20], [2, 9, 20, 10]]
+    assert about["otherMassive"] == 1
 
 
 def test_keys_that_hold_most_of_the_attention(summary):
