@@ -134,6 +134,13 @@ def test_sinks_by_token(summary, one_by_one):
     assert summary.strings[1] == "<1>"
 
 
+def peak(values):
+    """The first of the largest, the first token aside, which sees itself alone."""
+    if len(values) == 1:
+        return 0
+    return 1 + np.flatnonzero(values[1:] >= values[1:].max() - ROUNDING)[0]
+
+
 def test_examples_are_the_strongest_texts(summary, one_by_one):
     about, strongest = summary.about, summary.strongest
     assert {"sink_mass", "local_mass", "induction"} <= {*about.examples_of}
@@ -156,10 +163,10 @@ def test_examples_are_the_strongest_texts(summary, one_by_one):
                 assert strongest.score[where] == pytest.approx(scores[place], abs=1e-9)
                 assert (summary.files[strongest.file[where]], strongest.line[where]) == (file, line)
                 assert strongest.digest[where] == digest
-                peaks = np.flatnonzero(numbers[place] >= numbers[place].max() - ROUNDING)
-                assert strongest.position[where] == peaks[0]
+                assert strongest.position[where] == peak(numbers[place])
                 shown = [token for token in strongest.ids[where] if token >= 0]
-                start = next(n for n in range(len(ids)) if ids[n : n + len(shown)] == shown)
+                start = strongest.start[where]
+                assert shown == ids[start : start + 24]
                 assert start <= strongest.position[where] < start + len(shown)
                 np.testing.assert_allclose(
                     strongest.values[where][: len(shown)], numbers[place][start : start + len(shown)], atol=1e-3
@@ -181,8 +188,10 @@ def test_the_sample_has_the_smallest_digests(summary, one_by_one):
         assert there.sum() == min(len(ids), 24)
         position = sample.position[row, at, 1, 2]
         values = one.sink_mass.values[1, 2]
-        assert position == np.flatnonzero(values >= values.max() - ROUNDING)[0]
-        np.testing.assert_allclose(np.sort(sample.values[row, at, 1, 2][there])[-1], values[position], atol=1e-3)
+        assert position == peak(values)
+        start = min(max(position - 12, 0), max(len(ids) - 24, 0))
+        assert window[there].tolist() == ids[start : start + 24]
+        np.testing.assert_allclose(sample.values[row, at, 1, 2][there], values[start : start + 24], atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +276,8 @@ def test_other_models_too(folder, tmp_path):
 def test_what_does_not_add_up_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"statistics: \['weights_map'\] do not add up over texts"):
         measured(folder, tmp_path, config=replace(CONFIG, statistics=("entropy", "weights_map")))
+    with pytest.raises(ValueError, match=r"expected one or more of single queries or keys of each head, got"):
+        measured(folder, tmp_path / "other", config=replace(CONFIG, statistics=("weight_count", "hidden_norm")))
 
 
 @given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32) | st.just(float("nan")), max_size=8), min_size=2, max_size=5))
