@@ -211,7 +211,7 @@ def test_lookback_ratio(recipes):
             row = recipes.answered.weights[:, 0, :, i, : i + 1]
             on_context, on_new = row[..., :context].mean(-1), row[..., context:].mean(-1)
             expected = on_context / (on_context + on_new)
-            close(found[name][:, 0, :, step], expected, 10 * BUDGET)
+            close(found[name][:, 0, :, step], expected, BUDGET)
     assert np.isnan(found["ratio"][..., 0]).all()
     assert np.isfinite(found["as_in_code"]).all()
 

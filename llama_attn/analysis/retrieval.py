@@ -94,7 +94,7 @@ def retrieval_heads(ds: Source, needle: tuple[int, int]) -> xarray.Dataset:
 
 
 def lookback_ratio(
-    ds: Source, context: str | Sequence[str] | None = None, *, new: str | Sequence[str] = ()
+    ds: Source, context: str | Sequence[str] | None = None, *, new: str | Sequence[str] | None = None
 ) -> xarray.DataArray:
     """How much each head looks back at the context rather than at what has been generated, token by token.
 
@@ -128,7 +128,7 @@ def lookback_ratio(
         raise ValueError(
             f"source: expected a segment {GENERATED!r}, which a run of generate adds; there are {dataset['segment'].values.tolist()}"
         )
-    counted = [GENERATED, *(pick_names("new", new, dataset) if len(new) else [])]
+    counted = [GENERATED, *(pick_names("new", new, dataset) if new is not None else [])]
     if names is not None and GENERATED in names:
         raise ValueError(f"context: expected segments of the prompt, got {context!r}")
     if len(set(counted) - set(names or ())) != len(counted):
