@@ -14,7 +14,9 @@ from report_page import Page
 
 from llama_attn.corpus.bins import value_bins
 from llama_attn.corpus.examples import AROUND
+from llama_attn.corpus.table import Table
 from llama_attn.viz import corpus_json, corpus_report
+from llama_attn.viz.corpus import page as page_of_corpus
 from llama_attn.viz.corpus.numbers import decile_texts, keys_held
 from llama_attn.viz.report import assembly
 
@@ -24,6 +26,11 @@ def summary(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     write(folder)
     return measured(folder, tmp_path_factory.mktemp("run")).with_strings(Letters())
+
+
+def highest(values, start):
+    """The highest value of those that are shown, that of a text's first token aside, which sees itself alone."""
+    return max(values[1:] if start == 0 and len(values) > 1 else values)
 
 
 def texts_of(summary):
@@ -78,6 +85,30 @@ def test_the_page_holds_the_summary(summary, tmp_path):
     assert sorted(page.about["massive"]) == sorted(np.array(massive).tolist()) != []
 
 
+def test_only_files_of_examples_are_named(summary, tmp_path):
+    """As a corpus of very many files has them."""
+    files = ("before.jsonl", *summary.files, *(f"z{number}.jsonl" for number in range(1000)))
+    parts = {name: getattr(summary, name) for name in ("strongest", "sample")}
+    more = {name: replace(part, file=part.file + 1) for name, part in parts.items()}
+    few, many = (
+        Page(corpus_report(each, tmp_path / "report.html")) for each in (summary, replace(summary, files=files, **more))
+    )
+    assert many.about["files"] == few.about["files"] == list(summary.files)
+    name = f"strongest {summary.about.examples_of[0]} place"
+    np.testing.assert_array_equal(many.array(name)[0], few.array(name)[0])
+
+
+def test_of_many_lines_the_largest_are_kept(summary, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_of_corpus, "MOST_LINES", 2)
+    massive = Table(np.array([[0, 7], [1, 7], [2, 9]]), np.array([[40, 5], [30, 20], [20, 10]]))
+    about = Page(corpus_report(replace(summary, massive=massive), tmp_path / "report.html")).about
+    totals = summary.sinks.counts[:, :2].sum(1)
+    assert [row[1] + row[2] for row in about["sinks"]] == sorted(totals.tolist(), reverse=True)[:2]
+    assert about["otherSinks"] == (totals > 0).sum() - 2
+    assert about["massive"] == [[1, 7, 30, 20], [2, 9, 20, 10]]
+    assert about["otherMassive"] == 1
+
+
 def test_keys_that_hold_most_of_the_attention(summary):
     """Weights of each bin, all as large as can be or as small, bound the keys from both sides."""
     least, most = keys_held(summary)
@@ -110,7 +141,7 @@ def test_texts_of_a_head(summary, tmp_path):
                 shown = [page.about["tokens"][token - 1] for token in tokens[here] if token]
                 assert shown == [f"<{token}>" for token in ids[start : start + AROUND]]
                 known = values[here][: len(shown)]
-                assert known[position - start] == np.nanmax(known)
+                assert known[position - start] == pytest.approx(highest(known, start), abs=1e-3)
                 assert np.isnan(values[here][len(shown) :]).all()
         for layer, head in np.ndindex(*means.shape[1:]):
             order = np.argsort(means[:, layer, head], kind="stable")
@@ -259,8 +290,9 @@ def test_json_holds_the_summary(summary, tmp_path):
                 ids = texts[text["file"], text["line"]][text["start"] :][:AROUND].tolist()
                 assert text["tokens"] == ids
                 assert [held["token_strings"][str(token)] for token in ids] == [f"<{token}>" for token in ids]
-                assert text["values"][text["position"] - text["start"]] == max(
-                    value for value in text["values"] if value is not None
+                values = [value for value in text["values"] if value is not None]
+                assert values[text["position"] - text["start"]] == pytest.approx(
+                    highest(values, text["start"]), abs=1e-3
                 )
     sinks = {
         entry["token"]: [entry[key] for key in ("first", "behind", "times_first", "times_behind")]

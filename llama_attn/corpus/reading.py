@@ -78,6 +78,8 @@ def summarize(
     dataset = stats.to_xarray()
     by_position = {name: label for name, label in labels.items() if label.dims in BY_POSITION and name not in COUNTED}
     scores = tuple(name for name, label in by_position.items() if label.dims in OF_HEADS)
+    if not scores:
+        raise ValueError(f"statistics: expected one or more of single queries or keys of each head, got {list(labels)}")
     examples_for = tuple(name for name in scores if labels[name].unit == "probability" and "query" in labels[name].dims)
     about = About(
         model=stats.model, weights=weights, config=json.dumps(stats.config.to_json(), sort_keys=True), labels=labels,
@@ -90,8 +92,9 @@ def summarize(
     files = tuple(sorted({text.file for text in texts}))
     values = np.stack([stats[name].numpy() for name in examples_for]) if examples_for else _none(stats)
     of_heads = np.stack([means[name].numpy().transpose(1, 0, 2) for name in scores], 1)
+    choosing = (stats.visible_keys > 1).expand(len(stats.layers), -1, -1).numpy()
     strongest, sample = examples_of(
-        values, of_heads, [scores.index(name) for name in examples_for], texts, files, examples
+        values, choosing, of_heads, [scores.index(name) for name in examples_for], texts, files, examples
     )
     counts, masses, queries = _weights(stats, dataset)
     return CorpusSummary(
