@@ -17,7 +17,6 @@ from trainers import trainer_for
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_attn import AttentionStatsConfig, LlamaForCausalLM
-from llama_attn.viz import report
 
 ROOT = Path(__file__).parent.parent
 # Other tests run them, on what these pages ask for.
@@ -69,12 +68,12 @@ class Reader:
 
         self.patch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
         named = {
-            "any_transformers_model": stock_of(self.model), "tokenizer": self.tokenizer, "inputs": inputs,
+            "model": self.model, "any_transformers_model": stock_of(self.model), "tokenizer": self.tokenizer, "inputs": inputs,
             "messages": messages, "my_attention": ALL_ATTENTION_FUNCTIONS["sdpa"],
             "trainer": trainer_for(tiny_model(), self.folder),
         }  # fmt: skip
-        sees = {"model": model_of("qwen"), "config": True}
-        sees["inputs"] = prompts("qwen", [[picture(16, 16)]], "left")[0]
+        inputs_of_picture, _ = prompts("qwen", [[picture(16, 16)]], "left")
+        sees = {"model": model_of("qwen"), "config": True, "inputs": inputs_of_picture}
         return named, {"model.visual": sees, "classify_heads": {"stats": stats}}
 
     def any_model(self):
@@ -86,10 +85,11 @@ class Reader:
 
     def report(self):
         model = tiny_model("streaming")
+        model.generation_config.max_new_tokens = 4
         ids = torch.randint(3, 97, (1, LONG), generator=torch.Generator().manual_seed(0))
         stats = model(ids, output_attention_stats=EVERYTHING).attention_stats
         inputs = {"input_ids": ids[:, :40], "attention_mask": torch.ones(1, 40, dtype=torch.long)}
-        return {"model": model, "inputs": inputs, "segments": [["a"] * 40], "stats": stats, "report": report}, {}
+        return {"model": model, "inputs": inputs, "segments": [["a"] * 40], "stats": stats}, {}
 
     def corpus(self):
         summaries = {}
@@ -134,14 +134,14 @@ def a_reader(smollm2, tmp_path, monkeypatch):
 def test_every_block_runs(name, a_reader):
     torch.manual_seed(0)
     with torch.no_grad():
-        # What a page has from the start, and what single blocks of it, known by a word in them, have besides.
+        # What a page has all along, and what single blocks of it, known by a word in them, have besides.
         named, besides = getattr(a_reader, Path(name).stem.lower(), a_reader.text)()
+        left = {}
         for code in pages()[name]:
-            more = [extra for word, extra in besides.items() if word in code]
-            given = {key: value for extra in more for key, value in extra.items()}
-            after = named | given
-            exec(compile(code, name, "exec"), after)  # noqa: S102 (what we wrote ourselves)
-            named = after | {key: named[key] for key in given if key in named}
+            left |= named
+            for word, more in besides.items():
+                left |= more if word in code else {}
+            exec(compile(code, name, "exec"), left)  # noqa: S102 (what we wrote ourselves)
 
 
 def test_pages_have_code():
