@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from corpora import Letters, measured, write
+from corpora import Letters, highest, measured, write
 from report_page import Page
 
 from llama_attn.corpus.bins import value_bins
@@ -26,11 +26,6 @@ def summary(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     write(folder)
     return measured(folder, tmp_path_factory.mktemp("run")).with_strings(Letters())
-
-
-def highest(values, start):
-    """The highest value of those that are shown, that of a text's first token aside, which sees itself alone."""
-    return max(values[1:] if start == 0 and len(values) > 1 else values)
 
 
 def texts_of(summary):

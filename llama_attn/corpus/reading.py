@@ -58,9 +58,9 @@ def check_statistics(labels: dict[str, Label]) -> None:
 
 
 def summarize(
-    stats: AttentionStats, texts: Sequence[Text], *, weights: str, max_tokens: int, examples: int, cut: int = 0
+    stats: AttentionStats, texts: Sequence[Text], *, weights: str, max_tokens: int, examples: int
 ) -> CorpusSummary:
-    """The summary of the texts of one batch.
+    """The summary of the texts of one batch, as if none of them had been cut.
 
     Args:
         stats: Statistics of the batch, each row a text from its first token on, padding behind it.
@@ -68,7 +68,6 @@ def summarize(
         weights: Hash of the weights of the model.
         max_tokens: What longer texts are cut to.
         examples: Texts that are kept of each head and statistic.
-        cut: How many of the texts were cut.
 
     Raises:
         ValueError: A statistic does not add up over texts.
@@ -101,7 +100,7 @@ def summarize(
         about=about,
         texts=len(texts),
         tokens=sum(len(text.ids) for text in texts),
-        cut=cut,
+        cut=0,
         skipped=0,
         files=files,
         by_position={name: _by_position(stats[name], starts, label.unit) for name, label in by_position.items()},
