@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from conftest import tiny_model
 from corpora import Letters, measured, model as reader, write
 from image_prompts import IMAGE, gemma_processor, picture
 from oracle import stock_of
+from pages import blocks, run
 from test_images import model_of, prompts
 from trainers import trainer_for
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,11 +26,7 @@ EVERYTHING = AttentionStatsConfig(statistics="all", norms=True)
 LONG = 6_300
 
 
-def blocks(text):
-    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def pages():
+def with_code():
     found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     named = {str(path.relative_to(ROOT)): blocks(path.read_text()) for path in found}
     return {name: code for name, code in named.items() if code and name not in ELSEWHERE}
@@ -130,20 +126,20 @@ def a_reader(smollm2, tmp_path, monkeypatch):
 
 @pytest.mark.smollm2
 @pytest.mark.usefixtures("restored_registry")
-@pytest.mark.parametrize("name", pages())
+@pytest.mark.parametrize("name", with_code())
 def test_every_block_runs(name, a_reader):
     torch.manual_seed(0)
     with torch.no_grad():
         # What a page has all along, and what single blocks of it, known by a word in them, have besides.
         named, besides = getattr(a_reader, Path(name).stem.lower(), a_reader.text)()
         left = {}
-        for code in pages()[name]:
+        for code in with_code()[name]:
             left |= named
             for word, more in besides.items():
                 left |= more if word in code else {}
-            exec(compile(code, name, "exec"), left)  # noqa: S102 (what we wrote ourselves)
+            run(code, left)
 
 
 def test_pages_have_code():
-    assert {"README.md", "docs/index.md", "docs/any_model.md", "docs/gallery.md"} <= set(pages())
+    assert {"README.md", "docs/index.md", "docs/any_model.md", "docs/gallery.md"} <= set(with_code())
     assert blocks("a\n```python\nb = 1\n```\n```bash\nc\n```\n") == ["b = 1\n"]
