@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import xarray
 from matplotlib.patches import Rectangle
-from measured_runs import REPEATED, ROWS, TEXT
+from measured_runs import REPEATED, TEXT
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from llama_attn import AttentionStats, AttentionStatsConfig, LlamaForCausalLM, block_keys
 from llama_attn.analysis import classify_heads, head_means, locality, sink_positions, sink_rate
 from llama_attn.demo import demo_checkpoint
+from llama_attn.stats.token_text import readable
 from llama_attn.viz import (
     plot_attention_map,
     plot_distance_histogram,
@@ -175,8 +176,10 @@ def kv_caching(runs: Runs) -> Drawn:
     left.set_ylabel("layer")
     values = runs.text.value_norm.mean("kv_head").values
     short = np.flatnonzero((values[4:10] < values[4:10].mean(-1, keepdims=True) / 2).all(0))
+    boost = sink_positions(runs.stats).boost.isel(batch=0, key=short, layer=slice(4, 10)).mean(["layer", "head"]).values
     return figure, {
-        "short in layers 4 to 9": ", ".join(f"`{runs.stats.tokens[0][at]}` at {at}" for at in short),
+        "short in layers 4 to 9": ", ".join(f"`{readable(runs.stats.tokens[0][at])}` at {at}" for at in short),
+        "their attention": f"{boost.min():.1f} to {boost.max():.0f} times",
         "logits with a cache": f"{difference:.0e}",
         "bytes per token": f"{held / runs.ids.shape[1] / 1024:.0f} KiB",
         "value of the first token": f"{values[:, 0].mean() / values[:, 1:].mean():.2f} times",
@@ -210,16 +213,16 @@ def attention_sinks(runs: Runs) -> Drawn:
     rate = sink_rate(runs.stats)
     share = sink_positions(runs.stats).share.isel(batch=0, key=0).mean()
     causal = torch.ones(runs.ids.shape[1], runs.ids.shape[1], dtype=torch.bool).tril()
-    without = causal.clone()
-    without[1:, 0] = False
-    another = causal.clone()
-    another[6:, 5] = False
+    causal[1:, 0] = False
+    with block_keys(runs.model, causal[None]):
+        then = sink_positions(runs.measure(runs.ids)).share.isel(batch=0).mean(["layer", "head"])
+    heir = int(then.values.argmax())
     return plot_head_grid(runs.stats, statistic="sink_mass"), {
         "sink rate": f"{float(rate):.2f}",
         "share of the first token": f"{float(share):.0%}",
+        "its heir": f"`{readable(runs.stats.tokens[0][heir])}`, takes {float(then[heir]):.0%}",
         "loss": f"{runs.loss():.2f} nat",
-        "loss without the first token": f"{runs.loss(without[None]):.2f} nat",
-        "loss without the sixth token": f"{runs.loss(another[None]):.2f} nat",
+        "loss without the first token": f"{runs.loss(causal[None]):.2f} nat",
     }
 
 
@@ -252,8 +255,8 @@ def layer_wise_evolution(runs: Runs) -> Drawn:
 
 def head_specialisation(runs: Runs) -> Drawn:
     """Roles while a random sequence is read for the second time."""
-    half = torch.randint(100, 48_000, (ROWS, REPEATED), generator=torch.Generator().manual_seed(0))
-    repeated = runs.measure(torch.cat([torch.full((ROWS, 1), runs.tokenizer.bos_token_id), half, half], 1))
+    half = torch.randint(100, 48_000, (1, REPEATED), generator=torch.Generator().manual_seed(0))
+    repeated = runs.measure(torch.cat([torch.tensor([[runs.tokenizer.bos_token_id]]), half, half], 1))
     second = slice(REPEATED + 1, None)
     roles = classify_heads(repeated, second).role.value_counts()
     return plot_head_roles(repeated, query_slice=second), {
