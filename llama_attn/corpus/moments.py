@@ -105,12 +105,23 @@ class Moments:
         return dense | {"histogram_at": filled, "histogram": flat[filled], "bins": np.array(self.histogram.shape[-1:])}
 
     @classmethod
-    def unpacked(cls, arrays: Mapping[str, np.ndarray], prefix: str) -> Moments:
-        """What `packed` makes, each name with a prefix."""
+    def unpacked(cls, arrays: Mapping[str, np.ndarray], prefix: str, bins: Bins) -> Moments:
+        """What `packed` makes, each name with a prefix.
+
+        Raises:
+            ValueError: The histogram has other bins, or is of other numbers than the count.
+        """
         dense = {name: arrays[prefix + name] for name in DENSE}
-        (bins,) = arrays[f"{prefix}bins"].tolist()
-        histogram = np.zeros((*dense["count"].shape, bins), np.int64)
-        histogram.reshape(-1)[arrays[f"{prefix}histogram_at"]] = arrays[f"{prefix}histogram"]
+        number_of_bins = len(bins.edges) + 1
+        if (found := int(arrays[f"{prefix}bins"][0])) != number_of_bins:
+            raise ValueError(f"{prefix}bins: expected {number_of_bins}, got {found}")
+        filled, size = arrays[f"{prefix}histogram_at"], dense["count"].size * number_of_bins
+        if filled.size and not (filled[-1] < size and (np.diff(filled) > 0).all()):
+            raise ValueError(f"{prefix}histogram_at: expected places below {size} in order")
+        histogram = np.zeros((*dense["count"].shape, number_of_bins), np.int64)
+        histogram.reshape(-1)[filled] = arrays[f"{prefix}histogram"]
+        if (histogram.sum(-1) != dense["count"]).any():
+            raise ValueError(f"{prefix}histogram: expected as many numbers as are counted")
         return cls(**dense, histogram=histogram)
 
     @property
