@@ -71,17 +71,16 @@ class Moments:
         """Of the numbers of both."""
         count = self.count + other.count
         share = other.count / np.maximum(count, 1)
-        apart = other.mean - self.mean
-        # Of the one that has numbers, where the other has none: no rounding.
-        mean = np.where(self.count == 0, other.mean, self.mean + apart * share)
+        # Of infinite numbers, which half precision may give, mean and spread are NaN.
+        with np.errstate(invalid="ignore", over="ignore"):
+            apart = other.mean - self.mean
+            # Of the one that has numbers, where the other has none: no rounding.
+            mean = np.where(self.count == 0, other.mean, self.mean + apart * share)
+            m2 = self.m2 + other.m2 + apart**2 * (self.count * share)
         return Moments(
-            count,
-            mean,
-            self.m2 + other.m2 + apart**2 * (self.count * share),
-            np.minimum(self.low, other.low),
-            np.maximum(self.high, other.high),
+            count, mean, m2, np.minimum(self.low, other.low), np.maximum(self.high, other.high),
             self.histogram + other.histogram,
-        )
+        )  # fmt: skip
 
     def padded(self, positions: int) -> Moments:
         """With more cells along the last axis, which hold nothing."""

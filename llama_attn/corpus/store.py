@@ -51,7 +51,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Any, Arrays]:
         if _checksum(metadata[FORMAT], arrays) != metadata.get("checksum"):
             raise ValueError("its checksum is not that of its content")
         header = json.loads(metadata[FORMAT])
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError(damaged(path, "its header is nested too deeply")) from None
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ValueError(damaged(path, error)) from error
     return header, arrays
 
