@@ -180,6 +180,7 @@ def _labels(name: str, value: Any) -> dict[str, Label]:
     fields.keys(name, value, set(), None)
     labels = {statistic: fields.label(f"{name}: {statistic!r}", label) for statistic, label in value.items()}
     check_statistics(labels)
+    _columns(name, (*labels,))
     # What the dataset has besides a statistic's numbers, by names that are made of the statistic's.
     taken = {*(f"{each}_text" for each in labels), *(dim.removesuffix("_bin") for dim in DIMENSIONS), "position"}
     if twice := sorted(taken & {*of_positions(labels)}):
@@ -194,6 +195,18 @@ def _config(name: str, value: Any) -> str:
         raise ValueError(f"{name}: nested too deeply") from None
     fields.config(name, config)
     return str(value)
+
+
+def _roles(name: str, value: Any) -> tuple[str, ...]:
+    return _columns(name, _distinct(name, value))
+
+
+def _columns(name: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that pandas can take: no halves of characters."""
+    for each in names:
+        if each != each.encode("utf-8", "replace").decode():
+            raise ValueError(f"{name}: expected names in UTF-8, got {_shown(each)}")
+    return names
 
 
 def _distinct(name: str, value: Any) -> tuple[str, ...]:
@@ -213,5 +226,5 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "model": fields.text, "weights": fields.text, "config": _config, "labels": _labels, "layers": fields.indices,
     "heads": fields.indices, "num_layers": fields.index, "num_heads": fields.index, "direction": fields.direction,
     "max_tokens": fields.integer, "examples": fields.integer, "scores": fields.texts, "examples_of": fields.texts,
-    "roles": _distinct,
+    "roles": _roles,
 }  # fmt: skip
