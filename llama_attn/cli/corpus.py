@@ -222,7 +222,7 @@ def _told(summary: CorpusSummary) -> str:
 
 def _config(statistics: str | None, layers: str | None, heads: str | None) -> AttentionStatsConfig:
     """What is measured. Ends the command for what does not add up over texts."""
-    from llama_attn.corpus.reading import check_statistics
+    from llama_attn.corpus.statistics import check_statistics
 
     names = tuple(dict.fromkeys([*default_statistics(), *names_of(statistics)]))
     try:

@@ -71,17 +71,16 @@ class Moments:
         """Of the numbers of both."""
         count = self.count + other.count
         share = other.count / np.maximum(count, 1)
-        apart = other.mean - self.mean
-        # Of the one that has numbers, where the other has none: no rounding.
-        mean = np.where(self.count == 0, other.mean, self.mean + apart * share)
+        # Of infinite numbers, which half precision may give, mean and spread are NaN.
+        with np.errstate(invalid="ignore", over="ignore"):
+            apart = other.mean - self.mean
+            # Of the one that has numbers, where the other has none: no rounding.
+            mean = np.where(self.count == 0, other.mean, self.mean + apart * share)
+            m2 = self.m2 + other.m2 + apart**2 * (self.count * share)
         return Moments(
-            count,
-            mean,
-            self.m2 + other.m2 + apart**2 * (self.count * share),
-            np.minimum(self.low, other.low),
-            np.maximum(self.high, other.high),
+            count, mean, m2, np.minimum(self.low, other.low), np.maximum(self.high, other.high),
             self.histogram + other.histogram,
-        )
+        )  # fmt: skip
 
     def padded(self, positions: int) -> Moments:
         """With more cells along the last axis, which hold nothing."""
@@ -105,12 +104,23 @@ class Moments:
         return dense | {"histogram_at": filled, "histogram": flat[filled], "bins": np.array(self.histogram.shape[-1:])}
 
     @classmethod
-    def unpacked(cls, arrays: Mapping[str, np.ndarray], prefix: str) -> Moments:
-        """What `packed` makes, each name with a prefix."""
+    def unpacked(cls, arrays: Mapping[str, np.ndarray], prefix: str, bins: Bins) -> Moments:
+        """What `packed` makes, each name with a prefix.
+
+        Raises:
+            ValueError: The histogram has other bins, or is of other numbers than the count.
+        """
         dense = {name: arrays[prefix + name] for name in DENSE}
-        (bins,) = arrays[f"{prefix}bins"].tolist()
-        histogram = np.zeros((*dense["count"].shape, bins), np.int64)
-        histogram.reshape(-1)[arrays[f"{prefix}histogram_at"]] = arrays[f"{prefix}histogram"]
+        number_of_bins = len(bins.edges) + 1
+        if (found := int(arrays[f"{prefix}bins"][0])) != number_of_bins:
+            raise ValueError(f"{prefix}bins: expected {number_of_bins}, got {found}")
+        filled, size = arrays[f"{prefix}histogram_at"], dense["count"].size * number_of_bins
+        if filled.size and not (filled[-1] < size and (np.diff(filled) > 0).all()):
+            raise ValueError(f"{prefix}histogram_at: expected places below {size} in order")
+        histogram = np.zeros((*dense["count"].shape, number_of_bins), np.int64)
+        histogram.reshape(-1)[filled] = arrays[f"{prefix}histogram"]
+        if (histogram.sum(-1) != dense["count"]).any():
+            raise ValueError(f"{prefix}histogram: expected as many numbers as are counted")
         return cls(**dense, histogram=histogram)
 
     @property

@@ -16,9 +16,9 @@ from llama_attn.analysis.sinks import EPSILON, sink_positions
 from llama_attn.corpus.bins import position_starts, value_bins
 from llama_attn.corpus.examples import Text, examples_of
 from llama_attn.corpus.moments import Moments
+from llama_attn.corpus.statistics import check_statistics, of_heads, of_positions, with_examples
 from llama_attn.corpus.summary import About, CorpusSummary
 from llama_attn.corpus.table import Table
-from llama_attn.stats.labels import Label
 from llama_attn.stats.weight_bins import NUM_WEIGHT_BINS
 
 if TYPE_CHECKING:
@@ -26,35 +26,7 @@ if TYPE_CHECKING:
 
     from llama_attn.stats.container import AttentionStats
 
-# Axes of a statistic that says something of every query or key of a text.
-OF_HEADS = (("layer", "batch", "head", "query"), ("layer", "batch", "head", "key"))
-BY_POSITION = (
-    *OF_HEADS, ("layer", "batch", "kv_head", "key"), ("layer", "batch", "key"), ("hidden_layer", "batch", "query"),
-)  # fmt: skip
-# What enters as a count of its own.
-COUNTED = (
-    "weight_count",
-    "weight_mass",
-    "hidden_top",
-    "hidden_top_channel",
-    "hidden_max_channel",
-    "hidden_layer_median",
-)
 ROLES = (*THRESHOLDS, "mixed")
-
-
-def check_statistics(labels: dict[str, Label]) -> None:
-    """Check that statistics can be summed up over texts.
-
-    Raises:
-        ValueError: One is neither of single queries or keys nor counted; the message names those that are.
-    """
-    other = [name for name, label in labels.items() if label.dims not in BY_POSITION and name not in COUNTED]
-    if other:
-        raise ValueError(
-            f"statistics: {other} do not add up over texts; expected statistics of every query or key, or some of "
-            f"{list(COUNTED)}"
-        )
 
 
 def summarize(
@@ -75,11 +47,9 @@ def summarize(
     labels = {name: stats.labels[name] for name in stats.names}
     check_statistics(labels)
     dataset = stats.to_xarray()
-    by_position = {name: label for name, label in labels.items() if label.dims in BY_POSITION and name not in COUNTED}
-    scores = tuple(name for name, label in by_position.items() if label.dims in OF_HEADS)
+    by_position, scores, examples_for = of_positions(labels), of_heads(labels), with_examples(labels)
     if not scores:
         raise ValueError(f"statistics: expected one or more of single queries or keys of each head, got {list(labels)}")
-    examples_for = tuple(name for name in scores if labels[name].unit == "probability" and "query" in labels[name].dims)
     about = About(
         model=stats.model, weights=weights, config=json.dumps(stats.config.to_json(), sort_keys=True), labels=labels,
         layers=stats.layers, heads=stats.heads, num_layers=stats.num_layers, num_heads=stats.num_heads,
@@ -90,10 +60,10 @@ def summarize(
     means = {name: stats[name].nanmean(-1, dtype=torch.float64) for name in by_position}
     files = tuple(sorted({text.file for text in texts}))
     values = np.stack([stats[name].numpy() for name in examples_for]) if examples_for else _none(stats)
-    of_heads = np.stack([means[name].numpy().transpose(1, 0, 2) for name in scores], 1)
+    means_of_heads = np.stack([means[name].numpy().transpose(1, 0, 2) for name in scores], 1)
     choosing = (stats.visible_keys > 1).expand(len(stats.layers), -1, -1).numpy()
     strongest, sample = examples_of(
-        values, choosing, of_heads, [scores.index(name) for name in examples_for], texts, files, examples
+        values, choosing, means_of_heads, [scores.index(name) for name in examples_for], texts, files, examples
     )
     counts, masses, queries = _weights(stats, dataset)
     return CorpusSummary(

@@ -1,4 +1,4 @@
-"""Files of labelled arrays: safetensors, with a checksum of everything in them."""
+"""Files of labelled arrays: safetensors, with a checksum of everything in them that tells of damage."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llama_attn.stats.files import complete_file
+from llama_attn.stats.token_text import printable
 
 Arrays = dict[str, np.ndarray]
 FORMAT = "llama_attn.CorpusSummary"
@@ -31,7 +32,7 @@ def write(path: str | os.PathLike[str], header: Mapping[str, Any], arrays: Array
         save_file(arrays, unfinished, {FORMAT: text, "checksum": _checksum(text, arrays)})
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
+def read(path: str | os.PathLike[str]) -> tuple[Any, Arrays]:
     """What `write` wrote.
 
     Raises:
@@ -49,8 +50,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         if _checksum(metadata[FORMAT], arrays) != metadata.get("checksum"):
             raise ValueError("its checksum is not that of its content")
-        header: dict[str, Any] = json.loads(metadata[FORMAT])
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        header = json.loads(metadata[FORMAT])
+    except RecursionError:
+        raise ValueError(damaged(path, "its header is nested too deeply")) from None
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ValueError(damaged(path, error)) from error
     return header, arrays
 
@@ -66,7 +69,8 @@ def is_summary(path: str | os.PathLike[str]) -> bool:
 
 def damaged(path: str | os.PathLike[str], error: object) -> str:
     """What is said of a file that cannot be read."""
-    return f"path: {os.fspath(path)!r} is damaged or no summary of a corpus: {error}"
+    # Parts of it may be quoted: on one line, and no more than that.
+    return f"path: {os.fspath(path)!r} is damaged or no summary of a corpus: {printable(str(error)[:500])}"
 
 
 def _checksum(header: str, arrays: Arrays) -> str:

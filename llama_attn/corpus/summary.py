@@ -12,20 +12,22 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from llama_attn.corpus import labelled, store
+from llama_attn.corpus.bins import value_bins
 from llama_attn.corpus.examples import NO_TOKEN, Sample, Strongest
+from llama_attn.corpus.header import COUNTS, VERSION, check_arrays, read_header
 from llama_attn.corpus.moments import Moments
+from llama_attn.corpus.statistics import of_positions
 from llama_attn.corpus.table import Table
 from llama_attn.stats.hub import HubMixin
 from llama_attn.stats.labels import Label
+from llama_attn.stats.token_text import printable
 
 if TYPE_CHECKING:
     import pandas
     import xarray
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 1
 # Fields of `CorpusSummary` by how they are kept in a file.
-COUNTS = ("texts", "tokens", "cut", "skipped")
 ARRAYS = ("first_key", "roles", "weight_count", "weight_mass", "queries")
 GROUPS = ("by_position", "by_text")
 PARTS: dict[str, type[Any]] = {"sinks": Table, "massive": Table, "strongest": Strongest, "sample": Sample}
@@ -134,7 +136,7 @@ class CorpusSummary(HubMixin):
         header, arrays = store.read(path)
         try:
             return _unpacked(header, arrays)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(store.damaged(path, error)) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -167,6 +169,10 @@ class CorpusSummary(HubMixin):
             ValueError: They differ in what was measured, of which model; the message has both.
         """
         check_same(self.about, other.about)
+        for name, moments in self.by_text.items():
+            # Of KV heads nothing else says how many there are.
+            if moments.count.shape != (there := other.by_text[name].count.shape):
+                raise ValueError(f"{name}: expected summaries of the same heads, got {moments.count.shape} and {there}")
         files = tuple(sorted({*self.files, *other.files}))
         one, two = (summary._numbered(files) for summary in (self, other))
         positions = max(_positions(one.by_position), _positions(two.by_position))
@@ -232,7 +238,8 @@ class CorpusSummary(HubMixin):
     def __repr__(self) -> str:
         """What it is of."""
         layers, heads = len(self.about.layers), len(self.about.heads)
-        return (
+        # Names may come from a file.
+        return printable(
             f"CorpusSummary: {self.texts:,} texts, {self.tokens:,} tokens of {self.about.model}, {layers} layers × "
             f"{heads} heads, {', '.join(self.by_position)}"
         )
@@ -277,25 +284,20 @@ def _packed(summary: CorpusSummary) -> tuple[dict[str, Any], store.Arrays]:
     return header, arrays
 
 
-def _unpacked(header: dict[str, Any], arrays: store.Arrays) -> CorpusSummary:
+def _unpacked(header: Any, arrays: store.Arrays) -> CorpusSummary:
     """What `_packed` makes; anything else is an error."""
-    if header.get("version") != VERSION:
-        raise ValueError(f"version: expected {VERSION}; another llama_attn wrote it")
-    about: dict[str, Any] = header["about"]
-    about |= {name: tuple(value) for name, value in about.items() if isinstance(value, list)}
-    labels = {name: Label(**{**label, "dims": tuple(label["dims"])}) for name, label in about.pop("labels").items()}
-    known: dict[str, Any] = {name: int(header[name]) for name in COUNTS} | {name: arrays[name] for name in ARRAYS}
+    read = read_header(header)
+    check_arrays(read, arrays)
+    about = About(**read.pop("about"))
+    known: dict[str, Any] = {name: arrays[name] for name in ARRAYS}
     for name, of in PARTS.items():
         known[name] = of(**{part.name: arrays[f"{name}/{part.name}"] for part in fields(of)})
     for group in GROUPS:
-        names = dict.fromkeys(name.split("/")[1] for name in arrays if name.startswith(f"{group}/"))
-        known[group] = {name: Moments.unpacked(arrays, f"{group}/{name}/") for name in names}
-    return CorpusSummary(
-        about=About(**about, labels=labels),
-        files=tuple(header["files"]),
-        strings={int(token): str(text) for token, text in header["strings"]},
-        **known,
-    )
+        known[group] = {
+            name: Moments.unpacked(arrays, f"{group}/{name}/", value_bins(label.unit))
+            for name, label in of_positions(about.labels).items()
+        }
+    return CorpusSummary(about=about, **read, **known)
 
 
 def _positions(by_position: Mapping[str, Moments]) -> int:
