@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from filelock import FileLock
 from test_cli import invoke
 
 from llama_attn.corpus import CorpusSummary, compare
+from llama_attn.corpus.batches import Reader
 from llama_attn.corpus.hub import HubDataset, is_hub_dataset
 from llama_attn.corpus.records import find_files, read, survey
 from llama_attn.corpus.run import SHARDS, SKIPPED, SUMMARY
@@ -98,6 +100,22 @@ def test_the_work_of_a_dead_process_is_taken_over(folder, expected, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     assert ended(other) == [0]
     assert_same(CorpusSummary.load(tmp_path / SUMMARY), expected)
+
+
+def test_what_another_process_did_meanwhile_is_not_done_again(folder, expected, tmp_path, monkeypatch):
+    """Between looking for a shard and locking it, it appears."""
+    measured(folder, tmp_path / "other", every=EVERY)
+
+    def acquire(lock, take=FileLock.acquire):
+        done = tmp_path / "other" / SHARDS / Path(lock.lock_file).with_suffix(".safetensors").name
+        for path in (done, done.with_suffix("").with_suffix(f".{SKIPPED}")):
+            if path.exists():
+                shutil.copy(path, tmp_path / "run" / SHARDS)
+        return take(lock)
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    monkeypatch.setattr(Reader, "measure", lambda *arguments: pytest.fail("measured again"))
+    assert_same(measured(folder, tmp_path / "run", every=EVERY), expected)
 
 
 def hold(lock):
