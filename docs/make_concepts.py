@@ -62,6 +62,7 @@ class Runs:
         self.model = LlamaForCausalLM.from_pretrained(
             checkpoint.name, gguf_file=checkpoint.gguf_file, dtype=torch.float32, attn_implementation="streaming"
         ).eval()
+        self.model.config.name_or_path = "SmolLM2-135M-Instruct"  # what figures call it; else the path of the file
         self.ids = self.tokenizer(TEXT, return_tensors="pt")["input_ids"]
 
     @torch.no_grad()
