@@ -11,6 +11,7 @@ from written_out import Written, by_chance, close
 from llama_attn import AttentionStatsConfig
 from llama_attn.analysis import (
     classify_heads,
+    head_means,
     layer_evolution,
     locality,
     massive_activations,
@@ -210,6 +211,12 @@ def test_layer_evolution(padded):
     assert found.topk_weight.dims == ("layer", "rank", "summary")
     assert "weights_map" not in found
     assert "hidden_max_channel" not in found
+
+
+def test_means_of_heads_are_those_of_real_tokens(padded):
+    found = head_means(padded.stats, "entropy")
+    assert found.dims == ("layer", "head")
+    np.testing.assert_allclose(found.values, np.nanmean(padded.stats["entropy"].numpy(), axis=(1, 3)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("query_slice", [None, slice(20, None), slice(-5, None, 2), slice(12, 30)])

@@ -57,12 +57,13 @@ def layer_evolution(ds: Source) -> xarray.Dataset:
     return xarray.Dataset(evolution, attrs={"part": measured_part(dataset)})
 
 
-def head_means(dataset: xarray.Dataset, statistic: str) -> xarray.DataArray:
+def head_means(ds: Source, statistic: str) -> xarray.DataArray:
     """One number per head, (layer, head) or (layer, kv_head): the mean of a statistic over rows and tokens.
 
     Raises:
         ValueError: It was not measured, or has other axes, such as a map.
     """
+    dataset = as_dataset(ds)
     require(dataset, statistic)
     means = over_positions(dataset[statistic])
     if means.ndim != 2 or means.dims[0] != "layer" or means.dims[1] not in HEAD_DIMS:
