@@ -15,7 +15,7 @@ VERSIONS ?= $(OLDEST) 5.24.0
 SAME := analysis compare container docs figures gradients native notebook properties report style table threads triton \
 	tutorial viz wheel
 
-.PHONY: demo test wheel versions newest long upstream bench sanitize clean
+.PHONY: demo test wheel docs versions newest long upstream bench sanitize clean
 
 demo: $(VENV)/.native
 	$(BIN)/llama-attn demo
@@ -33,6 +33,10 @@ wheel: $(VENV)/.native
 	$(BIN)/python -m pytest tests/test_wheel.py
 	for isa in $$($(BIN)/python -c "from llama_attn.engines import _library; print(*_library.choices())"); do \
 		LLAMA_ATTN_ISA=$$isa $(BIN)/python -m pytest tests/test_native*.py || exit; done
+
+# The documentation, in site/, whose pages open from there and ask no network.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # The tests on other transformers; VERSIONS="5.20.2 5.22.2" names others.
 versions: $(VERSIONS:%=on-%)
@@ -104,5 +108,5 @@ sanitize: $(VENV)/.ready
 	VENV_BIN=$(BIN) sh tests/sanitize.sh
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(NEWEST) .venv-tf-* dist llama_attn/engines/native-*.so
+	rm -rf $(VENV) $(PEERS) $(NEWEST) .venv-tf-* dist site llama_attn/engines/native-*.so
 	rm -rf llama_attn_demo llama_attn_run llama_attn_heads

@@ -22,7 +22,7 @@ PAGE = """# Analysis
 Each function takes an `AttentionStats`, an `xarray.Dataset` or the path of a saved file, and returns xarray or pandas.
 None needs a model. A statistic that is missing is an error that names the configuration to ask for. Padding is NaN in
 the statistics and counts nowhere. This page is written by `docs/make_gallery.py`; the figures are in
-[gallery.md](gallery.md).
+[gallery.md](gallery.md), the numbers of papers and other tools in [recipes.md](recipes.md).
 
 A = attention weights, i = query, j = key, n_i = number of keys that query i may see, α_k = `received` of key k: the
 mean of A_ik over the queries that may see k.
@@ -40,7 +40,7 @@ mean of A_ik over the queries that may see k.
 | Which keys would a smaller cache keep? | `keep_mask(ds, policy, budget, sink=4, recent=None)` | booleans (layer, batch, kv_head, key) for `AttentionStatsConfig(keep=…)` and `block_keys`; policies `streaming`, `h2o`, `snapkv`, `tova`, `knorm` | Xiao et al.; Zhang et al.; Li et al.; Oren et al.; Devoto et al. | `plot_budget` |
 | Which heads fetch facts from the prompt? | `retrieval_heads(ds, needle=(first, stop))` | per row and head the share of the needle that it copied: a generated token equals the token that the head attends most, and that lies in the needle | Wu et al., arXiv 2404.15574 | |
 | Which heads need only the sink and what is near? | `streaming_heads(ds, threshold=0.1)` | mass outside of sink and window, over the queries that see something outside; `streaming` below the threshold, else `retrieval` | Xiao et al., arXiv 2410.10819 (DuoAttention) | `plot_head_roles` |
-| Does the answer look back at the context? | `lookback_ratio(ds, context=None)` | per head and generated token: mean attention per token on the context, over that and that on generated tokens | Chuang et al., arXiv 2407.07071 | |
+| Does the answer look back at the context? | `lookback_ratio(ds, context=None, new=None)` | per head and generated token: mean attention per token on the context, over that and that on new tokens, the generated ones and those of segments that `new` names | Chuang et al., arXiv 2407.07071 | |
 | Which part of the prompt did the answer come from? | `sources(ds, heads=None, among=None, batch=0)` | per generated token, and on average: the share of attention on each segment, with and without the sink, over that of uniform attention, and which segment wins | | `plot_sources`, `plot_rows` |
 | How much of what a key receives comes through? | `received_norm(ds)` | Σ_i A_ik times the norm of the value behind its head's output projection | Kobayashi et al., arXiv 2004.10102 | `plot_token_strip` |
 | All of it in one line per layer? | `summarize_layers(ds)` | sink mass, the key that takes most of all attention, largest activation | Gu et al.; Sun et al. | what `llama-attn demo` prints |

@@ -249,7 +249,7 @@ class LlamaForCausalLM(_ChecksBackend, GeneratesAttentionStats, RefusesInPipelin
         Raises:
             ValueError: A request that this call cannot serve.
 
-        Example:
+        Examples:
             >>> outputs = model(**inputs, output_attention_stats=True)
             >>> outputs.attention_stats["entropy"].shape  # layer, batch, head, query
         """

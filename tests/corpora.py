@@ -106,3 +106,8 @@ def assert_same(one, two) -> None:
                 np.testing.assert_allclose(found, expected, rtol=1e-3 if field.name == "values" else 1e-6, atol=1e-6)
             else:
                 np.testing.assert_array_equal(found, expected, err_msg=f"{kind} {field.name}")
+
+
+def highest(values, start):
+    """The highest value of those that are shown, that of a text's first token aside, which sees itself alone."""
+    return max(values[1:] if start == 0 and len(values) > 1 else values)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 warnings.simplefilter("error")
 
+import corpora  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from conftest import tiny_model  # noqa: E402
@@ -18,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from transformers.distributed import DistributedConfig  # noqa: E402
 
 from llama_attn import AttentionStatsConfig, LlamaForCausalLM, Statistic, register_statistic  # noqa: E402
+from llama_attn.corpus.weights import fingerprint  # noqa: E402
 
 EVERYTHING = AttentionStatsConfig(statistics="all", norms=True)
 SELECTIONS = {
@@ -159,7 +162,24 @@ def fully_sharded(directory):
             assert_observing_leaves_gradients(model, **inputs)
 
 
-CASES = {f.__name__: f for f in (tensor_parallel, pipeline_parallel, data_parallel, fully_sharded)}
+def corpus(directory):
+    """Both processes read every text together; one decides and writes."""
+    split, whole = split_checkpoint(directory, tp_size=2)
+    assert fingerprint(split) == fingerprint(whole)
+    split.set_attn_implementation("streaming")
+    whole.set_attn_implementation("streaming")
+    config = AttentionStatsConfig(offload="cpu")
+    run = corpora.run(directory / "texts", directory / "split", every=9, module=split, config=config)
+    run = replace(run, group=distributed.group.WORLD)
+    run.begin()
+    found = run.measure(lambda texts, tokens: None)
+    if distributed.get_rank() == 0:
+        expected = corpora.measured(directory / "texts", directory / "whole", every=9, module=whole, config=config)
+        corpora.assert_same(found, replace(expected, about=replace(expected.about, model=found.about.model)))
+    assert found.texts == 23
+
+
+CASES = {f.__name__: f for f in (tensor_parallel, pipeline_parallel, data_parallel, fully_sharded, corpus)}
 
 if __name__ == "__main__":
     case, directory, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

@@ -139,6 +139,21 @@ def test_lookback_ratio(context, run):
     assert np.isfinite(found[..., 1:]).all()
 
 
+@pytest.mark.parametrize("context", [None, "left"])
+def test_lookback_ratio_with_the_end_of_the_prompt_as_new(context, run):
+    """From the 12th token on all that is in "right" counts as new, even to the query that wrote the first token."""
+    found = lookback_ratio(run.ds, context, new="right")
+    for b in range(2):
+        for place, i in enumerate(run.answering):
+            keys = np.flatnonzero(run.visible[b, i])
+            new = [key for key in keys if run.labels[b][key] in ("right", "generated")]
+            old = [key for key in keys if key not in new and context in (None, run.labels[b][key])]
+            on_old, on_new = (run.weights[:, b, :, i][..., part].mean(-1) for part in (old, new))
+            close(found[:, b, :, place], on_old / (on_old + on_new))
+    assert np.isfinite(found).all()
+    close(lookback_ratio(run.ds, new=["left", "right"]), lookback_ratio(run.ds, new=("right", "left")))
+
+
 def test_streaming_heads(run):
     found = streaming_heads(run.ds, threshold=0.6)
     outside, uniform = np.zeros((3, 6)), []
@@ -307,6 +322,11 @@ def test_bad_needles(needle, run):
         (lambda ds: sources(ds, among=[]), "among: expected some of"),
         (lambda ds: lookback_ratio(ds, "middle"), r"context: expected some of \['system', 'left', 'right', 'generated'\]"),
         (lambda ds: lookback_ratio(ds, "generated"), "context: expected segments of the prompt"),
+        (lambda ds: lookback_ratio(ds, new="middle"), r"new: expected some of \['system', 'left', 'right', 'generated'\]"),
+        (lambda ds: lookback_ratio(ds, new="generated"), "new: expected segments of the prompt that are not context"),
+        (lambda ds: lookback_ratio(ds, "left", new="left"), r"new: expected segments of the prompt .* got 'left'"),
+        (lambda ds: lookback_ratio(ds, new=["left", "left"]), "each once, got"),
+        (lambda ds: lookback_ratio(ds, new=""), "new: expected some of"),
         (lambda ds: streaming_heads(ds, 0), "threshold: expected a number between 0 and 1, got 0"),
         (lambda ds: streaming_heads(ds, True), "threshold: expected a number between 0 and 1"),
         (lambda ds: streaming_heads(ds.assign_attrs(direction="bidirectional")), "expected causal attention"),

@@ -9,12 +9,14 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from corpora import Letters, measured, write
+from corpora import Letters, highest, measured, write
 from report_page import Page
 
 from llama_attn.corpus.bins import value_bins
 from llama_attn.corpus.examples import AROUND
+from llama_attn.corpus.table import Table
 from llama_attn.viz import corpus_json, corpus_report
+from llama_attn.viz.corpus import page as page_of_corpus
 from llama_attn.viz.corpus.numbers import decile_texts, keys_held
 from llama_attn.viz.report import assembly
 
@@ -78,6 +80,30 @@ def test_the_page_holds_the_summary(summary, tmp_path):
     assert sorted(page.about["massive"]) == sorted(np.array(massive).tolist()) != []
 
 
+def test_only_files_of_examples_are_named(summary, tmp_path):
+    """As a corpus of very many files has them."""
+    files = ("before.jsonl", *summary.files, *(f"z{number}.jsonl" for number in range(1000)))
+    parts = {name: getattr(summary, name) for name in ("strongest", "sample")}
+    more = {name: replace(part, file=part.file + 1) for name, part in parts.items()}
+    few, many = (
+        Page(corpus_report(each, tmp_path / "report.html")) for each in (summary, replace(summary, files=files, **more))
+    )
+    assert many.about["files"] == few.about["files"] == list(summary.files)
+    name = f"strongest {summary.about.examples_of[0]} place"
+    np.testing.assert_array_equal(many.array(name)[0], few.array(name)[0])
+
+
+def test_of_many_lines_the_largest_are_kept(summary, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_of_corpus, "MOST_LINES", 2)
+    massive = Table(np.array([[0, 7], [1, 7], [2, 9]]), np.array([[40, 5], [30, 20], [20, 10]]))
+    about = Page(corpus_report(replace(summary, massive=massive), tmp_path / "report.html")).about
+    totals = summary.sinks.counts[:, :2].sum(1)
+    assert [row[1] + row[2] for row in about["sinks"]] == sorted(totals.tolist(), reverse=True)[:2]
+    assert about["otherSinks"] == (totals > 0).sum() - 2
+    assert about["massive"] == [[1, 7, 30, 20], [2, 9, 20, 10]]
+    assert about["otherMassive"] == 1
+
+
 def test_keys_that_hold_most_of_the_attention(summary):
     """Weights of each bin, all as large as can be or as small, bound the keys from both sides."""
     least, most = keys_held(summary)
@@ -110,7 +136,7 @@ def test_texts_of_a_head(summary, tmp_path):
                 shown = [page.about["tokens"][token - 1] for token in tokens[here] if token]
                 assert shown == [f"<{token}>" for token in ids[start : start + AROUND]]
                 known = values[here][: len(shown)]
-                assert known[position - start] == np.nanmax(known)
+                assert known[position - start] == pytest.approx(highest(known, start), abs=1e-3)
                 assert np.isnan(values[here][len(shown) :]).all()
         for layer, head in np.ndindex(*means.shape[1:]):
             order = np.argsort(means[:, layer, head], kind="stable")
@@ -235,7 +261,7 @@ def test_json_holds_the_summary(summary, tmp_path):
             role: round(float(share) * summary.texts)
             for role, share in zip(here.role.values, here.role_share, strict=True)
         }
-        assert 0 < head["keys"]["least"] <= head["keys"]["most"] == head["scores"]["keys_95"]
+        assert 0 < head["keys"]["least"] <= head["keys"]["most"] == head["scores"]["keys_for_95_percent"]
         for name, told in head["statistics"].items():
             assert described[name]["of_heads"]
             for key in ("count", "mean", "std", "min", "max"):
@@ -257,13 +283,14 @@ def test_json_holds_the_summary(summary, tmp_path):
             assert [len(tenth) for tenth in deciles] == [2] * 10
             for text in [*strongest, *chain(*deciles)]:
                 ids = texts[text["file"], text["line"]][text["start"] :][:AROUND].tolist()
-                assert text["ids"] == ids
-                assert text["tokens"] == [f"<{token}>" for token in ids]
-                assert text["values"][text["position"] - text["start"]] == max(
-                    value for value in text["values"] if value is not None
+                assert text["tokens"] == ids
+                assert [held["token_strings"][str(token)] for token in ids] == [f"<{token}>" for token in ids]
+                values = [value for value in text["values"] if value is not None]
+                assert values[text["position"] - text["start"]] == pytest.approx(
+                    highest(values, text["start"]), abs=1e-3
                 )
     sinks = {
-        entry["id"]: [entry[key] for key in ("first", "behind", "times_first", "times_behind")]
+        entry["token"]: [entry[key] for key in ("first", "behind", "times_first", "times_behind")]
         for entry in held["sinks"]
     }
     assert sinks == {
@@ -280,6 +307,7 @@ def test_json_says_null_where_nothing_is_known(summary, tmp_path):
     moments = summary.by_text["entropy"]
     unknown = replace(moments, count=moments.count * 0, low=moments.low + np.inf)
     changed = replace(summary, by_text={**summary.by_text, "entropy": unknown}, strings={})
-    head = json.loads(corpus_json(changed, tmp_path / "summary.json").read_text("utf-8"))["heads"][0]
+    held = json.loads(corpus_json(changed, tmp_path / "summary.json").read_text("utf-8"))
+    head = held["heads"][0]
     assert head["scores"]["entropy"] is head["statistics"]["entropy"]["texts"]["min"] is None
-    assert re.fullmatch(r"<id:\d+>", next(iter(head["strongest"].values()))[0]["tokens"][0])
+    assert all(name == f"<id:{token}>" for token, name in held["token_strings"].items())

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,15 @@ import time
 from pathlib import Path
 
 import cli_models
+import pandas
 import pytest
 from corpora import assert_same, measured, run, write
 from corpus_process import measure
 from filelock import FileLock
 from test_cli import invoke
 
-from llama_attn.corpus import CorpusSummary
+from llama_attn.corpus import CorpusSummary, compare
+from llama_attn.corpus.batches import Reader
 from llama_attn.corpus.hub import HubDataset, is_hub_dataset
 from llama_attn.corpus.records import find_files, read, survey
 from llama_attn.corpus.run import SHARDS, SKIPPED, SUMMARY
@@ -97,6 +100,22 @@ def test_the_work_of_a_dead_process_is_taken_over(folder, expected, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     assert ended(other) == [0]
     assert_same(CorpusSummary.load(tmp_path / SUMMARY), expected)
+
+
+def test_what_another_process_did_meanwhile_is_not_done_again(folder, expected, tmp_path, monkeypatch):
+    """Between looking for a shard and locking it, it appears."""
+    measured(folder, tmp_path / "other", every=EVERY)
+
+    def acquire(lock, take=FileLock.acquire):
+        done = tmp_path / "other" / SHARDS / Path(lock.lock_file).with_suffix(".safetensors").name
+        for path in (done, done.with_suffix("").with_suffix(f".{SKIPPED}")):
+            if path.exists():
+                shutil.copy(path, tmp_path / "run" / SHARDS)
+        return take(lock)
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    monkeypatch.setattr(Reader, "measure", lambda *arguments: pytest.fail("measured again"))
+    assert_same(measured(folder, tmp_path / "run", every=EVERY), expected)
 
 
 def hold(lock):
@@ -295,6 +314,20 @@ def test_merging_runs(checkpoint, words, tmp_path):
     assert both.files == ("one.txt", "two.txt")
     one = CorpusSummary.load(tmp_path / "one" / SUMMARY)
     assert both.tokens > one.tokens
+    # Two corpora are compared by the same command as two runs.
+    files = tmp_path / "one" / SUMMARY, tmp_path / "both.safetensors"
+    result = invoke("compare", *files, "--statistic", "entropy", "--out", tmp_path / "all.csv", "--top", "3")
+    assert result.exit_code == 0, result.output
+    assert "texts_a: 25" in result.output
+    assert "texts_b: 40" in result.output
+    frame, expected = pandas.read_csv(tmp_path / "all.csv"), compare(one, both)
+    assert frame.effect.tolist() == pytest.approx(expected.effect.tolist(), nan_ok=True)
+    strongest = expected[expected.statistic == "entropy"].iloc[0]
+    assert f"{strongest.effect:.3g}" in result.output
+    other = invoke("compare", files[0], tmp_path / "one.txt")
+    assert other.exit_code == 2
+    assert "one.txt is none" in " ".join(other.output.split())
+    assert invoke("compare", *files, "--plot", tmp_path / "x.png").exit_code == 2
     assert invoke("merge", tmp_path / "nothing", "--out", tmp_path / "x").exit_code == 2
 
 

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from corpora import write
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 
 
-@pytest.mark.parametrize("case", ["tensor_parallel", "pipeline_parallel", "data_parallel", "fully_sharded"])
+@pytest.mark.parametrize("case", ["tensor_parallel", "pipeline_parallel", "data_parallel", "fully_sharded", "corpus"])
 def test_on_two_processes(case, tmp_path):
+    write(tmp_path / "texts", count=20)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

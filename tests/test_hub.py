@@ -9,10 +9,12 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import tiny_model
+from corpora import assert_same, measured, write
 from huggingface_hub import errors
 from test_container import Tokenizer, same
 
 from llama_attn import AttentionStats
+from llama_attn.corpus import CorpusSummary
 
 
 @pytest.fixture
@@ -155,3 +157,11 @@ def test_what_is_not_on_the_hub(error, message, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(FileNotFoundError, match=message):
         AttentionStats.from_hub("me/run", revision="v2")
+
+
+def test_the_summary_of_a_corpus_has_a_name_of_its_own(hub, tmp_path):
+    write(tmp_path / "texts", parts=1, count=5)
+    summary = measured(tmp_path / "texts", tmp_path / "run")
+    summary.push_to_hub("me/run")
+    assert [path.name for path in (hub.folder / "dataset/me/run").iterdir()] == ["summary.safetensors"]
+    assert_same(CorpusSummary.from_hub("me/run"), summary)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from image_prompts import IMAGE, gemma_processor, paligemma_processor, picture, qwen_processor
+from pages import blocks, run, sections
 from PIL import Image
 from zoo import ENTRIES
 from zoo_base import IMAGE as TINY, TEXT, config, of_class
@@ -125,12 +125,11 @@ def test_a_bright_square_changes_the_token_of_its_cell_alone(family, side):
 
 
 def test_the_page_on_any_model_runs():
-    page = (Path(__file__).parent.parent / "docs" / "any_model.md").read_text()
-    code = page.split("## Images in prompts")[1].split("```python\n")[1].split("```")[0]
+    (code,) = blocks(sections("any_model.md")["Images in prompts"])
     image, prompt = picture(32, 16, (0, 1), (2, 2)), f"what is on the picture {IMAGE['gemma']}"
     known = {"model": model_of("gemma"), "processor": gemma_processor(), "picture": image, "prompt": prompt}
     with torch.no_grad():
-        exec(code, known)  # noqa: S102 (what we wrote ourselves)
+        run(code, known)
     _, cells = drawn(known["figure"])
     last = known["shares"].isel(query=-1).sel(layer=2, batch=0).mean("head")
     np.testing.assert_allclose(cells.sum(), last, rtol=1e-5)

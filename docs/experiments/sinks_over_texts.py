@@ -22,10 +22,10 @@ import numpy as np
 import pandas
 from matplotlib.figure import Figure
 
-from llama_attn.analysis.coverage import bounds_of
 from llama_attn.corpus import CorpusSummary
 from llama_attn.demo import HUB_ID, demo_checkpoint
 from llama_attn.stats.files import complete_file
+from llama_attn.viz.corpus.numbers import keys_held
 from llama_attn.viz.style import BLUE, GREEN, ORANGE
 
 DOCS = Path(__file__).parent
@@ -77,16 +77,6 @@ def interval(rate: float, texts: int) -> float:
     return 1.96 * float(np.sqrt(rate * (1 - rate) / texts))
 
 
-def coverage_by_layer(summary: CorpusSummary, share: float) -> np.ndarray:
-    """Keys per query that hold a share of the attention: the mean over heads of both bounds, (bound, layer)."""
-    ds = summary.to_xarray()
-    counts, masses = (
-        ds[name].transpose("layer", "head", "weight_bin").values for name in ("weight_count", "weight_mass")
-    )
-    each = [[bounds_of(counts[at], masses[at], np.array([share]))[:, 0] for at in np.ndindex(*counts.shape[:2])]]
-    return np.reshape(each, (*counts.shape[:2], 2)).mean(1).T
-
-
 def draw(plain: CorpusSummary, begun: CorpusSummary, long: CorpusSummary) -> None:
     """Sink rate by layer for both beginnings, and keys needed for 95 % by layer."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -103,7 +93,7 @@ def draw(plain: CorpusSummary, begun: CorpusSummary, long: CorpusSummary) -> Non
     )
     left.legend(frameon=False)
     for summary, name, colour in ((plain, f"T = {SHORT}", BLUE), (long, f"T = {LONG:,}", GREEN)):
-        low, high = coverage_by_layer(summary, 0.95)
+        low, high = np.nanmean(keys_held(summary), -1)
         right.fill_between(summary.about.layers, low, high, color=colour, alpha=0.4)
         right.plot(summary.about.layers, (low + high) / 2, "o-", ms=3, color=colour, label=name)
     right.set(
@@ -163,7 +153,7 @@ def page(plain: CorpusSummary, begun: CorpusSummary, long: CorpusSummary, hashes
             )
     keys = []
     for name, summary in runs.items():
-        low, high = coverage_by_layer(summary, 0.95)
+        low, high = np.nanmean(keys_held(summary), -1)
         few, many = int(np.argmin(high)), int(np.argmax(low))
         keys.append(
             {

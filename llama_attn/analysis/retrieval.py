@@ -93,7 +93,9 @@ def retrieval_heads(ds: Source, needle: tuple[int, int]) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def lookback_ratio(ds: Source, context: str | Sequence[str] | None = None) -> xarray.DataArray:
+def lookback_ratio(
+    ds: Source, context: str | Sequence[str] | None = None, *, new: str | Sequence[str] | None = None
+) -> xarray.DataArray:
     """How much each head looks back at the context rather than at what has been generated, token by token.
 
     LR = A(context) / (A(context) + A(new)), of the mean attention per token on each: of the N context tokens that the
@@ -101,15 +103,20 @@ def lookback_ratio(ds: Source, context: str | Sequence[str] | None = None) -> xa
 
     Args:
         ds: Statistics of a run of ``generate`` with segments, and so with ``segment_mass``.
-        context: Names of the segments that are the context; None for the whole prompt, with what is in no segment.
+        context: Names of the segments that are the context; None for the whole prompt, with what is in no segment, but
+            for ``new``.
+        new: Names of segments of the prompt that count as new, such as "Answer:" at its end, which the authors' code
+            counts so.
 
     Returns:
         A ratio (layer, batch, head, query) in [0, 1], of the queries that generated tokens were drawn from: the
-        coordinate ``generated`` is the position of that token. NaN for the first, when there is nothing new, for rows
-        that have ended, and where a query sees nothing of the context. ``attrs["part"]`` as in `sink_rate`.
+        coordinate ``generated`` is the position of that token. NaN where there is nothing new, as for the first token
+        without ``new``, for rows that have ended, and where a query sees nothing of the context. ``attrs["part"]`` as
+        in `sink_rate`.
 
     Raises:
-        ValueError: There are no segments, no generated tokens or no such segment, or nobody can tell what a query sees.
+        ValueError: There are no segments, no generated tokens or no such segment, one is context and new, or nobody can
+            tell what a query sees.
 
     Source: Chuang et al., arXiv 2407.07071, section 2.
     """
@@ -121,18 +128,23 @@ def lookback_ratio(ds: Source, context: str | Sequence[str] | None = None) -> xa
         raise ValueError(
             f"source: expected a segment {GENERATED!r}, which a run of generate adds; there are {dataset['segment'].values.tolist()}"
         )
+    counted = [GENERATED, *(pick_names("new", new, dataset) if new is not None else [])]
     if names is not None and GENERATED in names:
         raise ValueError(f"context: expected segments of the prompt, got {context!r}")
+    if len(set(counted) - set(names or ())) != len(counted):
+        raise ValueError(f"new: expected segments of the prompt that are not context, each once, got {new!r}")
     seen = seen_of_segments(dataset).sel(query=answer["query"].values)
-    mass, new, new_tokens = answer.segment_mass, answer.segment_mass.sel(segment=GENERATED), seen.sel(segment=GENERATED)
+    new_mass, new_tokens = (
+        each.sel(segment=counted).sum("segment", skipna=False) for each in (answer.segment_mass, seen)
+    )
     if names is None:
         on_keys = 1 - answer.learned_sink_mass if "learned_sink_mass" in answer else 1.0
-        held, tokens = on_keys - new, answer.visible_keys - new_tokens
+        held, tokens = on_keys - new_mass, answer.visible_keys - new_tokens
     else:
-        held, tokens = mass.sel(segment=names).sum("segment", skipna=False), seen.sel(segment=names).sum("segment")
+        held, tokens = (each.sel(segment=names).sum("segment", skipna=False) for each in (answer.segment_mass, seen))
     # What is left of a sum of rounded numbers may lie just below 0.
     of_context = held.clip(min=0) / tokens.where(tokens > 0)
-    of_new = new / new_tokens.where(new_tokens > 0)
+    of_new = new_mass / new_tokens.where(new_tokens > 0)
     ratio = (of_context / (of_context + of_new)).transpose("layer", "batch", "head", "query")
     ratio = ratio.drop_vars([name for name in ratio.coords if name not in ratio.dims])
     ratio = ratio.assign_coords(generated=("query", answer["query"].values + 1)).rename("lookback_ratio")

@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from torch import distributed
 
 from llama_attn.cli.loading import load_model, load_tokenizer, plan
 from llama_attn.cli.measuring import Subject, check_length, context_of, refusals
@@ -95,6 +96,9 @@ def corpus(
         str | None, typer.Option(help="Layers to measure, with commas; all of them if not given.")
     ] = None,
     heads: Annotated[str | None, typer.Option(help="Query heads to measure, likewise.")] = None,
+    tensor_parallel: Annotated[
+        bool, typer.Option("--tensor-parallel", help="All processes of the launcher share one model, split by heads.")
+    ] = False,
     attn: Attn = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -129,7 +133,15 @@ def corpus(
     every, sources = (shard_records, sources) if shard_records else _in_shards(sources, limit)
     chosen = plan(Checkpoint(model, gguf_file), trust_remote_code)
     tokenizer = load_tokenizer(chosen)
-    loaded = load_model(chosen, attn=attn, dtype=dtype, device=_own_device(device), adapter=adapter)
+    group = _group() if tensor_parallel else None
+    loaded = load_model(
+        chosen,
+        attn=attn,
+        dtype=dtype,
+        device=_own_device(device),
+        adapter=adapter,
+        split=0 if group is None else group.size(),
+    )
     subject = Subject.of(loaded, generates=False)
     if subject.adds_tokens:
         fail("--adapter: it adds tokens of its own before the text, which no position of a text is of")
@@ -138,7 +150,7 @@ def corpus(
     check_length(loaded, max_tokens)
     reader = Reader(subject.part, tokenizer, config, fingerprint(loaded), max_tokens, batch_tokens, examples)
     settings = {"model": chosen.checkpoint.name, "dtype": str(next(loaded.parameters()).dtype), "attn": attn}
-    run = Run(out, reader, sources, field, every, limit, settings)
+    run = Run(out, reader, sources, field, every, limit, settings, group)
     records = sum(shard.records for shard in run.shards)
     lost = [source for source in sources if source.unreadable]
     if not records:
@@ -237,6 +249,15 @@ def _in_shards(sources: Sequence[Source], limit: int | None) -> tuple[int, list[
     records = sum(source.records for source in sources)
     smallest = -(-min(records, limit or records) // (SHARDS * SMALLEST_SHARD)) or 1
     return smallest * SMALLEST_SHARD, [replace(source, starts=source.starts[::smallest]) for source in sources]
+
+
+def _group() -> distributed.ProcessGroup:
+    """The processes of the launcher. Ends the command if nobody has launched it."""
+    if "RANK" not in os.environ:
+        fail("--tensor-parallel: start it with torchrun --nproc-per-node N -m llama_attn.corpus …")
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return distributed.distributed_c10d._get_default_group()
 
 
 def _own_device(device: str) -> str:

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig
+from transformers.distributed import DistributedConfig
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
@@ -180,7 +181,9 @@ def load_tokenizer(chosen: Plan) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(chosen: Plan, *, attn: str, dtype: str, device: str, adapter: Path | None = None) -> nn.Module:
+def load_model(
+    chosen: Plan, *, attn: str, dtype: str, device: str, adapter: Path | None = None, split: int = 0
+) -> nn.Module:
     """The model of a checkpoint, ready to measure. Ends the command if it is not complete.
 
     Args:
@@ -189,11 +192,16 @@ def load_model(chosen: Plan, *, attn: str, dtype: str, device: str, adapter: Pat
         dtype: One of `DTYPES`.
         device: Where to; auto spreads it over what is there.
         adapter: Folder of a PEFT adapter.
+        split: Over how many processes the model is split by heads; 0 for a whole one, which ``device`` is for.
     """
     wanted: dict[str, Any] = {"attn_implementation": attn}
     if attn == "auto":
         wanted = {"attn_implementation": "streaming"} if chosen.is_llama else {}
-    placed = {"device_map": "auto"} if device == "auto" and importlib.util.find_spec("accelerate") is not None else {}
+    placed: dict[str, Any] = {}
+    if split:
+        placed = {"distributed_config": DistributedConfig(tp_size=split)}
+    elif device == "auto" and importlib.util.find_spec("accelerate") is not None:
+        placed = {"device_map": "auto"}
     try:
         # transformers draws the progress bar of loading itself.
         model, info = getattr(modeling_auto, chosen.family).from_pretrained(

@@ -124,10 +124,19 @@ def compare(
     kind: Kind = None,
     dpi: Dpi = 120,
 ) -> None:
-    """Show what differs between two runs, largest first; b − a, tokens aligned."""
+    """Show what differs between two runs, or two corpora, largest first; b − a, tokens aligned."""
     check_pictures()
     from llama_attn import analysis
+    from llama_attn.corpus.store import is_summary
 
+    of_corpora = is_summary(a), is_summary(b)
+    if of_corpora == (True, True):
+        if plot is not None:
+            fail("--plot: it is of two runs, and these are summaries of corpora; see their reports")
+        _say_compared(_compared(a, b), _table_of_corpora, top, statistic, out)
+        return
+    if any(of_corpora):
+        fail(f"{a if of_corpora[0] else b} is the summary of a corpus, and {b if of_corpora[0] else a} is none")
     options = {"layer": layer, "head": head, "batch": batch, "kind": kind}
     picture, given = _picture(what, _pictures("a"), options)
     if plot is not None:
@@ -142,22 +151,48 @@ def compare(
             frame = analysis.compare(*runs)
     except ValueError as error:
         fail(first_line(error))
+    if plot is not None and statistic is not None and "statistic" in inspect.signature(picture).parameters:
+        _check_statistic(frame, statistic)
+        given["statistic"] = statistic
+    if plot is not None:
+        _draw(picture, runs, given, plot, dpi)
+    _say_compared(frame, _table, top, statistic, out)
+
+
+def _compared(a: Path, b: Path) -> pandas.DataFrame:
+    """What differs between two corpora."""
+    from llama_attn.corpus import CorpusSummary, compare
+
+    try:
+        return compare(CorpusSummary.load(a), CorpusSummary.load(b))
+    except ValueError as error:
+        fail(first_line(error))
+
+
+def _check_statistic(frame: pandas.DataFrame, statistic: str) -> None:
+    names = sorted(frame.statistic.unique())
+    if statistic not in names:
+        fail(f"--statistic: expected one of {', '.join(names)}, got {statistic!r}")
+
+
+def _say_compared(
+    frame: pandas.DataFrame,
+    as_table: Callable[[pandas.DataFrame], Table],
+    top: int,
+    statistic: str | None,
+    out: Path | None,
+) -> None:
+    """Print the first lines of one statistic or all, and write all."""
     if statistic is not None:
-        names = sorted(frame.statistic.unique())
-        if statistic not in names:
-            fail(f"--statistic: expected one of {', '.join(names)}, got {statistic!r}")
-        if "statistic" in inspect.signature(picture).parameters:
-            given["statistic"] = statistic
+        _check_statistic(frame, statistic)
     if out is not None:
         try:
             with complete_file(out) as unfinished:
                 frame.to_csv(unfinished, index=False, errors="backslashreplace")
         except OSError as error:
             fail(f"--out: {first_line(error)}")
-    if plot is not None:
-        _draw(picture, runs, given, plot, dpi)
     shown = frame if statistic is None else frame[frame.statistic == statistic]
-    console.print(_table(shown.head(top)))
+    console.print(as_table(shown.head(top)))
     for name, value in frame.attrs.items():
         words = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
         if words:
@@ -263,4 +298,18 @@ def _table(frame: pandas.DataFrame) -> Table:
         numbers = [number(line[name]) for name in ("mean_a", "mean_b", "difference", "effect")]
         token = f" {readable(line['token'])}" if isinstance(line["token"], str) else ""
         table.add_row(line["statistic"], str(line["layer"]), head, *numbers, position + token)
+    return table
+
+
+def _table_of_corpora(frame: pandas.DataFrame) -> Table:
+    headings = ("statistic", "layer", "head", "mean a", "mean b", "b − a", "95 %", "effect", "paired", "texts")
+    table = new_table(*headings, fold=headings[0])
+    lines: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
+    for line in lines:
+        numbers = [number(line[name]) for name in ("mean_a", "mean_b", "difference")]
+        effects = [number(line[name]) for name in ("effect", "paired_effect")]
+        reach = f"± {number(line['high'] - line['difference'])}"
+        table.add_row(
+            line["statistic"], str(line["layer"]), str(line["head"]), *numbers, reach, *effects, str(line["texts"])
+        )
     return table

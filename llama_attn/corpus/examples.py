@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 # Tokens that are shown of a text, around the one of the highest value.
 AROUND = 24
 # Random texts, of which each decile of a head's scores takes its own.
 SAMPLED = 128
 NO_TOKEN = -1
+# Probabilities that differ by less are equal.
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +45,9 @@ class Strongest:
         digest: Which text.
         file: Place of its file in ``files`` of the summary.
         line: Its line.
-        position: Where the statistic is highest in it [token].
-        ids: Tokens around there, −1 behind the end of the text.
+        position: Where the statistic is highest in it, of the tokens that see more than one key [token].
+        start: First of the tokens that are shown, around there [token].
+        ids: These tokens, −1 behind the end of the text.
         values: The statistic of these.
     """
 
@@ -53,6 +56,7 @@ class Strongest:
     file: Int[np.ndarray, "statistic layer head rank"]
     line: Int[np.ndarray, "statistic layer head rank"]
     position: Int[np.ndarray, "statistic layer head rank"]
+    start: Int[np.ndarray, "statistic layer head rank"]
     ids: Int[np.ndarray, "statistic layer head rank around"]
     values: Float[np.ndarray, "statistic layer head rank around"]
 
@@ -63,7 +67,7 @@ class Strongest:
             for field in fields(self)
         }
         # The same text may come twice, and its score may differ by rounding.
-        keys = (both["line"], both["file"], both["digest"], -both["score"].round(5))
+        keys = (both["line"], both["file"], both["digest"], -(both["score"] / ROUNDING).round())
         order = np.lexsort(keys, axis=-1)[..., :count]
         return Strongest(
             **{
@@ -85,7 +89,7 @@ class Sample:
         line: Its line.
         ids: Its tokens, −1 behind its end.
         means: Mean of every statistic of heads over each text.
-        position: Where each statistic with examples is highest [token].
+        position: Where each statistic with examples is highest, as in `Strongest` [token].
         values: The statistic of the tokens around there.
     """
 
@@ -131,6 +135,7 @@ def _cut(row: Int[np.ndarray, " token"], start: int) -> Int[np.ndarray, " around
 
 def examples_of(
     values: Float[np.ndarray, "statistic layer text head query"],
+    choosing: Bool[np.ndarray, "layer text query"],
     scores: Float[np.ndarray, "text mean layer head"],
     of: Sequence[int],
     texts: Sequence[Text],
@@ -141,6 +146,7 @@ def examples_of(
 
     Args:
         values: Statistics with examples, of every query; NaN behind the end of a text.
+        choosing: Queries that see more than one key: one that does not attends to it whatever it is.
         scores: Means over each text of all statistics of heads.
         of: Which of ``scores`` are those of ``values``.
         texts: The texts, from the first token of each row on.
@@ -153,7 +159,9 @@ def examples_of(
         row[: len(text.ids)] = text.ids
     # (text, statistic, layer, head, query), as both keep them.
     by_text = values.transpose(2, 0, 1, 3, 4)
-    position = np.where(np.isnan(by_text), -np.inf, by_text).argmax(-1).astype(np.int32)
+    known = np.where(np.isnan(by_text) | ~choosing.transpose(1, 0, 2)[:, None, :, None], -np.inf, by_text)
+    # The first of those that are equal but for rounding.
+    position = (known >= known.max(-1, keepdims=True) - ROUNDING).argmax(-1).astype(np.int32)
     start = first_shown(position, lengths[:, None, None, None])
     shown = start[..., None] + np.arange(AROUND)
     inside = shown < lengths[:, None, None, None, None]
@@ -180,6 +188,7 @@ def examples_of(
         file=for_each(file),
         line=for_each(line),
         position=of_heads(position),
+        start=of_heads(start.astype(np.int32)),
         ids=of_heads(tokens),
         values=of_heads(around),
     )

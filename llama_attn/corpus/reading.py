@@ -30,9 +30,9 @@ ROLES = (*THRESHOLDS, "mixed")
 
 
 def summarize(
-    stats: AttentionStats, texts: Sequence[Text], *, weights: str, max_tokens: int, examples: int, cut: int = 0
+    stats: AttentionStats, texts: Sequence[Text], *, weights: str, max_tokens: int, examples: int
 ) -> CorpusSummary:
-    """The summary of the texts of one batch.
+    """The summary of the texts of one batch, as if none of them had been cut.
 
     Args:
         stats: Statistics of the batch, each row a text from its first token on, padding behind it.
@@ -40,7 +40,6 @@ def summarize(
         weights: Hash of the weights of the model.
         max_tokens: What longer texts are cut to.
         examples: Texts that are kept of each head and statistic.
-        cut: How many of the texts were cut.
 
     Raises:
         ValueError: A statistic does not add up over texts.
@@ -49,6 +48,8 @@ def summarize(
     check_statistics(labels)
     dataset = stats.to_xarray()
     by_position, scores, examples_for = of_positions(labels), of_heads(labels), with_examples(labels)
+    if not scores:
+        raise ValueError(f"statistics: expected one or more of single queries or keys of each head, got {list(labels)}")
     about = About(
         model=stats.model, weights=weights, config=json.dumps(stats.config.to_json(), sort_keys=True), labels=labels,
         layers=stats.layers, heads=stats.heads, num_layers=stats.num_layers, num_heads=stats.num_heads,
@@ -60,15 +61,16 @@ def summarize(
     files = tuple(sorted({text.file for text in texts}))
     values = np.stack([stats[name].numpy() for name in examples_for]) if examples_for else _none(stats)
     means_of_heads = np.stack([means[name].numpy().transpose(1, 0, 2) for name in scores], 1)
+    choosing = (stats.visible_keys > 1).expand(len(stats.layers), -1, -1).numpy()
     strongest, sample = examples_of(
-        values, means_of_heads, [scores.index(name) for name in examples_for], texts, files, examples
+        values, choosing, means_of_heads, [scores.index(name) for name in examples_for], texts, files, examples
     )
     counts, masses, queries = _weights(stats, dataset)
     return CorpusSummary(
         about=about,
         texts=len(texts),
         tokens=sum(len(text.ids) for text in texts),
-        cut=cut,
+        cut=0,
         skipped=0,
         files=files,
         by_position={name: _by_position(stats[name], starts, label.unit) for name, label in by_position.items()},

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from torch import distributed
 
 from llama_attn.corpus.batches import Reader
 from llama_attn.corpus.records import Record, Source, read
@@ -25,6 +27,7 @@ MANIFEST, SUMMARY, SKIPPED, SHARDS = "run.json", "summary.safetensors", "skipped
 # How often it is looked whether others are done [seconds].
 PATIENCE = 0.5
 Progress = Callable[[int, int], None]
+Decision = TypeVar("Decision")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Run:
         every: Records of a shard.
         limit: Records that are read at most; None for all.
         settings: What else must be equal to go on, such as the dtype.
+        group: Processes that share one model and read every text together; None for a model of one's own.
     """
 
     folder: Path
@@ -65,6 +69,7 @@ class Run:
     every: int
     limit: int | None
     settings: dict[str, Any]
+    group: distributed.ProcessGroup | None = None
 
     @property
     def shards(self) -> list[Shard]:
@@ -137,14 +142,27 @@ class Run:
             if self._is_done(shard):
                 progress(shard.records, 0)
         while True:
-            left = [shard for shard in shards if not self._is_done(shard)]
-            done = [shard for shard in left if self._claim(shard, progress)]
+            left = self._agreed([shard.number for shard in shards if not self._is_done(shard)])
+            done = [number for number in left if self._claim(shards[number], progress)]
             if not left:
-                merged = self._merge(shards)
+                merged = self._agreed(self._merge(shards) if self._leads else None)
                 if merged is not None:
-                    return merged[0]
+                    return self.finished() if merged else None
             elif not done:
                 time.sleep(PATIENCE)
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this process decides and writes."""
+        return self.group is None or distributed.get_rank(self.group) == 0
+
+    def _agreed(self, value: Decision) -> Decision:
+        """What the process says that leads the group."""
+        if self.group is None:
+            return value
+        said = [value]
+        distributed.broadcast_object_list(said, group=self.group, group_src=0)
+        return said[0]
 
     def _path(self, shard: Shard, ending: str) -> Path:
         return self.folder / SHARDS / f"{shard.number:06}.{ending}"
@@ -154,18 +172,24 @@ class Run:
 
     def _claim(self, shard: Shard, progress: Progress) -> bool:
         """Measure a shard, unless somebody else does. A lock goes with the process that holds it, even killed."""
+        lock, is_ours = FileLock(self._path(shard, "lock"), timeout=0), False
+        if self._leads:
+            with suppress(Timeout):
+                lock.acquire()
+                is_ours = not self._is_done(shard)
         try:
-            with FileLock(self._path(shard, "lock"), timeout=0):
-                if self._is_done(shard):
-                    return False
+            is_ours = self._agreed(is_ours)
+            if is_ours:
                 self._measure(shard, progress)
-                return True
-        except Timeout:
-            return False
+        finally:
+            lock.release()
+        return is_ours
 
     def _measure(self, shard: Shard, progress: Progress) -> None:
         records = read(shard.source, shard.start, shard.records, self.field)
         summary, skipped = self.reader.read(records, progress)
+        if not self._leads:
+            return
         with complete_file(self._path(shard, SKIPPED)) as unfinished:
             unfinished.write_text(as_lines(skipped), encoding="utf-8")
         # Last, since with it the shard is done.
@@ -174,8 +198,8 @@ class Run:
         else:
             summary.save(self._path(shard, "safetensors"))
 
-    def _merge(self, shards: Sequence[Shard]) -> tuple[CorpusSummary | None] | None:
-        """The merge of all shards, written down; None if one is damaged, which is to be measured again."""
+    def _merge(self, shards: Sequence[Shard]) -> bool | None:
+        """Write the merge of all shards; False if there is no text in them, None if one is to be measured again."""
         with FileLock(self.folder / f"{SUMMARY}.lock"):
             summary, damaged = None, False
             for shard in shards:
@@ -199,10 +223,10 @@ class Run:
             with complete_file(self.folder / SKIPPED) as unfinished:
                 unfinished.write_text(skipped, encoding="utf-8")
             if summary is None:
-                return (None,)
+                return False
             summary = replace(summary, skipped=skipped.count("\n")).with_strings(self.reader.tokenizer)
             summary.save(self.folder / SUMMARY)
-            return (summary,)
+            return True
 
 
 def as_lines(skipped: Iterable[Record]) -> str:

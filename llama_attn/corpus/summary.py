@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -103,6 +103,8 @@ class CorpusSummary(HubMixin):
 
     Source: Gu et al., arXiv 2410.10781 (sinks); Sun et al., arXiv 2402.17762 (massive activations).
     """
+
+    hub_filename: ClassVar[str] = "summary.safetensors"
 
     about: About
     texts: int

@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -19,6 +20,9 @@ def fingerprint(model: nn.Module) -> str:
 
 def _add(digest: hashlib.blake2b, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    if isinstance(tensor, DTensor):
+        # Each process has a part of it; all of them ask for the whole.
+        tensor = tensor.full_tensor()
     if hasattr(tensor, "__tensor_flatten__"):
         # Quantised weights are made of several tensors.
         for part in tensor.__tensor_flatten__()[0]:

@@ -47,7 +47,7 @@ def ablate_heads(
         ValueError: There is no such stack, layer or head, the values do not fit, ``"mean"`` was asked of a call with a
             single query, such as a step of ``generate``, or, when the block ends, a layer that was named did not run.
 
-    Example:
+    Examples:
         >>> with ablate_heads(model, {18: [6]}):
         ...     loss = model(**inputs, labels=labels).loss
 
@@ -91,7 +91,7 @@ def block_keys(
             the block ends, or a query that would be left nothing to see: key 0 blocked for all queries leaves query 0
             nothing, so that ``first_query=1`` is wanted.
 
-    Example:
+    Examples:
         >>> with block_keys(model, 0, first_query=1):  # without the sink
         ...     loss = model(**inputs, labels=labels).loss
     """

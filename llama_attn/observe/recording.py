@@ -293,7 +293,7 @@ def record(module: nn.Module, config: AttentionStatsConfig | bool = True, *, sta
         ValueError: There is no such stack or layer, the module is already recorded, or, when the block ends, nothing
             was called. An error of the block itself passes through.
 
-    Example:
+    Examples:
         >>> with record(model) as recording:
         ...     model(**inputs)
         >>> recording.stats["entropy"].shape  # layer, batch, head, query

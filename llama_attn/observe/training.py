@@ -73,7 +73,7 @@ class AttentionStatsCallback(TrainerCallback):
         Entropy collapse goes with unstable training: Zhai et al. 2023, arXiv 2303.06296. The threshold of 100 for
         logits is that of QK-Clip: Kimi K2, arXiv 2507.20534.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(model, args, train_dataset=dataset)
         >>> trainer.add_callback(AttentionStatsCallback(trainer, every=100))
         >>> trainer.train()

@@ -6,14 +6,15 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 RepoType = Literal["dataset", "model"]
-FILENAME = "stats.safetensors"
 
 
 class HubMixin(ABC):
     """What can be saved to one file and loaded from it can be pushed to the hub and read from there."""
+
+    hub_filename: ClassVar[str] = "stats.safetensors"
 
     @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -27,7 +28,7 @@ class HubMixin(ABC):
     def push_to_hub(
         self,
         repo_id: str,
-        filename: str = FILENAME,
+        filename: str | None = None,
         *,
         repo_type: RepoType = "dataset",
         revision: str | None = None,
@@ -39,7 +40,8 @@ class HubMixin(ABC):
 
         Args:
             repo_id: ``"user/name"``.
-            filename: Name of the file in the repository.
+            filename: Name of the file in the repository; None for ``stats.safetensors``, or ``summary.safetensors`` of a
+                corpus.
             repo_type: ``"dataset"``, or ``"model"`` to put the file beside a model's weights.
             revision: Branch to commit to; None for the main one.
             private: Whether a new repository is private; None for the account's default.
@@ -55,12 +57,13 @@ class HubMixin(ABC):
         """
         from huggingface_hub import HfApi
 
+        filename = self.hub_filename if filename is None else filename
         _check(filename, repo_type)
         hub = HfApi(library_name="llama_attn", token=token)
         # First of all, since it finds out whether the hub is there and the token may write.
         hub.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / FILENAME
+            path = Path(folder) / self.hub_filename
             self.save(path)
             commit = hub.upload_file(
                 path_or_fileobj=path,
@@ -76,7 +79,7 @@ class HubMixin(ABC):
     def from_hub(
         cls,
         repo_id: str,
-        filename: str = FILENAME,
+        filename: str | None = None,
         *,
         repo_type: RepoType = "dataset",
         revision: str | None = None,
@@ -86,7 +89,8 @@ class HubMixin(ABC):
 
         Args:
             repo_id: ``"user/name"``.
-            filename: Name of the file in the repository.
+            filename: Name of the file in the repository; None for ``stats.safetensors``, or ``summary.safetensors`` of a
+                corpus.
             repo_type: ``"dataset"`` or ``"model"``.
             revision: Branch, tag or commit; None for the main branch.
             token: Access token; None for that of ``hf auth login``.
@@ -97,6 +101,7 @@ class HubMixin(ABC):
         """
         from huggingface_hub import errors, hf_hub_download
 
+        filename = cls.hub_filename if filename is None else filename
         _check(filename, repo_type)
         where = f"{repo_type} repository {repo_id!r}"
         try:

@@ -25,7 +25,7 @@ DECILES = 10
 EACH = 2
 # The share of the attention that keys are counted for.
 SHARE = 0.95
-KEYS = f"keys_{SHARE:.0%}".rstrip("%")
+KEYS = "keys_for_95_percent"
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,14 +141,9 @@ def strongest_of(summary: CorpusSummary, statistic: int) -> Examples:
     """The texts with the highest scores, the highest first; ``statistic`` is its place among those with examples."""
     found = summary.strongest
     score = np.where(np.isfinite(found.score[statistic]), found.score[statistic], np.nan)
-    position, values = found.position[statistic], found.values[statistic]
-    # Where the highest value is shown: in the middle, but near an end of the text.
-    around = values.shape[-1]
-    before = np.arange(around) < np.minimum(position, around // 2)[..., None]
-    at = np.where(before | np.isnan(values), -np.inf, values.astype(np.float32)).argmax(-1) if around else position
     return Examples(
-        score, found.digest[statistic], found.file[statistic], found.line[statistic], position,
-        np.maximum(position - at, 0), found.ids[statistic], values,
+        score, found.digest[statistic], found.file[statistic], found.line[statistic], found.position[statistic],
+        found.start[statistic], found.ids[statistic], found.values[statistic],
     )  # fmt: skip
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Int
 
 from llama_attn.analysis.activations import needed
 from llama_attn.analysis.sinks import EPSILON
@@ -81,18 +83,32 @@ def corpus_report(summary: Source, path: str | os.PathLike[str], *, max_megabyte
     summary = summary_of(summary)
     with complete_file(path) as unfinished:
         scores = scores_of(summary, dataset := summary.to_xarray())
-        ids = _named_ids(summary)
-        about = _about(summary, scores, ids) | {"part": dataset.attrs["part"]}
-        unfinished.write_text(SHELL.fitting(about, list(_parts(summary, scores, ids)), most), "utf-8")
+        names = Names.of(summary)
+        about = _about(summary, scores, names) | {"part": dataset.attrs["part"]}
+        unfinished.write_text(SHELL.fitting(about, list(_parts(summary, scores, names)), most), "utf-8")
     return Path(path)
 
 
-def _named_ids(summary: CorpusSummary) -> np.ndarray:
-    """Ids of all tokens that the page may name, ascending."""
-    return np.array(sorted(summary.named_tokens()), np.int64)
+@dataclass(frozen=True, eq=False)
+class Names:
+    """What the page may name, each in ascending order.
+
+    Args:
+        ids: Tokens.
+        files: Places in ``files`` of the summary: a corpus may have many more than are named.
+    """
+
+    ids: Int[np.ndarray, " token"]
+    files: Int[np.ndarray, " file"]
+
+    @classmethod
+    def of(cls, summary: CorpusSummary) -> Names:
+        """Those of the texts and the sinks of a summary."""
+        files = np.concatenate([summary.strongest.file.ravel(), summary.sample.file])
+        return cls(np.array(sorted(summary.named_tokens()), np.int64), np.unique(files))
 
 
-def _about(summary: CorpusSummary, scores: list[Score], ids: np.ndarray) -> dict[str, Any]:
+def _about(summary: CorpusSummary, scores: list[Score], names: Names) -> dict[str, Any]:
     """Everything but the arrays, as plain JSON types."""
     about = summary.about
     sinks, massive = summary.sinks, summary.massive
@@ -114,10 +130,10 @@ def _about(summary: CorpusSummary, scores: list[Score], ids: np.ndarray) -> dict
         "statistics": [_described(summary, name) for name in statistics_of(summary)],
         "positions": position_starts(2 ** _positions(summary) - 1), "examplesOf": list(about.examples_of),
         "ranks": summary.strongest.score.shape[-1], "deciles": DECILES, "each": EACH, "roles": roles_of(summary),
-        "files": [drawn(name, LONGEST_NAME) for name in summary.files],
-        "tokens": [shown_token(name) for name in token_names(summary, ids.tolist())],
+        "files": [drawn(summary.files[at], LONGEST_NAME) for at in names.files],
+        "tokens": [shown_token(name) for name in token_names(summary, names.ids.tolist())],
         "sinks": [[int(sinks.keys[at, 0]), *sinks.counts[at].tolist()] for at in named],
-        "sinkTokens": np.searchsorted(ids, sinks.keys[named, 0]).tolist(),
+        "sinkTokens": np.searchsorted(names.ids, sinks.keys[named, 0]).tolist(),
         "otherSinks": int(sinks.counts[:, :2].any(1).sum()) - len(named),
         "massive": [[*massive.keys[at].tolist(), *massive.counts[at].tolist()] for at in channels],
         "otherMassive": len(massive.keys) - len(channels),
@@ -150,7 +166,7 @@ def _positions(summary: CorpusSummary) -> int:
     return max((moments.count.shape[-1] for moments in summary.by_position.values()), default=0)
 
 
-def _parts(summary: CorpusSummary, scores: list[Score], ids: np.ndarray) -> Iterator[Part]:
+def _parts(summary: CorpusSummary, scores: list[Score], names: Names) -> Iterator[Part]:
     """Everything that the page draws, ready to lose detail."""
     for score in scores:
         yield _fixed(f"score {score.name}", score.values)
@@ -165,8 +181,8 @@ def _parts(summary: CorpusSummary, scores: list[Score], ids: np.ndarray) -> Iter
     # Half as many texts, and half of these.
     halves = [ranks >> half for half in range(ranks.bit_length())]
     for at, name in enumerate(summary.about.examples_of):
-        yield _examples_part(f"strongest {name}", partial(strongest_of, summary, at), halves, 1, heads, ids)
-        yield _examples_part(f"deciles {name}", partial(deciles_of, summary, at), (EACH, 1), DECILES, heads, ids)
+        yield _examples_part(f"strongest {name}", partial(strongest_of, summary, at), halves, 1, heads, names)
+        yield _examples_part(f"deciles {name}", partial(deciles_of, summary, at), (EACH, 1), DECILES, heads, names)
 
 
 def _fixed(name: str, values: np.ndarray) -> Part:
@@ -203,30 +219,32 @@ def _position_part(name: str, values: np.ndarray) -> Part:
 
 
 def _examples_part(
-    name: str, make: Callable[[], Examples], counts: Sequence[int], groups: int, heads: int, ids: np.ndarray
+    name: str, make: Callable[[], Examples], counts: Sequence[int], groups: int, heads: int, names: Names
 ) -> Part:
     """Texts of each head: ``groups`` of so many as ``counts`` says, then of fewer, then none."""
 
     def level(count: int) -> Level:
         # Two bytes for each token, four for its value, and five numbers.
         size = heads * groups * count * (AROUND * 6 + 20)
-        return Level(size, lambda: _examples(name, make(), count, groups, ids))
+        return Level(size, lambda: _examples(name, make(), count, groups, names))
 
     return Part(name, [*map(level, counts), Level(0, dict)], WORTH_OF_EXAMPLES)
 
 
-def _examples(name: str, found: Examples, count: int, groups: int, ids: np.ndarray) -> dict[str, Embedded]:
+def _examples(name: str, found: Examples, count: int, groups: int, names: Names) -> dict[str, Embedded]:
     """The arrays of the first ``count`` texts of each group."""
     total = found.score.shape[-1]
     kept = np.arange(total).reshape(groups, -1)[:, :count].ravel() if total else np.arange(0)
-    places = [each[:, :, kept] for each in (found.file, found.line, found.position, found.start)]
+    places = [
+        each[:, :, kept] for each in (np.searchsorted(names.files, found.file), found.line, found.position, found.start)
+    ]
     tokens = found.ids[:, :, kept]
     # 0 is none.
-    shown = np.where(tokens == NO_TOKEN, 0, np.searchsorted(ids, tokens) + 1)
+    shown = np.where(tokens == NO_TOKEN, 0, np.searchsorted(names.ids, tokens) + 1)
     return {
         f"{name} score": embed(found.score[:, :, kept].astype(np.float32), count=count),
         f"{name} place": embed(np.stack(places, -1).astype(np.uint32)),
-        f"{name} tokens": embed(shown.astype(np.uint16 if len(ids) < 2**16 else np.uint32)),
+        f"{name} tokens": embed(shown.astype(np.uint16 if len(names.ids) < 2**16 else np.uint32)),
         # They have 16 bits, and the zeros behind cost nothing when they are compressed.
         f"{name} values": embed(found.values[:, :, kept].astype(np.float32)),
     }

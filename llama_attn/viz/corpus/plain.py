@@ -68,7 +68,7 @@ def _header(summary: CorpusSummary) -> Json:
     longest = max((moments.count.shape[-1] for moments in summary.by_position.values()), default=0)
     scores = scores_of(summary, dataset)
     named = np.flatnonzero(sinks.counts[:, :2].any(1))
-    ids = sinks.keys[named, 0].tolist()
+    ids = sorted(summary.named_tokens())
     return {
         "format": FORMAT, "version": VERSION, "model": about.model, "weights": about.weights, "texts": summary.texts,
         "tokens": summary.tokens, "cut": summary.cut, "skipped": summary.skipped, "max_tokens": about.max_tokens,
@@ -92,9 +92,10 @@ def _header(summary: CorpusSummary) -> Json:
             name: _moments(summary.by_text[name], summary.by_position[name])
             for name in statistics_of(summary) if name not in about.scores
         },
+        "token_strings": dict(zip(ids, token_names(summary, ids), strict=True)),
         "sinks": [
-            {"id": token, "token": name, **dict(zip(("first", "behind", "times_first", "times_behind"), counts, strict=True))}
-            for token, name, counts in zip(ids, token_names(summary, ids), sinks.counts[named].tolist(), strict=True)
+            dict(zip(("token", "first", "behind", "times_first", "times_behind"), (token, *counts), strict=True))
+            for token, counts in zip(sinks.keys[named, 0].tolist(), sinks.counts[named].tolist(), strict=True)
         ],
         "massive": [
             {"hidden_layer": layer, "channel": channel, "tokens": tokens, "texts": texts}
@@ -154,8 +155,9 @@ def _texts(summary: CorpusSummary, found: Examples, at: tuple[int, int], *, empt
             {
                 "file": summary.files[found.file[here]], "line": int(found.line[here]),
                 "digest": f"{int(found.digest[here]) % 2**64:016x}", "score": float(found.score[here]),
-                "position": int(found.position[here]), "start": int(found.start[here]), "ids": ids,
-                "tokens": token_names(summary, ids), "values": _plain(found.values[here][: len(ids)]),
+                "position": int(found.position[here]), "start": int(found.start[here]), "tokens": ids,
+                # As short as 16 bits are.
+                "values": [None if np.isnan(value) else float(str(value)) for value in found.values[here][: len(ids)]],
             }
         )  # fmt: skip
     return texts

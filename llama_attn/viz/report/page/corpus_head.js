@@ -1,16 +1,16 @@
 // One head: where its scores lie among those of all heads, how they spread over texts, and along them.
 
-const NUMBERS = ["score", "this head", "std over texts", "smallest to largest text", "texts", "place", "all heads"];
+const NUMBERS = ["score", "this head", "among all heads", "place", "std over texts", "smallest to largest text", "texts"];
 
 // All heads as thin lines, the chosen one as a thick one.
 function strip(values, at) {
-  const canvas = element("canvas", { width: 160, height: 16, role: "img", "aria-label": "where it lies among all heads" });
+  const canvas = element("canvas", { width: 120, height: 16, role: "img", "aria-label": "where it lies among all heads" });
   const context = canvas.getContext("2d");
   const known = values.filter(Number.isFinite);
   const [low, high] = known.reduce(([least, most], value) => [Math.min(least, value), Math.max(most, value)], [Infinity, -Infinity]);
   const log = isSpiky(values);
   const share = (value) => (high > low ? (log ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low)) : 0.5);
-  const line = (value, width) => context.fillRect(Math.round(2 + share(value) * 155 - width / 2), width > 1 ? 0 : 4, width, width > 1 ? 16 : 8);
+  const line = (value, width) => context.fillRect(Math.round(2 + share(value) * 115 - width / 2), width > 1 ? 0 : 4, width, width > 1 ? 16 : 8);
   context.fillStyle = themed("muted");
   context.globalAlpha = 0.5;
   for (const value of known) line(value, 1);
@@ -31,9 +31,9 @@ async function showNumbers() {
     const known = values.filter(Number.isFinite).length;
     const rank = Number.isFinite(values[at]) ? 1 + values.filter((value) => value > values[at]).length : null;
     return element("tr", { "data-score": name, "data-value": values[at], "data-std": std, "data-low": low, "data-high": high, "data-count": count, "data-rank": rank },
-      element("td", { title: meaning }, plain(name)), element("td", {}, withUnit(values[at], unit)), element("td", {}, number(std)),
-      element("td", {}, Number.isFinite(low) ? `${number(low)} – ${number(high)}` : "–"), element("td", {}, number(count)),
-      element("td", {}, rank === null ? "–" : `${rank} of ${known}`), element("td", {}, strip(values, at)));
+      element("td", { title: meaning }, plain(name)), element("td", {}, withUnit(values[at], unit)), element("td", {}, strip(values, at)),
+      element("td", {}, rank === null ? "–" : `${rank} of ${known}`), element("td", {}, number(std)),
+      element("td", {}, Number.isFinite(low) ? `${number(low)} – ${number(high)}` : "–"), element("td", {}, number(count)));
   }));
   if (mine !== numbersRequest) return;
   $("numbers").replaceChildren(element("thead", {}, element("tr", {}, ...NUMBERS.map((name) => element("th", { scope: "col" }, name)))), element("tbody", {}, ...rows));
@@ -101,7 +101,7 @@ function buildHead() {
   }
   const note = () => {
     const { meaning, name } = chosenStatistic();
-    $("statistic-note").textContent = `${sentence(meaning || plain(name))}. Left: one number per text, its mean. Right: the numbers of all ${chosenStatistic().of} of all texts, in bins of positions.`;
+    $("statistic-note").textContent = `${sentence(meaning || plain(name))}. Over texts: one number of each, its mean. By position: the numbers of all ${chosenStatistic().of} of all texts, in bins of positions.`;
   };
   onChange((changed) => {
     if (changed.has("statistic")) note();

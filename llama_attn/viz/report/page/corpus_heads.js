@@ -12,11 +12,13 @@ async function scatterChart() {
   const heads = report.heads.length;
   const roles = report.roles.flat();
   const point = (at) => [report.layers[Math.floor(at / heads)], report.heads[at % heads]];
+  // The darkest colour of a role would not be seen on a dark page.
+  const edge = themed(isDark() ? "muted" : "card");
   const traces = [...Object.keys(ROLES), null].map((role) => {
     const places = roles.flatMap((each, at) => (each === role && Number.isFinite(x[at]) && Number.isFinite(y[at]) ? [at] : []));
     return {
       type: "scatter", mode: "markers", x: places.map((at) => x[at]), y: places.map((at) => y[at]), customdata: places.map((at) => [...point(at), at]),
-      name: `${plain(role ?? NO_ROLE)}: ${places.length}`, marker: { color: role ? ROLES[role] : themed("hatch"), size: 8, opacity: 0.85, line: { width: 0.5, color: themed("card") } },
+      name: `${plain(role ?? NO_ROLE)}: ${places.length}`, marker: { color: role ? ROLES[role] : themed("hatch"), size: 8, opacity: 0.85, line: { width: 0.8, color: edge } },
       hovertemplate: `layer %{customdata[0]}, head %{customdata[1]}<br>${plain(across.name)} %{x:.4g} ${across.unit}<br>${plain(upwards.name)} %{y:.4g} ${upwards.unit}<br>${plain(role ?? NO_ROLE)}<extra></extra>`,
     };
   }).filter((trace) => trace.x.length);

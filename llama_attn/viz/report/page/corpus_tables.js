@@ -41,7 +41,7 @@ function buildSinks() {
 
 function buildMassive() {
   if (!report.massiveKnown) {
-    $("massive-note").textContent = "Unknown: hidden_top, hidden_top_channel and hidden_layer_median were not measured.";
+    $("massive-note").textContent = "Unknown: hidden_max, hidden_max_channel and hidden_layer_median were not measured.";
     return;
   }
   const channels = new Set(report.massive.map(([, channel]) => channel)).size;

@@ -1,0 +1,145 @@
+"""Every block of Python in the README and on the pages runs as it stands there, block by block."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from corpora import Letters, measured, model as reader, write
+from image_prompts import IMAGE, gemma_processor, picture
+from oracle import stock_of
+from pages import blocks, run
+from test_images import model_of, prompts
+from trainers import trainer_for
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llama_attn import AttentionStatsConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parent.parent
+# Other tests run them, on what these pages ask for.
+ELSEWHERE = {"docs/recipes.md", "docs/coming_from.md"}
+EVERYTHING = AttentionStatsConfig(statistics="all", norms=True)
+# The page on the report names tokens of a text of about this length.
+LONG = 6_300
+
+
+def with_code():
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    named = {str(path.relative_to(ROOT)): blocks(path.read_text()) for path in found}
+    return {name: code for name, code in named.items() if code and name not in ELSEWHERE}
+
+
+class Reader:
+    """What a reader of the pages has: a model, its tokenizer, a conversation, and what was measured of it."""
+
+    def __init__(self, smollm2, folder, patch):
+        import measured_runs
+
+        self.model, self.tokenizer = smollm2
+        self.folder, self.patch, self.runs = folder, patch, measured_runs
+        self.model.set_attn_implementation("streaming")
+        settings = copy.deepcopy(self.model.generation_config)
+        settings.max_new_tokens, settings.do_sample = 4, False
+        patch.setattr(self.model, "generation_config", settings)
+        self.ids = self.tokenizer(measured_runs.TEXT, return_tensors="pt")["input_ids"]
+
+    def measure(self, ids):
+        stats = self.model(ids, use_cache=False, output_attention_stats=EVERYTHING).attention_stats
+        return stats.with_tokens(self.tokenizer, ids)
+
+    def readme(self):
+        messages = [{"role": "user", "content": self.runs.TEXT}]
+        settings = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        inputs = self.tokenizer.apply_chat_template(messages, **settings)
+        stats = self.measure(inputs["input_ids"])
+        for name in ("a", "b"):
+            stats.save(f"{name}.safetensors")
+
+        def from_pretrained(name, attn_implementation):
+            self.model.set_attn_implementation(attn_implementation)
+            return self.model
+
+        self.patch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
+        named = {
+            "model": self.model, "any_transformers_model": stock_of(self.model), "tokenizer": self.tokenizer, "inputs": inputs,
+            "messages": messages, "my_attention": ALL_ATTENTION_FUNCTIONS["sdpa"],
+            "trainer": trainer_for(tiny_model(), self.folder),
+        }  # fmt: skip
+        inputs_of_picture, _ = prompts("qwen", [[picture(16, 16)]], "left")
+        sees = {"model": model_of("qwen"), "config": True, "inputs": inputs_of_picture}
+        return named, {"model.visual": sees, "classify_heads": {"stats": stats}}
+
+    def any_model(self):
+        image, prompt = picture(32, 16, (0, 1), (2, 2)), f"what is on the picture {IMAGE['gemma']}"
+        sees = {"model": model_of("gemma"), "processor": gemma_processor(), "picture": image, "prompt": prompt}
+        keep = torch.arange(self.ids.shape[1])[None] % 2 == 0
+        named = self.text()[0] | {"labels": self.ids, "keep": keep, "prompt_length": self.ids.shape[1]}
+        return named, {"image_segments": sees}
+
+    def report(self):
+        model = tiny_model("streaming")
+        model.generation_config.max_new_tokens = 4
+        ids = torch.randint(3, 97, (1, LONG), generator=torch.Generator().manual_seed(0))
+        stats = model(ids, output_attention_stats=EVERYTHING).attention_stats
+        inputs = {"input_ids": ids[:, :40], "attention_mask": torch.ones(1, 40, dtype=torch.long)}
+        return {"model": model, "inputs": inputs, "segments": [["a"] * 40], "stats": stats}, {}
+
+    def corpus(self):
+        summaries = {}
+        for name, count in (("base", 20), ("tuned", 30)):
+            write(self.folder / name, count=count)
+            summaries[name] = measured(self.folder / name, self.folder / f"run of {name}")
+        (self.folder / "run").mkdir()
+        summaries["base"].save("run/summary.safetensors")
+        return summaries | {"load": lambda: (reader(), Letters())}, {}
+
+    def gallery(self):
+        from llama_attn import viz
+
+        beginning = self.ids[:, : self.runs.BEGINNING]
+        other = beginning.clone()
+        other[0, 0] = self.tokenizer.bos_token_id
+        half = torch.randint(100, 48_000, (1, self.runs.REPEATED), generator=torch.Generator().manual_seed(0))
+        repeated = torch.cat([torch.tensor([[self.tokenizer.bos_token_id]]), half, half], 1)
+        self.patch.setattr(self.runs, "ABLATED", 1)
+        return {
+            "viz": viz, "text": self.measure(self.ids), "beginning": self.measure(beginning),
+            "other": self.measure(other), "repeated": self.measure(repeated),
+            "frame": self.runs._budget(self.model, self.ids), "ablation": self.runs.ablate(self.model, beginning),
+            "pictured": self.runs.measure_picture(), "answer": self.runs._answer(self.model, self.tokenizer),
+        }, {}  # fmt: skip
+
+    def text(self):
+        inputs = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
+        return {"model": self.model, "tokenizer": self.tokenizer, "inputs": inputs}, {}
+
+
+@pytest.fixture
+def a_reader(smollm2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return Reader(smollm2, tmp_path, monkeypatch)
+
+
+@pytest.mark.smollm2
+@pytest.mark.usefixtures("restored_registry")
+@pytest.mark.parametrize("name", with_code())
+def test_every_block_runs(name, a_reader):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        # What a page has all along, and what single blocks of it, known by a word in them, have besides.
+        named, besides = getattr(a_reader, Path(name).stem.lower(), a_reader.text)()
+        left = {}
+        for code in with_code()[name]:
+            left |= named
+            for word, more in besides.items():
+                left |= more if word in code else {}
+            run(code, left)
+
+
+def test_pages_have_code():
+    assert {"README.md", "docs/index.md", "docs/any_model.md", "docs/gallery.md"} <= set(with_code())
+    assert blocks("a\n```python\nb = 1\n```\n```bash\nc\n```\n") == ["b = 1\n"]
