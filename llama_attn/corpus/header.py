@@ -42,6 +42,7 @@ FORM = {
     "strongest/file": "statistic layer head rank int32",
     "strongest/line": "statistic layer head rank int64",
     "strongest/position": "statistic layer head rank int32",
+    "strongest/start": "statistic layer head rank int32",
     "strongest/ids": f"statistic layer head rank {AROUND} int32",
     "strongest/values": f"statistic layer head rank {AROUND} float16",
     "sample/digest": "text int64",
