@@ -318,10 +318,13 @@ def test_bins_hold_their_lower_edges(bins, dtype):
 
 def test_every_field_is_saved():
     """A field that is forgotten when files are written would come back empty."""
-    from llama_attn.corpus import summary as module
+    from llama_attn.corpus import header, summary as module
 
     kept = {*module.COUNTS, *module.ARRAYS, *module.GROUPS, *module.PARTS, "about", "files", "strings"}
     assert {field.name for field in fields(CorpusSummary)} == kept
+    arrays = {*module.ARRAYS, *(f"{name}/{field.name}" for name, of in module.PARTS.items() for field in fields(of))}
+    assert {*header.FORM, "weight_count", "weight_mass"} == arrays
+    assert {*header.MOMENTS, "histogram"} == {field.name for field in fields(Moments)}
 
 
 def test_weights_are_told_apart():

@@ -196,7 +196,9 @@ class Run:
         if summary is None:
             self._path(shard, "empty").touch()
         else:
-            summary.save(self._path(shard, "safetensors"))
+            summary.save(path := self._path(shard, "safetensors"))
+            # What is refused would be taken for damaged, and measured again and again.
+            CorpusSummary.load(path)
 
     def _merge(self, shards: Sequence[Shard]) -> bool | None:
         """Write the merge of all shards; False if there is no text in them, None if one is to be measured again."""

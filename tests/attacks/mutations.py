@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
@@ -80,9 +81,9 @@ def _replace(value, draw: random.Random) -> None:
         for key in other:
             found = found[key]
         if other[: len(at)] != at and at[: len(other)] != other:
-            put(value, at, found)
+            put(value, at, copy.deepcopy(found))
     elif what == 2 and isinstance(old, list) and old:
-        put(value, at, old + old[: draw.choice([1, len(old)])])
+        put(value, at, copy.deepcopy(old + old[: draw.choice([1, len(old)])]))
     elif what == 3 and isinstance(old, (list, dict)) and old:
         old.pop(draw.choice(list(old)) if isinstance(old, dict) else draw.randrange(len(old)))
     elif what == 4 and isinstance(old, dict) and old:
@@ -90,7 +91,7 @@ def _replace(value, draw: random.Random) -> None:
             draw.choice(list(old))
         )
     else:
-        put(value, at, draw.choice(JUNK))
+        put(value, at, copy.deepcopy(draw.choice(JUNK)))
 
 
 def _numbers(data: bytes, draw: random.Random) -> bytes:
@@ -117,7 +118,7 @@ def _shapes(data: bytes, draw: random.Random) -> bytes:
         if what == 0 and array.ndim:
             array = np.repeat(array, draw.choice([0, 2, 3]), axis)
         elif what == 1 and array.ndim:
-            array = array.take(range(array.shape[axis] // 2), axis)
+            array = np.moveaxis(np.moveaxis(array, axis, 0)[: array.shape[axis] // 2], 0, axis)
         elif what == 2:
             array = array.astype(
                 draw.choice(["int8", "int32", "int64", "float16", "float32", "float64", "uint64", "bool"])
