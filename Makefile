@@ -15,7 +15,7 @@ VERSIONS ?= $(OLDEST) 5.24.0
 SAME := analysis compare container docs figures gradients native notebook properties report site style table threads triton \
 	tutorial viz wheel
 
-.PHONY: demo test wheel docs versions newest long upstream bench sanitize clean
+.PHONY: demo test wheel docs versions newest long fuzz upstream bench sanitize clean
 
 demo: $(VENV)/.native
 	$(BIN)/llama-attn demo
@@ -55,6 +55,10 @@ newest: $(VENV)/.native
 	$(NEWEST)/bin/llama-attn build || echo "no C++ compiler: going on without the native engine"
 	$(NEWEST)/bin/python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
 	$(NEWEST)/bin/python -m pytest --numprocesses 2
+
+# A hundred thousand mutated files, loaded and looked at. FILES=1000 SEED=7 tries fewer, or others.
+fuzz: $(VENV)/.ready
+	$(BIN)/python tests/attacks/fuzz.py --files $(or $(FILES),100000) --seed $(or $(SEED),0)
 
 # Ten thousand random examples of the properties of the engine, and every type of model on every backend in every
 # situation; too long for CI.
