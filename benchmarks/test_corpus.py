@@ -11,7 +11,7 @@ from results import Row
 from timing import Case, alternate, keep
 
 from llama_attn import AttentionStatsConfig
-from llama_attn.corpus.batches import Reader
+from llama_attn.corpus.batches import Reader, padded
 from llama_attn.corpus.examples import Text
 
 pytestmark = pytest.mark.benchmark(group="corpus")
@@ -34,10 +34,8 @@ def test_tokens_per_second(benchmark, model, text):
 
     def bare() -> None:
         for batch in batches:
-            rows = [torch.tensor(one.ids) for one in batch]
-            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-            plain(padded, attention_mask=mask, logits_to_keep=1, use_cache=False)
+            rows, mask = padded(batch)
+            plain(rows, attention_mask=mask, logits_to_keep=1, use_cache=False)
 
     def measured():
         total = None

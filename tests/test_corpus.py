@@ -183,13 +183,14 @@ def test_the_sample_has_the_smallest_digests(summary, one_by_one):
         for at, name in enumerate(summary.about.scores):
             np.testing.assert_allclose(sample.means[row, at], one[name].values.mean(-1), rtol=1e-5, atol=1e-6)
         at = summary.about.examples_of.index("sink_mass")
-        window = sample.window(row, at, 1, 2)
+        first, window = sample.window(row, at, 1, 2)
         there = window >= 0
         assert there.sum() == min(len(ids), 24)
         position = sample.position[row, at, 1, 2]
         values = one.sink_mass.values[1, 2]
         assert position == peak(values)
         start = min(max(position - 12, 0), max(len(ids) - 24, 0))
+        assert first == start
         assert window[there].tolist() == ids[start : start + 24]
         np.testing.assert_allclose(sample.values[row, at, 1, 2][there], values[start : start + 24], atol=1e-3)
 

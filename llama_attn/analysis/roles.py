@@ -39,6 +39,7 @@ def role_scores(
     needle: tuple[int, int] | None = None,
     *,
     per_row: bool = False,
+    sinks: xarray.Dataset | None = None,
 ) -> dict[str, xarray.DataArray]:
     """The score of every role, (layer, head), as `classify_heads` says; NaN where what it rests on is unknown.
 
@@ -47,6 +48,7 @@ def role_scores(
         query_slice: Positions of the queries to count.
         needle: What heads may have copied into the answer.
         per_row: Of every row of the batch by itself, (layer, batch, head).
+        sinks: What `sink_positions` says of the dataset, if it has been asked; None to ask it.
 
     Raises:
         ValueError: The slice holds no measured query, or there is a needle and `retrieval_heads` cannot tell.
@@ -56,7 +58,7 @@ def role_scores(
     unknown = dataset.entropy.mean(over) * np.nan
     found = {
         **_scores(chosen, over),
-        "sink": _on_sinks(dataset, chosen, over),
+        "sink": _on_sinks(dataset, chosen, over, sinks),
         "streaming": _streaming(dataset, chosen, over),
     }
     if needle is not None:
@@ -123,13 +125,15 @@ def _scores(dataset: xarray.Dataset, over: Sequence[str]) -> dict[str, xarray.Da
     return scores
 
 
-def _on_sinks(dataset: xarray.Dataset, chosen: xarray.Dataset, over: Sequence[str]) -> xarray.DataArray:
+def _on_sinks(
+    dataset: xarray.Dataset, chosen: xarray.Dataset, over: Sequence[str], found: xarray.Dataset | None
+) -> xarray.DataArray:
     """Mean mass on the sinks of the run, of the queries that see more than one key; NaN if unknown."""
     several, alone = dataset.visible_keys > 1, dataset.visible_keys == 1
     every = bool((several.sum("query") == (chosen.visible_keys > 1).sum("query")).all())
     if not {"received", "sink_mass"} <= set(dataset) or not every:
         return dataset.entropy.mean(over) * np.nan
-    found = sink_positions(dataset)
+    found = sink_positions(dataset) if found is None else found
     sinks = found.layer_sink.any("layer")
     known = found.boost.notnull().any(["layer", "head", "key"])
     total = (

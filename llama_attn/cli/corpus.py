@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 from torch import distributed
 
+from llama_attn.cli.folder import REPORT
 from llama_attn.cli.loading import load_model, load_tokenizer, plan
 from llama_attn.cli.measuring import Subject, check_length, context_of, refusals
 from llama_attn.cli.options import (
@@ -36,7 +26,8 @@ from llama_attn.cli.options import (
     check_loading,
     names_of,
 )
-from llama_attn.cli.terminal import TABLES, console, fail, first_line, how_to_draw, missing, say
+from llama_attn.cli.progress import reading
+from llama_attn.cli.terminal import TABLES, fail, first_line, how_to_draw, missing, say
 from llama_attn.demo import Checkpoint
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.labels import Label
@@ -48,7 +39,6 @@ if TYPE_CHECKING:
 
 # Shards of a corpus if nobody says how large they are, and the smallest of them [records].
 SHARDS, SMALLEST_SHARD = 256, 64
-REPORT = "report.html"
 MAX_TOKENS = 512
 
 
@@ -118,7 +108,7 @@ def corpus(
     from llama_attn.corpus.batches import Reader
     from llama_attn.corpus.hub import HubDataset, is_hub_dataset
     from llama_attn.corpus.records import find_files, survey
-    from llama_attn.corpus.run import SUMMARY, Run
+    from llama_attn.corpus.run import SKIPPED, SUMMARY, Run
     from llama_attn.corpus.weights import fingerprint
 
     config = _config(statistics, layers, heads)
@@ -152,8 +142,8 @@ def corpus(
     settings = {"model": chosen.checkpoint.name, "dtype": str(next(loaded.parameters()).dtype), "attn": attn}
     run = Run(out, reader, sources, field, every, limit, settings, group)
     records = sum(shard.records for shard in run.shards)
-    lost = [source for source in sources if source.unreadable]
     if not records:
+        lost = [source for source in sources if source.unreadable]
         reasons = "".join(f"; {source.name}: {source.unreadable}" for source in lost[:3])
         fail(f"DATA: there is no text in {', '.join(source.name for source in sources[:3])}{reasons}")
     try:
@@ -161,7 +151,7 @@ def corpus(
         summary = run.finished()
         ending = "is" if summary is None else "was finished before,"
         if summary is None:
-            with _progress(records) as advance, refusals(loaded):
+            with reading(records) as advance, refusals(loaded):
                 summary = run.measure(advance)
     except OSError as error:
         fail(
@@ -170,16 +160,16 @@ def corpus(
     except ValueError as error:
         fail(first_line(error))
     if summary is None:
-        fail(f"DATA: none of {records:,} records could be read; {out / 'skipped.jsonl'} says why")
+        fail(f"DATA: none of {records:,} records could be read; {out / SKIPPED} says why")
     say(subject.name)
     say(f"{_told(summary)}; {SUMMARY} {ending} in {out}")
-    _report(summary, out / REPORT)
+    _report(summary, out / REPORT, out / SUMMARY)
 
 
-def _report(summary: CorpusSummary, path: Path) -> None:
+def _report(summary: CorpusSummary, path: Path, saved: Path) -> None:
     """Write the report, if nobody has, or say what it needs."""
     if (reason := how_to_draw()) is not None:
-        say(f"no report: {reason}; then llama-attn report {path.parent / 'summary.safetensors'}")
+        say(f"no report: {reason}; then llama-attn report {saved}")
         return
     if not path.exists():
         from llama_attn.viz import corpus_report
@@ -264,29 +254,3 @@ def _own_device(device: str) -> str:
     """Each process of a launcher has its own GPU."""
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if device == "auto" and rank is not None and torch.cuda.is_available() else device
-
-
-class _Speed(ProgressColumn):
-    """Tokens per second."""
-
-    def render(self, task: Task) -> Text:
-        seconds = task.elapsed or 0
-        return Text(f"{task.fields['tokens'] / seconds:,.0f} tokens/s" if seconds else "")
-
-
-@contextmanager
-def _progress(records: int) -> Iterator[Callable[[int, int], None]]:
-    """Show how many texts are done, tokens per second, and the time left, where a terminal is."""
-    if not console.is_terminal:
-        yield lambda texts, tokens: None
-        return
-    columns: tuple[Any, ...] = (
-        TextColumn("reading texts"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=records, tokens=0)
-
-        def advance(texts: int, tokens: int) -> None:
-            progress.update(task, advance=texts, tokens=progress.tasks[0].fields["tokens"] + tokens)
-
-        yield advance

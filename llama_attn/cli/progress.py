@@ -6,7 +6,18 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 from torch import nn
 
 from llama_attn.cli.terminal import console
@@ -58,6 +69,34 @@ def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
     with _bar() as progress:
         task = progress.add_task(f"trying {total:,} {what}", total=total)
         yield lambda: progress.advance(task)
+
+
+@contextmanager
+def reading(records: int) -> Iterator[Callable[[int, int], None]]:
+    """Show how many texts are read, tokens per second and the time left; gives what to tell texts and tokens.
+
+    Args:
+        records: How many texts there are.
+    """
+    if not console.is_terminal:
+        yield lambda texts, tokens: None
+        return
+    columns = (TextColumn("reading texts"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=records, tokens=0)
+
+        def advance(texts: int, tokens: int) -> None:
+            progress.update(task, advance=texts, tokens=progress.tasks[0].fields["tokens"] + tokens)
+
+        yield advance
+
+
+class _Speed(ProgressColumn):
+    """Tokens per second."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.elapsed or 0
+        return Text(f"{task.fields['tokens'] / seconds:,.0f} tokens/s" if seconds else "")
 
 
 def _bar() -> Progress:

@@ -133,7 +133,9 @@ def compare(
     if of_corpora == (True, True):
         if plot is not None:
             fail("--plot: it is of two runs, and these are summaries of corpora; see their reports")
-        _say_compared(_compared(a, b), _table_of_corpora, top, statistic, out)
+        frame = _compared(a, b)
+        _check_statistic(frame, statistic)
+        _say_compared(frame, _table_of_corpora, top, statistic, out)
         return
     if any(of_corpora):
         fail(f"{a if of_corpora[0] else b} is the summary of a corpus, and {b if of_corpora[0] else a} is none")
@@ -151,10 +153,10 @@ def compare(
             frame = analysis.compare(*runs)
     except ValueError as error:
         fail(first_line(error))
-    if plot is not None and statistic is not None and "statistic" in inspect.signature(picture).parameters:
-        _check_statistic(frame, statistic)
-        given["statistic"] = statistic
+    _check_statistic(frame, statistic)
     if plot is not None:
+        if statistic is not None and "statistic" in inspect.signature(picture).parameters:
+            given["statistic"] = statistic
         _draw(picture, runs, given, plot, dpi)
     _say_compared(frame, _table, top, statistic, out)
 
@@ -169,9 +171,9 @@ def _compared(a: Path, b: Path) -> pandas.DataFrame:
         fail(first_line(error))
 
 
-def _check_statistic(frame: pandas.DataFrame, statistic: str) -> None:
+def _check_statistic(frame: pandas.DataFrame, statistic: str | None) -> None:
     names = sorted(frame.statistic.unique())
-    if statistic not in names:
+    if statistic is not None and statistic not in names:
         fail(f"--statistic: expected one of {', '.join(names)}, got {statistic!r}")
 
 
@@ -183,8 +185,6 @@ def _say_compared(
     out: Path | None,
 ) -> None:
     """Print the first lines of one statistic or all, and write all."""
-    if statistic is not None:
-        _check_statistic(frame, statistic)
     if out is not None:
         try:
             with complete_file(out) as unfinished:

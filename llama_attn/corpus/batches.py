@@ -90,7 +90,7 @@ class Reader:
 
     def measure(self, texts: Sequence[Text]) -> CorpusSummary:
         """The summary of the texts of one batch."""
-        ids, mask = _padded(texts)
+        ids, mask = padded(texts)
         device = next(self.module.parameters()).device
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         options = known_options(self.module, use_cache=False, logits_to_keep=1)
@@ -112,7 +112,7 @@ class Reader:
             yield batch
 
 
-def _padded(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+def padded(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, padded on the right; which token stands there does not matter."""
     rows = [torch.tensor(text.ids) for text in texts]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -15,6 +15,7 @@ SAMPLED = 128
 NO_TOKEN = -1
 # Probabilities that differ by less are equal.
 ROUNDING = 1e-5
+Places = int | Int[np.ndarray, "..."]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,21 +117,23 @@ class Sample:
         more = length - self.ids.shape[1]
         return replace(self, ids=np.pad(self.ids, ((0, 0), (0, more)), constant_values=NO_TOKEN)) if more else self
 
-    def window(self, text: int, statistic: int, layer: int, head: int) -> Int[np.ndarray, " around"]:
-        """The tokens that ``values`` are of; by places on the axes."""
-        ids = self.ids[text]
-        start = first_shown(self.position[text, statistic, layer, head], int((ids != NO_TOKEN).sum()))
-        return _cut(ids, int(start))
+    def window(
+        self, text: Places, statistic: Places, layer: Places, head: Places
+    ) -> tuple[Int[np.ndarray, ...], Int[np.ndarray, "... around"]]:
+        """The tokens that ``values`` are of: the first of them, and their ids; by places on the axes."""
+        text = np.asarray(text)
+        return _cut(self.ids, text, self.position[text, statistic, layer, head])
 
 
-def first_shown(position: Int[np.ndarray, ...], length: Int[np.ndarray, ...] | int) -> Int[np.ndarray, ...]:
-    """The first of the tokens that are shown around a position."""
-    return np.clip(position - AROUND // 2, 0, np.maximum(np.asarray(length) - AROUND, 0))
-
-
-def _cut(row: Int[np.ndarray, " token"], start: int) -> Int[np.ndarray, " around"]:
-    cut = row[start : start + AROUND]
-    return np.pad(cut, (0, AROUND - len(cut)), constant_values=NO_TOKEN)
+def _cut(
+    ids: Int[np.ndarray, "text token"], text: Int[np.ndarray, ...], position: Int[np.ndarray, ...]
+) -> tuple[Int[np.ndarray, ...], Int[np.ndarray, "... around"]]:
+    """The tokens that are shown of each text around a position: the first of them, and their ids, −1 behind the end."""
+    length = (ids != NO_TOKEN).sum(1)[text]
+    start = np.clip(position - AROUND // 2, 0, np.maximum(length - AROUND, 0)).astype(np.int32)
+    shown = start[..., None] + np.arange(AROUND)
+    inside = shown < length[..., None]
+    return start, np.where(inside, ids[text[..., None], np.where(inside, shown, 0)], NO_TOKEN)
 
 
 def examples_of(
@@ -153,8 +156,7 @@ def examples_of(
         files: Names of all files, of which the texts are.
         count: How many strongest texts of each head are kept.
     """
-    lengths = np.array([len(text.ids) for text in texts])
-    ids = np.full((len(texts), max(int(lengths.max()), 1)), NO_TOKEN, np.int32)
+    ids = np.full((len(texts), max(len(text.ids) for text in texts)), NO_TOKEN, np.int32)
     for row, text in zip(ids, texts, strict=True):
         row[: len(text.ids)] = text.ids
     # (text, statistic, layer, head, query), as both keep them.
@@ -162,13 +164,10 @@ def examples_of(
     known = np.where(np.isnan(by_text) | ~choosing.transpose(1, 0, 2)[:, None, :, None], -np.inf, by_text)
     # The first of those that are equal but for rounding.
     position = (known >= known.max(-1, keepdims=True) - ROUNDING).argmax(-1).astype(np.int32)
-    start = first_shown(position, lengths[:, None, None, None])
-    shown = start[..., None] + np.arange(AROUND)
-    inside = shown < lengths[:, None, None, None, None]
-    around = np.take_along_axis(by_text, np.where(inside, shown, 0), -1)
+    start, tokens = _cut(ids, np.arange(len(texts))[:, None, None, None], position)
+    inside = tokens != NO_TOKEN
+    around = np.take_along_axis(by_text, np.where(inside, start[..., None] + np.arange(AROUND), 0), -1)
     around = np.where(inside, around, np.nan).astype(np.float16)
-    text_number = np.arange(len(texts))[:, None, None, None, None]
-    tokens = np.where(inside, ids[text_number, np.where(inside, shown, 0)], NO_TOKEN).astype(np.int32)
     digest = np.array([text.digest for text in texts], np.int64)
     place = {name: number for number, name in enumerate(files)}
     file = np.array([place[text.file] for text in texts], np.int32)
@@ -188,7 +187,7 @@ def examples_of(
         file=for_each(file),
         line=for_each(line),
         position=of_heads(position),
-        start=of_heads(start.astype(np.int32)),
+        start=of_heads(start),
         ids=of_heads(tokens),
         values=of_heads(around),
     )

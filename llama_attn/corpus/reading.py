@@ -65,7 +65,8 @@ def summarize(
     strongest, sample = examples_of(
         values, choosing, means_of_heads, [scores.index(name) for name in examples_for], texts, files, examples
     )
-    counts, masses, queries = _weights(stats, dataset)
+    counts, masses, queries = _weights(stats)
+    sinks = sink_positions(dataset) if "received" in dataset else None
     return CorpusSummary(
         about=about,
         texts=len(texts),
@@ -76,11 +77,11 @@ def summarize(
         by_position={name: _by_position(stats[name], starts, label.unit) for name, label in by_position.items()},
         by_text={name: Moments.of(mean.movedim(1, -1), value_bins(labels[name].unit)) for name, mean in means.items()},
         first_key=_first_key(stats),
-        roles=_roles(dataset),
+        roles=_roles(dataset, sinks),
         weight_count=counts,
         weight_mass=masses,
         queries=queries,
-        sinks=_sinks(dataset, texts),
+        sinks=_sinks(sinks, texts),
         massive=_massive(dataset),
         strongest=strongest,
         sample=sample,
@@ -101,15 +102,15 @@ def _first_key(stats: AttentionStats) -> np.ndarray:
     return torch.stack([(alpha > EPSILON).sum(1), alpha.isfinite().sum(1)], -1).numpy()
 
 
-def _roles(dataset: xarray.Dataset) -> np.ndarray:
+def _roles(dataset: xarray.Dataset, sinks: xarray.Dataset | None) -> np.ndarray:
     """Texts in which each head has each role, (role, layer, head)."""
     if "entropy" not in dataset:
         return np.zeros((len(ROLES), dataset.sizes["layer"], dataset.sizes.get("head", 0)), np.int64)
-    best = strongest_roles(role_scores(dataset, per_row=True))
+    best = strongest_roles(role_scores(dataset, per_row=True, sinks=sinks))
     return np.stack([(best == role).sum(1) for role in (*range(len(THRESHOLDS)), MIXED)])
 
 
-def _weights(stats: AttentionStats, dataset: xarray.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _weights(stats: AttentionStats) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums over queries of the histogram of weights, (layer, head, weight_bin), and the queries, (layer)."""
     seen = stats.visible_keys > 0
     queries = seen.sum(-1).expand(len(stats.layers), -1) if seen.ndim == 2 else seen.sum(-1)
@@ -123,12 +124,12 @@ def _weights(stats: AttentionStats, dataset: xarray.Dataset) -> tuple[np.ndarray
     return sums[0], sums[1], queries.sum(1).numpy()
 
 
-def _sinks(dataset: xarray.Dataset, texts: Sequence[Text]) -> Table:
+def _sinks(found: xarray.Dataset | None, texts: Sequence[Text]) -> Table:
     """By token: heads to which it is a sink in first place, and behind; times that it comes first, and behind."""
     ids = np.concatenate([np.array(text.ids, np.int64) for text in texts])
     first = np.concatenate([np.arange(len(text.ids)) == 0 for text in texts])
-    if "received" in dataset:
-        heads = sink_positions(dataset).sink.sum(["layer", "head"]).transpose("batch", "key").values
+    if found is not None:
+        heads = found.sink.sum(["layer", "head"]).transpose("batch", "key").values
         named = np.concatenate([heads[row, : len(text.ids)] for row, text in enumerate(texts)])
     else:
         named = np.zeros(len(ids), np.int64)

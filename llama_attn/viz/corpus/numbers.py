@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 
 from llama_attn.analysis.coverage import bounds_of
 from llama_attn.analysis.sinks import EPSILON
-from llama_attn.corpus.examples import NO_TOKEN, first_shown
 from llama_attn.corpus.summary import CorpusSummary
 
 if TYPE_CHECKING:
@@ -154,16 +153,10 @@ def deciles_of(summary: CorpusSummary, statistic: int) -> Examples:
     text = decile_texts(means)
     empty, at = text < 0, np.maximum(text, 0)
     layer, head, _ = np.ogrid[: text.shape[0], : text.shape[1], :1]
-    position = sample.position[at, statistic, layer, head]
-    length = (sample.ids >= 0).sum(1)[at]
-    values = sample.values[at, statistic, layer, head]
-    start = first_shown(position, length)
-    shown = start[..., None] + np.arange(values.shape[-1])
-    inside = shown < length[..., None]
-    ids = sample.ids[at[..., None], np.where(inside, shown, 0)]
+    start, ids = sample.window(at, statistic, layer, head)
     return Examples(
-        np.where(empty, np.nan, means[at, layer, head]), sample.digest[at], sample.file[at], sample.line[at], position,
-        start, np.where(inside, ids, NO_TOKEN), values,
+        np.where(empty, np.nan, means[at, layer, head]), sample.digest[at], sample.file[at], sample.line[at],
+        sample.position[at, statistic, layer, head], start, ids, sample.values[at, statistic, layer, head],
     )  # fmt: skip
 
 

@@ -52,9 +52,13 @@ class Shell:
             f'<script type="application/octet-stream" id="{name}">{block.text}</script>'
             for name, block in blocks.items()
         )
-        content = {"style": _joined(self.styles, "css"), "data": data, "code": _joined(self.scripts, "js")}
+        content = {
+            # What a page may load is said once.
+            "head": _joined(("head",), "html"), "style": _joined(self.styles, "css"), "data": data,
+            "code": _joined(self.scripts, "js"),
+        }  # fmt: skip
         # Base64 and the package's own files only: whatever came with the run is inside the compressed blocks.
-        frame = (FOLDER / f"{self.html}.html").read_text("utf-8")
+        frame = _joined((self.html,), "html")
         return re.sub(r"\{\{(\w+)\}\}", lambda match: content[match[1]], frame)
 
     def fitting(self, about: dict[str, Any], parts: Sequence[Part], most: int) -> str:
