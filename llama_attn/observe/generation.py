@@ -83,17 +83,13 @@ class GenerationSession:
 
     def watch(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
         """The same criteria; rows that they end are no longer measured."""
-        session = self
+        return _Watched(self, criteria)
 
-        class Watched(StoppingCriteriaList):
-            def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-                done = super().__call__(input_ids, scores, **kwargs)
-                session._alive = session._alive & ~done.to(session._alive.device)
-                if session._tokens is not None:
-                    session._tokens = input_ids
-                return done
-
-        return Watched(criteria)
+    def end_rows(self, done: Tensor, tokens: Tensor) -> None:
+        """Take which rows have ended, (batch,), and all tokens so far, (batch, token)."""
+        self._alive = self._alive & ~done.to(self._alive.device)
+        if self._tokens is not None:
+            self._tokens = tokens
 
     def _next(self) -> Forward:
         """The observer of the next forward."""
@@ -147,6 +143,22 @@ class GenerationSession:
         if self._forward is None:
             raise RuntimeError("generate: a layer was left outside of a forward")
         self._forward.leave_layer(module, states)
+
+
+class _Watched(StoppingCriteriaList):
+    """Stopping criteria that tell a session what they say.
+
+    Not defined where the session is at hand: a class refers to itself, and would keep what it knows.
+    """
+
+    def __init__(self, session: GenerationSession, criteria: StoppingCriteriaList) -> None:
+        super().__init__(criteria)
+        self._session = session
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        self._session.end_rows(done, input_ids)
+        return done
 
 
 _session: ContextVar[GenerationSession | None] = ContextVar("session", default=None)

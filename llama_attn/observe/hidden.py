@@ -42,7 +42,8 @@ class Hooks:
     def __init__(
         self, root: nn.Module, stack: Stack, config: AttentionStatsConfig, course: Course, *, brackets: bool
     ) -> None:
-        self.root, self.course = root, course
+        self.root = root
+        self._course: Course | None = course
         self.tokens: Tensor | None = None
         self._has_entered = self.sees_forwards = False
         self._handles: list[RemovableHandle] = []
@@ -72,6 +73,13 @@ class Hooks:
             handle.remove()
         self._handles = []
         self.entered, self._pending = {}, None
+        # The course holds its hooks: what it has measured would stay until Python looks for such circles.
+        self._course = None
+
+    @property
+    def _forward(self) -> Forward | None:
+        """The forward that is being measured."""
+        return None if self._course is None else self._course.forward
 
     def has_entered(self) -> bool:
         """Whether a forward has begun since this was last asked."""
@@ -114,11 +122,11 @@ class Hooks:
 
     def _leave_layer(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        if self.course.forward is not None and isinstance(states, Tensor) and states.ndim == 3 and not is_replay():
-            self.course.forward.leave_last_layer(states.detach())
+        if self._forward is not None and isinstance(states, Tensor) and states.ndim == 3 and not is_replay():
+            self._forward.leave_last_layer(states.detach())
 
     def _enter_leaf(self, leaf: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        pending, forward = self._pending, self.course.forward
+        pending, forward = self._pending, self._forward
         if pending is None or forward is None or not args or not isinstance(args[0], Tensor) or is_replay():
             return
         if pending.is_given(args[0]):
