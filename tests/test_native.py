@@ -26,6 +26,7 @@ KNOWN = tuple(statistic for statistic in statistics_table().values() if native.k
 NAMES = {
     "entropy", "logsumexp", "max_logit", "max_weight", "effective_keys", "sink_mass", "local_mass", "mean_distance",
     "received", "received_total", "distance_histogram", "learned_sink_mass", "weight_count", "weight_mass", "kept_mass",
+    "row_weights",
 }  # fmt: skip
 # More than one tile and more than one block even where there are few tokens.
 SIZES = st.tuples(st.integers(1, 200), st.sampled_from([64, 128, native.BLOCK_KEYS]))

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("built_native")
 KNOWN = tuple(statistic for statistic in statistics_table().values() if native.knows(statistic))
 OPTIONAL = {
     "value", "mask", "position_bias", "real_keys", "real_queries", "rank", "sinks", "received", "distance_histogram",
-    "weight_count", "weight_mass", "grad_position_bias",
+    "weight_count", "weight_mass", "row_weights", "grad_position_bias",
 }  # fmt: skip
 STRIDED = {
     "query", "key", "value", "output", "mask", "position_bias", "grad_output", "grad_query", "grad_key", "grad_value",
@@ -87,7 +87,7 @@ def test_extents_that_a_tensor_does_not_have(function, calls):
                 getattr(wrong, name).size[axis] += change
                 refused(function, wrong, name)
         wrong = copied(call)
-        getattr(wrong, name).type = library.TYPES[torch.int64 if name != "rank" else torch.bool]
+        getattr(wrong, name).type = library.TYPES[torch.bool if name in ("rank", "row_places") else torch.int64]
         refused(function, wrong, name)
         if name not in OPTIONAL:
             wrong = copied(call)
@@ -131,6 +131,13 @@ def test_a_place_that_does_not_exist(calls):
         wrong = copied(calls[0]["forward"])
         wrong.entropy = value
         refused("forward", wrong, "place of a statistic")
+
+
+@pytest.mark.parametrize("place", [-2, 6, 2**40])
+def test_a_row_that_nobody_chose(place, calls):
+    call = calls[0]["forward"]
+    ctypes.c_int64.from_address(call.row_places.data + 8 * 3).value = place
+    refused("forward", call, "place in row_weights")
 
 
 @pytest.mark.parametrize(("first", "stop"), [(-1, 3), (0, 10), (5, 4), (2**31 - 1, 2**31 - 1)])

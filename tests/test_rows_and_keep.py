@@ -7,12 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calls import calls
 from conftest import tiny_model
+from hypothesis import given, strategies as st
 from oracle import stock_of
 
 from llama_attn import AttentionStats, AttentionStatsConfig, record
+from llama_attn.engines import native, torch as reference_engine
 from llama_attn.stats.row_positions import GENERATED, positions, read_rows, runs_of_positions
+from llama_attn.stats.table import statistics_table
 from llama_attn.stats.weight_bins import NUM_WEIGHT_BINS
+from llama_attn.testing import relative_error
 
 ROWS = (-1, 4, 30, 31)
 
@@ -244,3 +249,38 @@ def test_positions():
     assert runs_of_positions(()) == []
     assert read_rows(torch.tensor([3, 1])) == (3, 1)
     assert read_rows(-1) == (-1,)
+
+
+@pytest.mark.usefixtures("built_native")
+@pytest.mark.parametrize("engine", [reference_engine, native], ids=["torch", "native"])
+@given(call=calls(), random=st.randoms())
+def test_an_engine_takes_chosen_rows_from_the_blocks_of_all(engine, call, random):
+    statistics = [statistics_table()[name] for name in ("entropy", "row_weights")]
+    everyone = range(call.query.shape[2])
+    chosen = sorted(random.sample(everyone, random.randint(1, len(everyone))))
+    wanted = replace(call.wanted(statistics), rows=chosen)
+    sizes = {"block_rows": random.randint(1, 9)} if engine is reference_engine else {"block_keys": 64}
+    walk = engine.walk(call.query, call.key, call.value, call.visibility, call.scoring, wanted, **sizes)
+    shown = (call.sees.any(-1) & call.real_queries)[:, None, :, None]
+    expected = statistics[1].textbook(call.reference()).masked_fill(~shown, torch.nan)[:, :, chosen]
+    assert relative_error(walk.raw["row_weights"], expected) < 1e-10
+    assert walk.raw["entropy"].shape[2] == len(everyone)
+
+
+@pytest.mark.usefixtures("built_native")
+@pytest.mark.parametrize("backend", ["streaming_native", "streaming_torch"])
+def test_rows_need_no_second_walk(backend, monkeypatch):
+    walks = []
+
+    def counted(engine, walk):
+        def walked(query, *rest):
+            walks.append(query.shape[2])
+            return walk(query, *rest)
+
+        monkeypatch.setattr(engine, "walk", walked)
+
+    for engine in (native, reference_engine):
+        counted(engine, engine.walk)
+    config = AttentionStatsConfig(statistics=("entropy",), rows=(5, 30))
+    measure(tiny_model(backend), torch.arange(3, 40)[None], config)
+    assert walks == [37] * 3

@@ -23,7 +23,7 @@ from llama_attn.engines import _compiler
 # What a function returns if there is not enough memory; 0 is success, all else a call that it refuses.
 NO_MEMORY = 1
 # `kAbi` of csrc/call.h.
-ABI = 1
+ABI = 2
 HOW_TO_BUILD = "not built; run `llama-attn build`"
 # The library that `llama-attn build` makes, among the instruction sets that $LLAMA_ATTN_ISA can name.
 NATIVE = "native"
@@ -66,7 +66,7 @@ class Call(ctypes.Structure):
         *((name, Tensor) for name in (
             "query", "key", "value", "output", "mask", "position_bias", "real_keys", "real_queries", "first_key",
             "stop_key", "rank", "kept", "sinks", "row_logsumexp", "rows", "received", "distance_histogram", "weight_count",
-            "weight_mass", "grad_output", "grad_query", "grad_key", "grad_value", "grad_position_bias", "shift",
+            "weight_mass", "row_weights", "row_places", "grad_output", "grad_query", "grad_key", "grad_value", "grad_position_bias", "shift",
         )),
         ("message", ctypes.c_char * 256),
     )  # fmt: skip

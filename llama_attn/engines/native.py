@@ -37,7 +37,7 @@ _PER_QUERY = frozenset(
 )  # fmt: skip
 _RECEIVED = frozenset({"received", "received_total"})
 _BINNED = ("weight_count", "weight_mass")
-_KNOWN = _PER_QUERY | _RECEIVED | {"distance_histogram", *_BINNED}
+_KNOWN = _PER_QUERY | _RECEIVED | {"distance_histogram", "row_weights", *_BINNED}
 # More tokens than there are, and few enough that sums with them do not overflow.
 _BEYOND = 2**40
 
@@ -121,6 +121,13 @@ def walk(
             if name in names:
                 raw[name] = logsumexp.new_empty(batch, heads, NUM_WEIGHT_BINS)
                 call.put(name, raw[name])
+        if "row_weights" in names:
+            chosen = range(num_queries) if wanted.rows is None else wanted.rows
+            raw["row_weights"] = logsumexp.new_empty(batch, heads, len(chosen), visibility.num_keys)
+            held.append(torch.full((num_queries,), -1))
+            held[-1][list(chosen)] = torch.arange(len(chosen))
+            call.put("row_weights", raw["row_weights"])
+            call.put("row_places", held[-1])
         if "kept_mass" in raw:
             if wanted.keep is None:
                 raise ValueError("kept_mass: needs `keep` in the AttentionStatsConfig")

@@ -7,6 +7,7 @@ keys it may see. The softmax is taken in float32, each wanted statistic takes wh
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -135,13 +136,17 @@ def walk(
     for sums in in_threads(work, workers):
         for name, part in sums.items():
             raw[name] = raw[name] + part if name in raw else part
+    chosen = wanted.rows if wanted else None
     # A row that sees nothing, or NaN, has no statistics.
     for statistic in wanted.statistics if wanted else ():
         if statistic.per_query and num_queries:
             taken, none = raw[statistic.name], torch.nan if statistic.dtype is None else -1
             # Of padding, keys that its block did not meet would otherwise be zero.
-            shown = sees & visibility.real_queries[:, None] if "row" in statistic.dims else sees
-            taken.masked_fill_(~shown.view(*sees.shape, *[1] * (taken.ndim - sees.ndim)), none)
+            shown = sees
+            if "row" in statistic.dims:
+                shown = sees & visibility.real_queries[:, None]
+                shown = shown if chosen is None else shown[:, :, list(chosen)]
+            taken.masked_fill_(~shown.view(*shown.shape, *[1] * (taken.ndim - shown.ndim)), none)
     return Walk(output, logsumexp, raw)
 
 
@@ -258,10 +263,13 @@ def _take(block: Block, raw: dict[str, Tensor], sums: dict[str, Tensor], num_que
     for statistic in block.wanted.statistics:
         taken = statistic.stream(block)
         if statistic.per_query:
+            of_all, first = num_queries, block.rows.start
+            if statistic.needs == "rows" and (chosen := block.wanted.rows) is not None:
+                of_all, first = len(chosen), bisect_left(chosen, first)
             if statistic.name not in raw:
                 # Another worker may have been faster.
-                raw.setdefault(statistic.name, _of_all_rows(statistic, taken, num_queries, block.visibility.num_keys))
-            rows = raw[statistic.name][:, :, block.rows.start : block.rows.stop]
+                raw.setdefault(statistic.name, _of_all_rows(statistic, taken, of_all, block.visibility.num_keys))
+            rows = raw[statistic.name][:, :, first : first + taken.shape[2]]
             if statistic.dims[-1] == "key":
                 rows = rows[..., block.keys]
             rows.copy_(taken)

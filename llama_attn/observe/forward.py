@@ -180,8 +180,8 @@ class Forward:
     ) -> Share | None:
         """What to measure in the blocks of a streaming backend."""
         self._started(call, name, visibility)
-        layer, kv_heads = self.layer_of(call.module), call.key.shape[1]
-        share = self.recorder.fused(layer, kv_heads, visibility, scores, engine)
+        layer = self.layer_of(call.module)
+        share = self.recorder.fused(layer, call.query, call.key, visibility, scores, engine)
         return share._replace(is_all=False) if share and self.sees_states else share
 
     def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:

@@ -31,6 +31,7 @@ class Wanted:
         tokens: Token id of every key, (batch, key).
         token_before: Token id in front of the first key, (batch,), where a cache has dropped it; −1 for padding.
         keep: Which keys are kept, (batch, 1 or kv_head, key).
+        rows: Which of the measured queries `row_weights` is of, in order; None for all.
     """
 
     statistics: Sequence[Statistic]
@@ -40,6 +41,7 @@ class Wanted:
     tokens: Int[Tensor, "batch key"] | None = None
     token_before: Int[Tensor, " batch"] | None = None
     keep: Bool[Tensor, "batch _ key"] | None = None
+    rows: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

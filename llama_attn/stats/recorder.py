@@ -87,7 +87,9 @@ class Recorder:
         self._sights[id(visibility)] = visibility, sight
         return sight
 
-    def fused(self, layer: int, kv_heads: int, visibility: Visibility, scoring: Scoring, engine: str) -> Share | None:
+    def fused(
+        self, layer: int, query: Tensor, key: Tensor, visibility: Visibility, scoring: Scoring, engine: str
+    ) -> Share | None:
         """What a backend on ``engine`` may measure from its own blocks; ``None`` if it should measure nothing.
 
         A subset of heads or queries is cheaper to measure beside the backend.
@@ -99,8 +101,14 @@ class Recorder:
         share = shares.get(engine)
         if share is None:
             return None
-        is_all = len(shares) == 1 and not sight.norms and not sight.rows
-        return Share(sight.of_layer(share, layer, kv_heads), sight.visibility, is_all)
+        share = sight.of_layer(share, layer, key.shape[1])
+        # Operators in a graph are not told of rows: there they are measured beside.
+        with_rows = sight.rows and not torch.compiler.is_compiling()
+        if with_rows and engine in self._assign(sight.row_statistics, visibility, scoring, prefer=engine):
+            self._check_rows(sight, query, query.shape[1], visibility.num_keys)
+            share = replace(share, statistics=(*share.statistics, *sight.row_statistics), rows=sight.row_places)
+        is_all = len(shares) == 1 and not sight.norms and (share.rows is not None or not sight.rows)
+        return Share(share, sight.visibility, is_all)
 
     def _shares(self, sight: Sight, visibility: Visibility, scoring: Scoring, prefer: str | None) -> dict[str, Wanted]:
         """What each engine measures, found out once for all layers with such calls."""
@@ -198,9 +206,7 @@ class Recorder:
     ) -> None:
         """Measure what is of single queries and all keys: a walk over these queries alone."""
         sight = self.sight(visibility)
-        batch, heads = query.shape[0], query.shape[1] if chosen is None else len(chosen)
-        weights = max(1, len(self._layers)) * batch * heads * len(sight.rows) * key.shape[2]
-        check_size(weights * max(4, query.element_size()), self.config.offload)
+        self._check_rows(sight, query, query.shape[1] if chosen is None else len(chosen), key.shape[2])
         parts: dict[str, list[Tensor]] = {}
         for run in sight.row_runs:
             at = slice(
@@ -214,6 +220,10 @@ class Recorder:
                     parts.setdefault(name, []).append(raw)
                 self.engines[engine] = None
         self.records.put(layer, {name: torch.cat(raw, dim=2) for name, raw in parts.items()})
+
+    def _check_rows(self, sight: Sight, query: Tensor, heads: int, num_keys: int) -> None:
+        weights = max(1, len(self._layers)) * len(query) * heads * len(sight.rows) * num_keys
+        check_size(weights * max(4, query.element_size()), self.config.offload)
 
     def _measure_norms(
         self,

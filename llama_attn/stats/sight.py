@@ -116,6 +116,12 @@ class Sight:
             row_statistics=tuple(s for s in statistics if s.needs == "rows"),
         )
 
+    @property
+    def row_places(self) -> tuple[int, ...]:
+        """Which of the measured queries ``rows`` are, if all are measured."""
+        first = self.visibility.offset + self.visibility.first_query
+        return tuple(row - first for row in self.rows)
+
     def of_layer(self, wanted: Wanted, layer: int, kv_heads: int) -> Wanted:
         """What is wanted of one layer, whose mask of kept keys may be its own.
 

@@ -6,7 +6,7 @@
 namespace llama_attn {
 
 // What fields mean, to be raised when that changes; engines/_library.py has the same number.
-constexpr int64_t kAbi = 1;
+constexpr int64_t kAbi = 2;
 
 enum class Type : int64_t { kFloat64, kFloat32, kBFloat16, kFloat16, kBool, kInt32, kInt64 };
 
@@ -61,6 +61,8 @@ struct Call {
   // (batch, head, bin). Bin b < 30 is of the weights in (2^−(b+1), 2^−b], the last of all that are smaller; how many
   // these are is not counted, since keys that are not seen would be among them.
   Tensor weight_count, weight_mass;
+  Tensor row_weights;  // (batch, head, chosen query, key)
+  Tensor row_places;   // which of them each query is, −1 for none, (query), int64
 
   // For the backward.
   Tensor grad_output;                       // (batch, query, head, channel), in any type

@@ -150,6 +150,14 @@ void check(const Call& call, bool backward) {
   optional("distance_histogram", call.distance_histogram, {batch, heads, call.distance_histogram.size[2], 1}, compute);
   optional("weight_count", call.weight_count, {batch, heads, kWeightBins, 1}, compute);
   optional("weight_mass", call.weight_mass, {batch, heads, kWeightBins, 1}, compute);
+  if (call.row_weights.data != nullptr) {
+    const int64_t chosen = call.row_weights.size[2];
+    in_range("queries of row_weights", chosen, 1, queries);
+    has("row_weights", call.row_weights, {batch, heads, chosen, keys}, {compute}, Layout::kContiguous);
+    has("row_places", call.row_places, {queries, 1, 1, 1}, {Type::kInt64}, Layout::kContiguous);
+    for (int64_t query = 0; query < queries; ++query)
+      in_range("place in row_weights of a query", data_of<int64_t>(call.row_places)[query], -1, chosen - 1);
+  }
   if (call.kept_mass != 0)
     has("kept", call.kept, {batch, call.kv_heads, keys, 1}, {Type::kBool}, Layout::kContiguous);
 }

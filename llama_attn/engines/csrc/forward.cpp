@@ -137,6 +137,7 @@ void Forward<T>::walk(const Tile& tile, int64_t stripe, Scratch& scratch) const 
   if (call_.received.data != nullptr || call_.distance_histogram.data != nullptr)
     receive(tile, stripe, seen.stop, scratch);
   if (bins_weights()) bin_weights(tile, stripe, seen.stop, scratch);
+  if (call_.row_weights.data != nullptr) write_rows(tile, seen.stop, scratch);
 }
 
 // The scores of one block, their exponentials, and what these add to every row.
@@ -284,6 +285,32 @@ void Forward<T>::receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch
       for (int64_t i = 0; i < tile.queries; ++i)
         bin_distances(factors[i], weights + i * stride, keys, sight_.position(tile.first_row + i), bins);
     }
+  }
+}
+
+// The final weights of the chosen rows; NaN for a row that is padding or sees nothing.
+template <class T>
+void Forward<T>::write_rows(const Tile& tile, int64_t stop, const Scratch& scratch) const {
+  const int64_t rows = tile.rows(), stride = call_.block_keys, chosen = call_.row_weights.size[2];
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t place = data_of<int64_t>(call_.row_places)[tile.query(row)];
+    if (place < 0) continue;
+    const int64_t head = tile.batch * call_.heads + tile.head(row);
+    T* to = data_of<T>(call_.row_weights) + (head * chosen + place) * call_.num_keys;
+    if (!(scratch.factors[row] > 0)) {
+      std::fill_n(to, call_.num_keys, std::numeric_limits<T>::quiet_NaN());
+      continue;
+    }
+    int64_t done = 0;
+    for (size_t slot = 0; slot < scratch.blocks.size(); ++slot) {
+      const int64_t first = scratch.blocks[slot], width = std::min(stride, stop - first);
+      const T* exponentials = scratch.scores.get() + (static_cast<int64_t>(slot) * rows + row) * stride;
+      const T factor = factor_of(row, slot, rows, scratch);
+      std::fill(to + done, to + first, T{0});
+      for (int64_t j = 0; j < width; ++j) to[first + j] = factor * exponentials[j];
+      done = first + width;
+    }
+    std::fill(to + done, to + call_.num_keys, T{0});
   }
 }
 

@@ -89,6 +89,7 @@ class Forward {
   void finish(const Tile& tile, Scratch& scratch) const;
   void receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const;
   static T factor_of(int64_t row, size_t slot, int64_t rows, const Scratch& scratch);
+  void write_rows(const Tile& tile, int64_t stop, const Scratch& scratch) const;
   void bin_weights(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const;
   void bin_distances(T factor, const T* weights, Span keys, int64_t position, T* bins) const;
   template <class From>
@@ -99,7 +100,8 @@ class Forward {
   int64_t rows_per_tile() const { return stripes_.queries_per_tile * (call_.heads / call_.kv_heads); }
   bool bins_weights() const { return call_.weight_count.data != nullptr || call_.weight_mass.data != nullptr; }
   bool keeps_blocks() const {
-    return call_.received.data != nullptr || call_.distance_histogram.data != nullptr || bins_weights();
+    return call_.received.data != nullptr || call_.distance_histogram.data != nullptr || bins_weights() ||
+           call_.row_weights.data != nullptr;
   }
   Span sinks_in(Span keys, int64_t batch) const;
 
