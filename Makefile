@@ -20,7 +20,7 @@ VERSIONS ?= $(OLDEST) 5.24.0
 SAME := analysis compare container docs figures gradients native notebook properties report style table threads triton \
 	tutorial viz wheel
 
-.PHONY: demo test wheel docs versions newest long upstream bench sanitize clean
+.PHONY: demo test check wheel docs versions lowest newest long fuzz upstream bench bench-check lock sanitize clean
 
 demo: $(VENV)/.native
 	$(BIN)/llama-attn demo
@@ -30,6 +30,9 @@ test: $(VENV)/.native
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
+
+# What CI runs: the tests, the documentation, the wheel outside the tree, each benchmark once.
+check: test docs wheel bench-check
 
 # The wheel, in dist/, with the C++ engine for every processor in it (docs/wheels.md), tried outside the tree; then the
 # tests of that engine with each of its libraries that runs here.
@@ -62,6 +65,16 @@ newest: $(VENV)/.native
 	$(NEWEST)/bin/python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
 	$(NEWEST)/bin/python -m pytest --numprocesses 2
 
+# The oldest release of everything small that pyproject.toml allows, in front of everything else of $(VENV). torch 2.6
+# itself is not tried: where this is developed there is no build of it without CUDA.
+lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/python -m pytest --numprocesses 2 -o addopts="--strict-markers --benchmark-skip" \
+		-o filterwarnings=default --ignore-glob='tests/test_wheel*.py'
+
+# Mutated files, loaded and looked at (docs/hostile_input.md); FILES=1000 SEED=7 for others.
+fuzz: $(VENV)/.ready
+	$(BIN)/python tests/attacks/fuzz.py --files $(or $(FILES),100000) --seed $(or $(SEED),0)
+
 # Ten thousand random examples of the properties of the engine, and every type of model on every backend in every
 # situation; too long for CI.
 long: $(VENV)/.native
@@ -80,6 +93,24 @@ bench: $(VENV)/.native $(PEERS)/.ready
 	$(if $(BENCH),,rm -f docs/benchmarks.json)
 	$(BIN)/python -m pytest $(if $(BENCH),$(BENCH:%=benchmarks/test_%.py),benchmarks); status=$$?; \
 	$(BIN)/python docs/make_benchmarks.py && exit $$status
+
+# The versions of everything, from an environment made anew: with what constraints.txt chooses, torch by its public version.
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet --upgrade 'pip>=25.1'
+	.venv-lock/bin/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]' --group dev
+	{ echo "# Made by \`make lock\`. Releases that pip may choose, whatever it installs."; \
+		.venv-lock/bin/pip freeze --exclude-editable | sed -E '/ @ /d; s/^(torch==[^+]*)\+.*/\1/; /^nvidia-/d'; } > $(LOCK)
+
+# What the oldest release needs that newer ones do not is named with it.
+$(LOWEST)/.ready: pyproject.toml tests/lowest.py | $(VENV)/.native
+	rm -rf $(LOWEST)
+	$(BIN)/python -m venv --without-pip $(LOWEST)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(LOWEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth
+	$(BIN)/pip --python $(LOWEST)/bin/python install --quiet --no-deps --ignore-installed $$($(BIN)/python tests/lowest.py)
+	touch $@
 
 $(VENV)/.ready: pyproject.toml $(LOCK)
 	$(if $(PYTHON),,$(error no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12))
@@ -115,5 +146,5 @@ sanitize: $(VENV)/.ready
 	VENV_BIN=$(BIN) sh tests/sanitize.sh
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(NEWEST) .venv-tf-* dist site llama_attn/engines/native-*.so
+	rm -rf $(VENV) $(PEERS) $(NEWEST) $(LOWEST) .venv-lock .venv-tf-* dist site llama_attn/engines/native-*.so
 	rm -rf llama_attn_demo llama_attn_run llama_attn_heads
