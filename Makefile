@@ -112,6 +112,11 @@ $(LOWEST)/.ready: pyproject.toml tests/lowest.py | $(VENV)/.native
 	$(BIN)/pip --python $(LOWEST)/bin/python install --quiet --no-deps --ignore-installed $$($(BIN)/python tests/lowest.py)
 	touch $@
 
+# Each benchmark once on small shapes, whether it still runs; no number is kept.
+bench-check: $(VENV)/.native
+	LLAMA_ATTN_BENCH=check $(BIN)/python -m pytest benchmarks -k "not transformer_lens" --benchmark-disable-gc \
+		--benchmark-max-time=0 --benchmark-min-rounds=1 --quiet
+
 $(VENV)/.ready: pyproject.toml $(LOCK)
 	$(if $(PYTHON),,$(error no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12))
 	$(PYTHON) -m venv $(VENV)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from check import shrunk
 from models import ours
 from timing import Case, alternate
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.benchmark(group="decisions")
 @torch.no_grad()
 def test_beside_the_default_statistics(benchmark, model, text):
     """One forward at 4,096 tokens."""
-    length = 4096
+    length = shrunk(4096)
     ids, mine = text(length), ours(model, "streaming")
     half = torch.rand(1, length, generator=torch.Generator().manual_seed(0)) < 0.5
     more = {

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from check import once
 from results import Row
 
 
@@ -41,7 +42,7 @@ def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, r
     Returns:
         The rows, which are kept, and the seconds of every round by case.
     """
-    seconds = time_in_turns(benchmark, [baseline, *cases], rounds=rounds)
+    seconds = time_in_turns(benchmark, [baseline, *cases], rounds=once(rounds))
     plain = seconds[baseline.name]
     rows = []
     for case in cases:

@@ -17,7 +17,9 @@ def lowest() -> list[str]:
     """``name==version`` of what is required, and of what figures and tables require."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    found = (re.match(r"(\w+)>=([\d.]+)", each) for each in [*project["dependencies"], *extras["analysis"], *extras["viz"]])
+    found = (
+        re.match(r"(\w+)>=([\d.]+)", each) for each in [*project["dependencies"], *extras["analysis"], *extras["viz"]]
+    )
     return [f"{one[1]}=={one[2]}" for one in found if one and one[1] not in OTHERS]
 
 
