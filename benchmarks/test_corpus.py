@@ -5,6 +5,7 @@ from __future__ import annotations
 import corpus_process
 import pytest
 import torch
+from check import shrunk
 from fresh_process import run
 from models import ours, stock
 from results import Row
@@ -17,7 +18,7 @@ from llama_attn.corpus.examples import Text
 pytestmark = pytest.mark.benchmark(group="corpus")
 
 # Texts after which the peak is noted, and all of them: of the full number, `corpus_process.py FOLDER 200 2000` tells.
-SOME, ALL = 100, 300
+SOME, ALL = shrunk(100), shrunk(300)
 # MiB that the others may add.
 MOST_ADDED = 50
 
@@ -25,8 +26,9 @@ MOST_ADDED = 50
 @torch.no_grad()
 def test_tokens_per_second(benchmark, model, text):
     """Batches of texts of 512 tokens and a few shorter ones, default statistics, examples, roles and all."""
-    long = text(8192)[0]
-    ids = [long[start : start + 512 - 8 * (start // 512)] for start in range(0, 8192, 512)]
+    most = shrunk(512)
+    long = text(16 * most)[0]
+    ids = [long[row * most : (row + 1) * most - shrunk(8) * row] for row in range(16)]
     texts = [Text("texts", line, hash(tuple(row.tolist())), tuple(row.tolist())) for line, row in enumerate(ids)]
     plain = stock(model)
     reader = Reader(ours(model, "streaming"), None, AttentionStatsConfig(offload="cpu"), "", 512, 4096, 4)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from check import shrunk
 from models import ours
-from timing import Case, alternate
+from timing import Case, alternate, keep_freed_memory
 
 from llama_attn import AttentionStatsConfig
 from llama_attn.stats.table import default_statistics
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.benchmark(group="decisions")
 @torch.no_grad()
 def test_beside_the_default_statistics(benchmark, model, text):
     """One forward at 4,096 tokens."""
-    length = 4096
+    length = shrunk(4096)
+    keep_freed_memory()
     ids, mine = text(length), ours(model, "streaming")
     half = torch.rand(1, length, generator=torch.Generator().manual_seed(0)) < 0.5
     more = {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from check import shrunk
 from models import ours, stock
 from timing import Case, alternate
 
 pytestmark = pytest.mark.benchmark(group="decode")
 
-CACHED, NEW = 1000, 20
+CACHED, NEW = shrunk(1000), 20
 # Backend, whether it measures, and the most it may take of the time of stock sdpa.
 CASES = [("streaming", True, 1.03), ("streaming_torch", True, None), ("sdpa", True, None), ("sdpa", False, None)]
 

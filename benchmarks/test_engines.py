@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+from check import shrunk
 from models import ours
 from results import Row
 from timing import Case, alternate, keep
@@ -35,6 +36,7 @@ def engines_on(device):
 def test_attention(benchmark, device, model_name):
     """Without a model around it: output alone, with the default statistics, and statistics alone."""
     heads, kv_heads, channels, length = SHAPES[model_name]
+    length = shrunk(length)
     generator = torch.Generator().manual_seed(0)
     # Laid out as a model does it: the heads of a token side by side.
     query, key, value = (
@@ -72,7 +74,7 @@ def test_measuring_less(benchmark, model, text, backend):
 
     Inside streaming, everything comes from blocks that exist anyway; a part of the queries or heads is observed beside it.
     """
-    length = 2048
+    length = shrunk(2048)
     ids, network = text(length), ours(model, backend)
     parts = {
         "everything": AttentionStatsConfig(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from check import once, shrunk
 from results import Row
 from timing import keep
 from transformers import AutoTokenizer
@@ -22,7 +23,7 @@ def stats(request, model, text):
         chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     else:
-        ids = text(request.param)
+        ids = text(shrunk(request.param))
     model.set_attn_implementation("streaming")
     config = AttentionStatsConfig(statistics=("sink_mass", "received", "weights_map"), norms=True)
     with torch.no_grad():
@@ -37,7 +38,7 @@ def shape(stats):
 
 def test_seed_figures(stats, benchmark, tmp_path):
     benchmark.group = "figures"
-    written = benchmark.pedantic(save_seed_figures, args=(stats, tmp_path), rounds=3, warmup_rounds=1)
+    written = benchmark.pedantic(save_seed_figures, args=(stats, tmp_path), rounds=once(3), warmup_rounds=once(1))
     assert len(written) == 30
     row = Row.over("30 pictures of ten layers", shape(stats), benchmark.stats.stats.median, "s", "the limit", 15.0, 1.0)
     keep(benchmark, [row])

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from check import once, shrunk
 from models import llama_3_8b, ours, stock
 from timing import Case, alternate
 
@@ -78,7 +79,7 @@ def compare_forwards(benchmark, model, ids, cases, shape, truth=None):
 
 @pytest.mark.parametrize(("length", "dtype"), SHAPES)
 def test_smollm2(benchmark, model, text, device, length, dtype):
-    ids, truth = text(length), None
+    ids, truth = text(shrunk(length)), None
     if dtype != "float32":
         with torch.no_grad():
             truth = stock(model)(ids, logits_to_keep=1, use_cache=False).logits
@@ -89,6 +90,6 @@ def test_smollm2(benchmark, model, text, device, length, dtype):
 
 def test_llama_3_8b_shape(benchmark, device):
     """Two layers with random weights."""
-    length, model = 2048, llama_3_8b(num_layers=2).to(device)
+    length, model = shrunk(2048), llama_3_8b(num_layers=once(2)).to(device)
     ids = torch.randint(1024, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     compare_forwards(benchmark, model, ids, SHAPE_8B, f"Llama-3-8B, two layers, float32, T {length:,}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from check import shrunk
 from fresh_process import run
 from models import ours, stock
 from results import ROOT, Row
@@ -45,7 +46,7 @@ def from_weights(weights: torch.Tensor) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_eager(benchmark, model, text):
     """Stock eager attention that returns its weights, then six of the eight default statistics from them."""
-    length = 2048
+    length = shrunk(2048)
     ids, eager, streaming = text(length), stock(model, "eager"), ours(model, "streaming")
 
     def theirs():
@@ -86,7 +87,7 @@ def test_transformer_lens(benchmark, checkpoint_folder, length):
     measured = benchmark.pedantic(
         run, args=("streaming", "--statistics", "--folder", checkpoint_folder, *options), rounds=1
     )
-    assert theirs["shape"][-1] == length
+    assert theirs["shape"][-1] == shrunk(length)
     expected = torch.tensor(theirs["received"])
     torch.testing.assert_close(torch.tensor(measured["received"]), expected, rtol=1e-3, atol=1e-5)
     case, shape = f"streaming ({measured['engine']}), statistics", f"SmolLM2, float32, T {length:,}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from check import shrunk
 from models import mistral, ours, stock
 from timing import Case, alternate
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.benchmark(group="record")
 @torch.no_grad()
 def test_around_stock(benchmark, model, text):
     """The same forward on sdpa, observed from outside and by our class."""
-    length = 2048
+    length = shrunk(2048)
     ids, plain, mine = text(length), stock(model), ours(model, "sdpa")
 
     def recorded():
@@ -36,7 +37,7 @@ def test_around_stock(benchmark, model, text):
 @torch.no_grad()
 def test_window(benchmark, device):
     """A window of 1,024: stock sdpa computes all scores and hides most of them."""
-    length, window = 8192, 1024
+    length, window = shrunk(8192), shrunk(1024)
     plain, streaming = mistral(window, "sdpa").to(device), mistral(window, "streaming").to(device)
     streaming.load_state_dict(plain.state_dict(), assign=True)
     ids = torch.randint(1024, (1, length), generator=torch.Generator().manual_seed(0)).to(device)

@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 import torch
+from check import once, shrunk
 from results import Row
 from timing import keep
 
@@ -60,7 +61,7 @@ def made_up(length: int) -> AttentionStats:
 
 @pytest.fixture(scope="module", params=[4096, 32768], ids=str)
 def dataset(request):
-    return made_up(request.param).to_xarray()
+    return made_up(shrunk(request.param)).to_xarray()
 
 
 def shape(dataset) -> str:
@@ -69,8 +70,8 @@ def shape(dataset) -> str:
 
 def test_writing(benchmark, dataset, tmp_path):
     path = tmp_path / "report.html"
-    long = dataset.sizes["key"] > 4096
-    benchmark.pedantic(report, args=(dataset, path), rounds=1 if long else 3)
+    long = dataset.sizes["key"] > shrunk(4096)
+    benchmark.pedantic(report, args=(dataset, path), rounds=1 if long else once(3))
     seconds, megabytes = benchmark.stats.stats.median, path.stat().st_size / 1e6
     written = Row("written", shape(dataset), seconds, "s")
     if not long:
@@ -99,7 +100,7 @@ def test_opening(benchmark, dataset, tmp_path):
             page.locator("#token h3").wait_for()
             page.close()
 
-        benchmark.pedantic(open_page, rounds=5, warmup_rounds=1)
+        benchmark.pedantic(open_page, rounds=once(5), warmup_rounds=1)
         browser.close()
     rows = [
         Row.over("interactive", shape(dataset), statistics.median(marks), "s", "the limit", 3.0, 1.0),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from check import once
 from results import Row
+
+# Of malloc.h.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,18 @@ class Case:
     at_most: float | None = None
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, in this process from now on, for every side that is timed.
+
+    Otherwise it gives back the upper end of its heap between two layers, or not, by where small blocks happen to lie;
+    pages that come back empty take up to 8 % of a forward, which would hide differences of a few per cent.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, most in ((TRIM_THRESHOLD, 2**31 - 1), (MMAP_THRESHOLD, 2**25)):
+            mallopt(parameter, most)
+
+
 def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, rounds: int = 5):
     """Run the baseline and every case in turn, ``rounds`` times; keep the ratios of medians.
 
@@ -41,7 +58,7 @@ def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, r
     Returns:
         The rows, which are kept, and the seconds of every round by case.
     """
-    seconds = time_in_turns(benchmark, [baseline, *cases], rounds=rounds)
+    seconds = time_in_turns(benchmark, [baseline, *cases], rounds=once(rounds))
     plain = seconds[baseline.name]
     rows = []
     for case in cases:

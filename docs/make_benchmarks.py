@@ -18,7 +18,7 @@ GROUPS = {
     "forward": "A whole forward. Statistics are the eight of the default set.",
     "decode": "Generating behind a cache.",
     "record": "Other models than ours, observed from outside.",
-    "decisions": "What more than the default statistics costs, on the backend `streaming`.",
+    "decisions": "What more than the default statistics costs, on the backend `streaming`; memory that is freed stays with the process.",
     "engines": "One attention call without a model, and what measuring a part of a model costs. "
     '`offload="cpu"` moves numbers off another device, so on a CPU there is nothing to measure.',
     "memory": "The peak of a fresh process with random weights of SmolLM2's shape in float32, on the CPU; importing "

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from llama_attn import engines
 from llama_attn.cli import app
 from llama_attn.engines import _compiler, _library as library, native
 
@@ -79,6 +80,11 @@ def test_what_cannot_be_chosen(settings, choices, machine):
     assert repr(settings["named"]) in str(raised.value)
 
 
+def test_a_library_is_no_engine():
+    """A wheel, and an installation from the sources, brings libraries into the folder of the engines."""
+    assert engines.ENGINES == ("native", "torch", "triton")
+
+
 def test_a_wrong_choice_ends_the_import():
     code = "import os; os.environ['LLAMA_ATTN_ISA'] = 'x86-64-v9'; import llama_attn.engines"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -101,9 +107,11 @@ def test_a_library_outlives_torch_and_no_change_of_the_sources(monkeypatch, tmp_
 
 @pytest.mark.parametrize(("name", "other"), [("ABI", 99), ("Call", library.Tensor)])
 def test_another_library_is_refused(name, other, monkeypatch):
+    ours = library.ABI
     monkeypatch.setattr(library, name, other)
     library.load.cache_clear()
-    numbers = r"takes calls of ABI 1 and \d{4} bytes, expected ABI " + ("99 and" if name == "ABI" else "1 and 80 bytes")
+    expected = "99 and" if name == "ABI" else f"{ours} and 80 bytes"
+    numbers = rf"takes calls of ABI {ours} and \d{{4}} bytes, expected ABI {expected}"
     with pytest.raises(ImportError, match=numbers):
         library.load(library.path())
     assert "remove it and run `llama-attn build`" in native.unavailable()

@@ -22,8 +22,12 @@ from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
 
-# Every engine, whether it runs here or not.
-ENGINES = tuple(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+# Every engine, whether it runs here or not. The libraries of `native` lie here as well, and are no names of modules.
+ENGINES = tuple(
+    module.name
+    for module in pkgutil.iter_modules(__path__)
+    if module.name.isidentifier() and not module.name.startswith("_")
+)
 _loaded: dict[str, ModuleType] = {}
 
 

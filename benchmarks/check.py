@@ -1,0 +1,20 @@
+"""Check mode: every benchmark runs once, on shapes that take no time, and leaves no number.
+
+``LLAMA_ATTN_BENCH=check``, as ``make bench-check`` sets it; a process that a benchmark starts sees it too.
+"""
+
+from __future__ import annotations
+
+import os
+
+CHECK = os.environ.get("LLAMA_ATTN_BENCH") == "check"
+
+
+def shrunk(number: int) -> int:
+    """Tokens, or whatever else a benchmark has many of: a thirty-second of them in check mode."""
+    return max(number // 32, 1) if CHECK else number
+
+
+def once(rounds: int) -> int:
+    """How often; once in check mode."""
+    return 1 if CHECK else rounds
