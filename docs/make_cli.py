@@ -59,7 +59,7 @@ def _parameters(command: Callable[..., Any]) -> Iterator[tuple[str, str]]:
         notes = []
         if parameter.default is parameter.empty:
             notes.append("required")
-        elif info.show_default and parameter.default not in (None, False):
+        elif info.show_default and parameter.default is not None and parameter.default is not False:
             notes.append(f"default `{parameter.default}`")
         if several:
             notes.append("may be given several times")
