@@ -19,6 +19,11 @@ def blocks(text):
     return re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
 
 
+def steps(text):
+    """What a tutorial does, in order: the language of each block, its code, and what it says that the block prints."""
+    return re.findall(r"^```(python|bash)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", text, flags=re.M | re.S)
+
+
 def rows(text):
     """Cells of the rows of a table, without its head."""
     lines = [line for line in text.splitlines() if line.startswith("| ")]

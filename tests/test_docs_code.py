@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,17 +14,20 @@ from conftest import tiny_model
 from corpora import Letters, measured, model as reader, write
 from image_prompts import IMAGE, gemma_processor, picture
 from oracle import stock_of
-from pages import blocks, run
+from pages import blocks, run, steps
 from test_images import model_of, prompts
 from trainers import trainer_for
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typer.testing import CliRunner
 
 from llama_attn import AttentionStatsConfig, LlamaForCausalLM
+from llama_attn.cli import app, corpus
 
 ROOT = Path(__file__).parent.parent
 # Other tests run them, on what these pages ask for.
 ELSEWHERE = {"docs/recipes.md", "docs/coming_from.md"}
 EVERYTHING = AttentionStatsConfig(statistics="all", norms=True)
+TUTORIALS = [f"docs/tutorials/{path.name}" for path in sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
 # The page on the report names tokens of a text of about this length.
 LONG = 6_300
 
@@ -29,7 +35,7 @@ LONG = 6_300
 def with_code():
     found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     named = {str(path.relative_to(ROOT)): blocks(path.read_text()) for path in found}
-    return {name: code for name, code in named.items() if code and name not in ELSEWHERE}
+    return {name: code for name, code in named.items() if code and name not in ELSEWHERE | set(TUTORIALS)}
 
 
 class Reader:
@@ -140,6 +146,43 @@ def test_every_block_runs(name, a_reader):
             run(code, left)
 
 
+def on_the_command_line(lines):
+    """What the commands print on a terminal as wide as a page."""
+    for line in lines.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "llama-attn"
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})
+        assert result.exit_code == 0, result.output
+        # What libraries and the search for the model tell is another matter.
+        print(result.stdout, end="")  # noqa: T201
+
+
+def printed(text):
+    """Lines without what nobody sees."""
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.smollm2
+@pytest.mark.usefixtures("restored_registry")
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_every_tutorial_prints_what_it_says(name, a_reader):
+    known = {"model": a_reader.model, "tokenizer": a_reader.tokenizer}
+    # The commands read the same model, without loading it again.
+    a_reader.patch.setattr(corpus, "load_model", lambda *_, **__: a_reader.model)
+    a_reader.patch.setattr(corpus, "load_tokenizer", lambda *_: a_reader.tokenizer)
+    for language, code, said in steps((ROOT / name).read_text()):
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            run(code, known) if language == "python" else on_the_command_line(code)
+        if said:
+            assert printed(shown.getvalue()) == printed(said), code
+
+
 def test_pages_have_code():
+    assert len(TUTORIALS) == 7
+    assert steps("```bash\na\n```\n\n```text\nb\n```\n```python\nc\n```\nd\n\n```text\ne\n```\n") == [
+        ("bash", "a\n", "b\n"),
+        ("python", "c\n", ""),
+    ]
     assert {"README.md", "docs/index.md", "docs/any_model.md", "docs/gallery.md"} <= set(with_code())
     assert blocks("a\n```python\nb = 1\n```\n```bash\nc\n```\n") == ["b = 1\n"]

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import llama_attn
+from llama_attn.cli import app
 
 PACKAGE = Path(llama_attn.__file__).parent
 OPTIONAL = {"matplotlib", "plotly", "xarray", "pandas", "triton"}
@@ -203,3 +205,19 @@ def test_the_page_of_models_is_up_to_date():
     docs = PACKAGE.parent / "docs"
     page = runpy.run_path(str(docs / "make_models.py"))["models_page"]()
     assert (docs / "models.md").read_text() == page, "run python docs/make_models.py"
+
+
+def test_the_page_of_commands_is_up_to_date():
+    docs = PACKAGE.parent / "docs"
+    page = runpy.run_path(str(docs / "make_cli.py"))["cli_page"]()
+    assert (docs / "reference" / "cli.md").read_text() == page, "run python docs/make_cli.py"
+
+
+@pytest.mark.parametrize("command", [command.callback.__name__ for command in app.registered_commands])
+def test_the_page_of_commands_has_every_option_of_the_help(command):
+    page = (PACKAGE.parent / "docs" / "reference" / "cli.md").read_text()
+    section = re.search(rf"^## {command}\n(.*?)(?=^## |\Z)", page, flags=re.M | re.S)[1]
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300", "TERM": "dumb"}).stdout
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", section.split("\n- ", 1)[-1]))
+    listed = set(re.findall(r"^[\W_]*(--[a-z][a-z-]*)", shown, flags=re.M)) - {"--help"}
+    assert listed <= options, shown
