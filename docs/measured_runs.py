@@ -13,7 +13,7 @@ from llama_attn import AttentionStats, AttentionStatsConfig, LlamaForCausalLM
 from llama_attn.analysis.keep_mask import POLICIES
 from llama_attn.cli.ablate import losses
 from llama_attn.cli.budget import curves, read_before
-from llama_attn.demo import HUB_ID, demo_checkpoint
+from llama_attn.demo import demo_checkpoint
 
 # Herman Melville, Moby-Dick (1851).
 TEXT = (
@@ -76,7 +76,7 @@ def load() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     model = LlamaForCausalLM.from_pretrained(
         checkpoint.name, gguf_file=checkpoint.gguf_file, dtype=torch.float32, attn_implementation="streaming"
     ).eval()
-    model.config.name_or_path = HUB_ID
+    model.config.name_or_path = checkpoint.title
     return model, tokenizer
 
 
