@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,7 +229,8 @@ def test_tables_and_keys(width, summary, opened):
 def test_shares_are_written_as_in_the_findings_of_a_run(opened):
     shares = [0, 4e-4, 0.0123, 0.0949, 0.0951, 0.5, 0.994, 0.998, 1 - 1e-8, 1]
     written = ["0%", "<0.1%", "1.2%", "9.5%", "10%", "50%", "99%", ">99%", "100%", "100%"]
-    assert opened(1280).evaluate("shares => shares.map(percent)", shares) == written
+    words = (Path(findings.__file__).parent / "page" / "words.js").read_text("utf-8")
+    assert opened(1280).evaluate(f"shares => {{ {words}\nreturn shares.map(percent); }}", shares) == written
     assert [findings._percent(share) for share in shares] == written
 
 
