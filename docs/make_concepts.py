@@ -13,14 +13,12 @@ import numpy as np
 import torch
 import xarray
 from matplotlib.patches import Rectangle
-from measured_runs import REPEATED, TEXT
+from measured_runs import REPEATED, TEXT, load
 from PIL import Image
-from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llama_attn import AttentionStats, AttentionStatsConfig, LlamaForCausalLM, block_keys
+from llama_attn import AttentionStats, AttentionStatsConfig, block_keys
 from llama_attn.analysis import classify_heads, head_means, locality, sink_positions, sink_rate
-from llama_attn.demo import demo_checkpoint
 from llama_attn.stats.token_text import readable
 from llama_attn.viz import (
     plot_attention_map,
@@ -57,12 +55,7 @@ class Runs:
     """SmolLM2 and what was measured of it on `measured_runs.TEXT`."""
 
     def __init__(self) -> None:
-        checkpoint = demo_checkpoint()
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file)
-        self.model = LlamaForCausalLM.from_pretrained(
-            checkpoint.name, gguf_file=checkpoint.gguf_file, dtype=torch.float32, attn_implementation="streaming"
-        ).eval()
-        self.model.config.name_or_path = "SmolLM2-135M-Instruct"  # what figures call it; else the path of the file
+        self.model, self.tokenizer = load()
         self.ids = self.tokenizer(TEXT, return_tensors="pt")["input_ids"]
 
     @torch.no_grad()

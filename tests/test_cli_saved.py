@@ -170,6 +170,19 @@ def test_compare(saved):
     assert "--out:" in words(result)
 
 
+def test_the_warning_of_texts_with_little_in_common_is_said_once(saved, ids, recwarn):
+    other = ids.clone()
+    other[:, 5:] = 2
+    for tokens, name in ((ids, "c"), (other, "d")):
+        with torch.no_grad():
+            stats = tiny_model()(tokens, output_attention_stats=True).attention_stats
+        stats.with_tokens(Tokenizer(), tokens).save(saved / f"{name}.safetensors")
+    result = invoke("compare", saved / "c.safetensors", saved / "d.safetensors", "--plot", saved / "picture.png")
+    assert result.exit_code == 0, result.output
+    assert words(result).count("warning: the texts have little in common") == 1
+    assert not len(recwarn), "none from inside of the library"
+
+
 def test_compare_what_cannot_be_compared(saved, ids):
     with torch.no_grad():
         tiny_model()(ids[:1], output_attention_stats=True).attention_stats.save(saved / "c.safetensors")

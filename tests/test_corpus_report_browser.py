@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from llama_attn.corpus.bins import value_bins
 from llama_attn.stats.token_text import readable
 from llama_attn.viz import corpus_report
 from llama_attn.viz.corpus.numbers import deciles_of, keys_held, strongest_of
+from llama_attn.viz.report import findings
 
 WIDTHS = pytest.mark.parametrize("width", [1280, 400])
 POINTS = "all => all[0].data.map(({x, y, customdata, name}) => ({x, y, customdata, name}))"
@@ -208,7 +210,7 @@ def test_tables_and_keys(width, summary, opened):
         for words, sinks, of in ((rate_first, first, times[0]), (rate_behind, behind, times[1])):
             if not of:
                 assert words == "–"
-            elif not words.startswith("<"):
+            elif words[0] not in "<>":
                 assert float(words.rstrip("%")) == pytest.approx(100 * sinks / (of * 18), abs=0.5)
     page.get_by_role("button", name="times behind").click()
     shown = [int(each.replace(",", "")) for each in page.locator("#sinks td:nth-child(4)").all_inner_texts()]
@@ -222,6 +224,14 @@ def test_tables_and_keys(width, summary, opened):
     least, most = keys_held(summary)
     for trace, values in zip(traces, (least.min(1), most.max(1), most.mean(1), least.mean(1)), strict=True):
         np.testing.assert_allclose(trace["y"], values, rtol=1e-6)
+
+
+def test_shares_are_written_as_in_the_findings_of_a_run(opened):
+    shares = [0, 4e-4, 0.0123, 0.0949, 0.0951, 0.5, 0.994, 0.998, 1 - 1e-8, 1]
+    written = ["0%", "<0.1%", "1.2%", "9.5%", "10%", "50%", "99%", ">99%", "100%", "100%"]
+    words = (Path(findings.__file__).parent / "page" / "words.js").read_text("utf-8")
+    assert opened(1280).evaluate(f"shares => {{ {words}\nreturn shares.map(percent); }}", shares) == written
+    assert [findings._percent(share) for share in shares] == written
 
 
 def test_dark_colours(opened):

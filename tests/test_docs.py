@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llama_attn import analysis, viz
+from llama_attn.demo import HUB_ID
 
 DOCS = Path(__file__).parent.parent / "docs"
 PLOTS = [name for name in viz.__all__ if name.startswith("plot_")]
@@ -38,3 +39,10 @@ def test_every_number_of_the_benchmarks_was_measured():
     page = runpy.run_path(str(DOCS / "make_benchmarks.py"))["page"]
     measured = json.loads((DOCS / "benchmarks.json").read_text())
     assert (DOCS / "benchmarks.md").read_text() == page(measured), "run python docs/make_benchmarks.py"
+
+
+@pytest.mark.smollm2
+def test_the_pictures_call_the_model_as_the_command_line_does(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    model, _ = runpy.run_path(str(DOCS / "measured_runs.py"))["load"]()
+    assert model.config.name_or_path == HUB_ID

@@ -44,6 +44,19 @@ def test_hostile_tokens_are_text(ids, open_page, tmp_path):
     assert direction == "isolate"
 
 
+def test_what_is_almost_all_is_not_all(ids, open_page, tmp_path):
+    stats = measured(ids, statistics=("received", "topk_weight", "topk_position"), norms=False, top_k=4)
+    stats["topk_weight"][2, 0, 5, 30] = torch.tensor([0.998, 0.0012, 0.0004, 0.0004])
+    stats["topk_weight"][2, 0, 5, 20] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    page = open_page(report(stats, tmp_path / "almost.html"))
+    page.select_option("#layer", "2")
+    page.select_option("#head", label="5")
+    for position, strongest in ((30, ">99%"), (20, "100%")):
+        token(page, position).click()
+        page.locator("#token h3", has_text=f"Token {position}").wait_for()
+        assert page.locator(".links.from .link .weight").first.inner_text() == strongest
+
+
 def test_links_from_lists_of_keys(ids, open_page, tmp_path):
     """Without a map, the lists of the most attended keys answer."""
     stats = measured(ids, statistics=("received", "topk_weight", "topk_position"), norms=False, top_k=4)

@@ -31,10 +31,10 @@ def of_parts(stats):
     ("share", "digits", "written"),
     [
         (0.0, 0, "0%"), (1e-8, 1, "0.0%"), (0.004, 0, "<1%"), (0.004, 1, "0.4%"), (0.0004, 1, "<0.1%"), (0.006, 0, "1%"), (1.0, 0, "100%"),
-        (0.316, 1, "31.6%"), (float("nan"), 0, "–"),
+        (0.994, 0, "99%"), (0.998, 0, ">99%"), (0.998, 1, "99.8%"), (0.9996, 1, ">99.9%"), (1 - 1e-8, 1, "100.0%"), (0.316, 1, "31.6%"), (float("nan"), 0, "–"),
     ],
 )  # fmt: skip
-def test_what_is_not_nothing_is_not_0_percent(share, digits, written):
+def test_what_is_not_nothing_is_not_0_percent_and_what_is_not_all_not_100(share, digits, written):
     assert percent(share, digits) == written
 
 
@@ -43,13 +43,15 @@ def test_small_shares_where_they_are_shown():
     stats["segment_mass"][:] = torch.tensor([0.9960, 0.0004, 0.0036])
     stats["sink_mass"][:] = 0
     (finding,) = of_parts(stats)
-    assert "“two” <0.1%" in "".join(word for word in finding.words if isinstance(word, str))
+    words = "".join(word for word in finding.words if isinstance(word, str))
+    assert "“one” >99%" in words
+    assert "“two” <0.1%" in words
     cells = [list(column.cells) for column in table_of_documents(stats, 21).columns]
     assert cells[1] == ["99.6%", "<0.1%", "0.4%"]
     stats["received"][:] = 0.001
     assert ", &lt;1%</td>" in stats._repr_html_()
     legend = [text.get_text() for text in viz.plot_sources(stats).legends[0].get_texts()]
-    assert sorted(label.partition(" (")[0] for label in legend) == ["generated: <1%", "one: 100%", "two: <1%"]
+    assert sorted(label.partition(" (")[0] for label in legend) == ["generated: <1%", "one: >99%", "two: <1%"]
 
 
 @pytest.mark.parametrize("parts", [["prompt"] * LENGTH, ["prompt"] * 20 + ["generated"] * 4])

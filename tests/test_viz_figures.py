@@ -319,6 +319,17 @@ def test_head_comparison(statistic, stats, ids, left_padding):
         plot_head_comparison(stats, other, statistic="hidden_norm")
 
 
+def test_a_head_comparison_says_of_how_many_tokens_it_is(ids):
+    class Tokenizer:
+        def convert_ids_to_tokens(self, ids):
+            return [f"t{i}" for i in ids]
+
+    runs = [measure(tokens).with_tokens(Tokenizer(), tokens) for tokens in (ids[:1], ids[:1, 7:])]
+    titles = [" ".join(plot_head_comparison(runs[0], b).axes[0].get_title().split()) for b in runs]
+    assert titles[0].startswith("Entropy, b − a, mean over tokens ")
+    assert titles[1].startswith("Entropy, b − a, mean over the 30 tokens in common ")
+
+
 def test_identical_runs_have_no_difference(stats):
     assert np.nanmax(np.abs(drawn(plot_comparison(stats, stats)))) == 0
     assert (drawn(plot_head_comparison(stats, stats)) == 0).all()

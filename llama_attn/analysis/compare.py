@@ -12,6 +12,7 @@ from jaxtyping import Float
 from llama_attn.analysis.alignment import Pairs, align_tokens, how_much, ranks, usual_at
 from llama_attn.analysis.dataset import as_dataset, direction_of
 from llama_attn.analysis.part import in_ranges, measured_part
+from llama_attn.analysis.row import starts_of_text
 
 if TYPE_CHECKING:
     import pandas
@@ -52,8 +53,8 @@ def compare(a: Source, b: Source) -> pandas.DataFrame:
         difference at matched positions; ``effect``, the root mean square of the token-by-token difference at matched
         positions over the standard deviation of the statistic, taken over all layers, heads and aligned tokens of both
         runs, or over its rounding error where that is larger [ratio]; ``largest``, the token-by-token difference of
-        largest magnitude, with its ``batch``, its ``position`` in a and its ``token``. Sorted by effect; lines without
-        data come last.
+        largest magnitude, with its ``batch``, its ``position`` in a, counted from the first token of the row's own
+        text, and its ``token``. Sorted by effect; lines without data come last.
 
         ``attrs``: ``aligned``, ``tokens_a`` and ``tokens_b``, how many real tokens both texts have in common, a has
         and b has; ``moved``, how many of those in common stand at different positions; ``summary``, this in words;
@@ -138,6 +139,7 @@ def _lines(name: str, a: xarray.Dataset, b: xarray.Dataset, pairs: Pairs) -> lis
         return []
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     where: list[tuple[int, int]] = []
+    starts = [starts_of_text(a, row) for row in range(len(pairs))]
     for row, (at_a, at_b) in enumerate(pairs):
         if positions is None:
             at_a = at_b = np.array([-1])
@@ -156,11 +158,13 @@ def _lines(name: str, a: xarray.Dataset, b: xarray.Dataset, pairs: Pairs) -> lis
     ]
     joined_a, joined_b, moves = (np.concatenate(values, axis=-1) for values in zip(*parts, strict=True))
 
-    def token(row: int, position: int) -> str | None:
+    def place(row: int, at: int) -> tuple[int | None, str | None]:
         name = f"{positions}_token"
-        return str(a[name].sel({positions: position}).values[row]) if name in a.coords else None
+        if positions is None:
+            return None, None
+        return at - starts[row][positions], str(a[name].sel({positions: at}).values[row]) if name in a.coords else None
 
-    return _measures(name, labels, joined_a, joined_b, moves, where, token)
+    return _measures(name, labels, joined_a, joined_b, moves, where, place)
 
 
 def _measured(
@@ -211,7 +215,7 @@ def _measures(
     b: Float[np.ndarray, "line cell"],
     moves: Float[np.ndarray, "line cell"],
     where: list[tuple[int, int]],
-    tokens: Callable[[int, int], str | None],
+    places: Callable[[int, int], tuple[int | None, str | None]],
 ) -> list[dict[str, object]]:
     known = np.isfinite(a) & np.isfinite(b)
     # One unit of effect: how much the statistic varies at all, or, if it hardly does, how exact it is.
@@ -231,8 +235,7 @@ def _measures(
             effect = root_mean_square / scale if root_mean_square > 0 else 0.0
             numbers |= {"mean_a": mean_a, "mean_b": mean_b, "difference": mean_b - mean_a}
             numbers |= {"matched": matched.mean(), "effect": effect, "largest": difference[at]}
-            batch, position = where[at]
-            position = None if position < 0 else position
-            token = None if position is None else tokens(batch, position)
+            batch, at_a = where[at]
+            position, token = places(batch, at_a)
         lines.append(line | numbers | {"batch": batch, "position": position, "token": token})
     return lines

@@ -40,15 +40,25 @@ def row_alone(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
     at = int(np.flatnonzero(rows == batch)[0])
     # Slices, here and below: a copy of a long run takes seconds.
     row = dataset.isel(batch=slice(at, at + 1))
-    if direction_of(row) == "cross":
-        # Either text has its own padding, and every token of the one sees all of the other.
-        ends = {axis: _ends(row[axis].values, real_tokens(row, axis).isel(batch=0).values) for axis in MAP_AXES}
-    else:
-        ends = dict.fromkeys(MAP_AXES, _ends_of_text(row))
+    ends = _ends_by_axis(row)
     widths = {bins: _bin_width(row, bins) for bins in MAP_AXES.values() if bins in row.coords}
     if any(end is not None for end in ends.values()):
         row = _cut(row, ends, widths)
     return row.assign_coords({bins: (bins, row[bins].values, {"width": width}) for bins, width in widths.items()})
+
+
+def starts_of_text(dataset: xarray.Dataset, at: int) -> dict[str, int]:
+    """By how much the positions of a row of the batch are larger than those of its own text, which begin at 0."""
+    ends = _ends_by_axis(dataset.isel(batch=slice(at, at + 1)))
+    return {axis: end[0] if end else 0 for axis, end in ends.items()}
+
+
+def _ends_by_axis(row: xarray.Dataset) -> dict[Literal["query", "key"], tuple[int, int] | None]:
+    """First position of the text of the queries and of the keys, and the one behind its last; None without padding."""
+    if direction_of(row) == "cross":
+        # Either text has its own padding, and every token of the one sees all of the other.
+        return {axis: _ends(row[axis].values, real_tokens(row, axis).isel(batch=0).values) for axis in MAP_AXES}
+    return dict.fromkeys(MAP_AXES, _ends_of_text(row))
 
 
 def _ends(positions: Int[np.ndarray, " token"], real: Bool[np.ndarray, " token"]) -> tuple[int, int] | None:

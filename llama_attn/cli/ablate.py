@@ -104,7 +104,7 @@ def ablate(
             loss, frame, hidden = losses(loaded, rows, tried, _mode(mode), sinks=sinks)
         num_tokens = sum(len(row) - 1 for row in prompt.rows)
         text = f"{', '.join(texts.names)}, {num_tokens:,} predicted tokens"
-        about = {"model": chosen.checkpoint.name, "text": text, "mode": mode, "loss": loss}
+        about = {"model": chosen.checkpoint.title, "text": text, "mode": mode, "loss": loss}
         clear(out)
         written = _write(out, about, num_tokens, frame, hidden)
     if frame is not None:

@@ -93,7 +93,7 @@ def budget(
             frame = curves(read, stats.to_xarray(), names, sizes)
         clear(out)
         frame.attrs |= {
-            "model": chosen.checkpoint.name,
+            "model": chosen.checkpoint.title,
             "text": f"{file.name}, {first:,} tokens kept from, {last:,} readers",
         }
         written = _write(frame, out)

@@ -139,7 +139,7 @@ def corpus(
         max_tokens = min(MAX_TOKENS, context_of(loaded) or MAX_TOKENS)
     check_length(loaded, max_tokens)
     reader = Reader(subject.part, tokenizer, config, fingerprint(loaded), max_tokens, batch_tokens, examples)
-    settings = {"model": chosen.checkpoint.name, "dtype": str(next(loaded.parameters()).dtype), "attn": attn}
+    settings = {"model": chosen.checkpoint.title, "dtype": str(next(loaded.parameters()).dtype), "attn": attn}
     run = Run(out, reader, sources, field, every, limit, settings, group)
     records = sum(shard.records for shard in run.shards)
     if not records:

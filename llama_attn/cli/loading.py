@@ -219,8 +219,7 @@ def load_model(
     if (wrong := what_is_wrong(model, info)) is not None:
         fail(f"cannot load {chosen.checkpoint.name} as {type(model).__name__}: {wrong}")
     if chosen.checkpoint.hub_id is not None:
-        # What statistics call it: the folder's name says nothing.
-        model.config._name_or_path = chosen.checkpoint.hub_id
+        model.config._name_or_path = chosen.checkpoint.title
     if adapter is not None:
         model = _with_adapter(model, adapter)
     if not placed:

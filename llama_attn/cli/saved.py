@@ -146,18 +146,18 @@ def compare(
     elif given:
         fail(f"--{next(iter(given))}: it is for the picture; name a file with --plot")
     runs = _load(a), _load(b)
-    try:
-        # What it warns of is printed below.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+    # What comparing and drawing warn of is printed below.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
             frame = analysis.compare(*runs)
-    except ValueError as error:
-        fail(first_line(error))
-    _check_statistic(frame, statistic)
-    if plot is not None:
-        if statistic is not None and "statistic" in inspect.signature(picture).parameters:
-            given["statistic"] = statistic
-        _draw(picture, runs, given, plot, dpi)
+        except ValueError as error:
+            fail(first_line(error))
+        _check_statistic(frame, statistic)
+        if plot is not None:
+            if statistic is not None and "statistic" in inspect.signature(picture).parameters:
+                given["statistic"] = statistic
+            _draw(picture, runs, given, plot, dpi)
     _say_compared(frame, _table, top, statistic, out)
 
 

@@ -9,7 +9,7 @@ ROUNDING = 1e-6
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share in percent, – where there is no data; what is not nothing is never written as 0 %.
+    """A share in percent, – where there is no data; what is not nothing is never 0 %, and what is not all never 100 %.
 
     Args:
         share: From 0 to 1.
@@ -17,5 +17,9 @@ def percent(share: float, digits: int = 0) -> str:
     """
     if not math.isfinite(share):
         return "–"
-    written = f"{share:.{digits}%}"
-    return f"<{10 ** -(digits + 2):.{digits}%}" if share > ROUNDING and written == f"{0:.{digits}%}" else written
+    written, step = f"{share:.{digits}%}", 10 ** -(digits + 2)
+    if share > ROUNDING and written == f"{0:.{digits}%}":
+        return f"<{step:.{digits}%}"
+    if share < 1 - ROUNDING and written == f"{1:.{digits}%}":
+        return f">{1 - step:.{digits}%}"
+    return written

@@ -122,7 +122,9 @@ def plot_head_comparison(a: Source, b: Source, *, statistic: str = "entropy", ax
     name = written(statistic.replace("_", " "))
     colour_bar(image, axes, f"difference in {name}, b − a {unit_of(first[statistic])}")
     both = first.sel(layer=grid.index.to_numpy())
-    entitle(axes, f"{heading(statistic)}, b − a, mean over tokens{of_part(both)}", _about_both(first, second))
+    aligned, in_a, in_b = (frame.attrs[name] for name in ("aligned", "tokens_a", "tokens_b"))
+    tokens = "tokens" if aligned == in_a == in_b else f"the {aligned:,} tokens in common"
+    entitle(axes, f"{heading(statistic)}, b − a, mean over {tokens}{of_part(both)}", _about_both(first, second))
     explain_no_data(figure, cells, ax)
     return figure
 

@@ -377,13 +377,7 @@ def _heads_of(row: xarray.Dataset) -> str:
 
 def _percent(share: Any) -> str:
     share = float(share)
-    if not np.isfinite(share):
-        return "–"
-    # What is almost all is not all.
-    digits = 0 if share == 0 or share >= 0.095 else 1
-    while share < 1 and digits < 4 and f"{share:.{digits}%}" == f"{1:.{digits}%}":
-        digits += 1
-    return percent(share, digits)
+    return percent(share, 1 if 0 < share < 0.095 else 0)
 
 
 def _times(ratio: float) -> str:

@@ -40,7 +40,7 @@ function ownWords() {
 
 function wordsTo() {
   const lists = `From the most attended keys of each query${ofHeads()}`;
-  const others = "Queries whose list leaves the token out may give it something too, and more than the last ones here.";
+  const others = "A query whose list leaves the token out may give it something too, and more than one that is listed.";
   if (allKeepLists()) return `${lists}. ${others}`;
   return `${lists}: ${ownWords()}${poolWidth() > 1 ? `, the others are means over ${poolWidth()} queries` : poolWidth() ? "" : ", the others were left out to keep the file small"}. ${others}`;
 }

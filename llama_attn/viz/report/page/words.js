@@ -33,10 +33,13 @@ function number(value) {
   return String(Number(value.toPrecision(3)));
 }
 
+// As the findings write it: what is not nothing is never 0%, and what is not all never 100%.
 const percent = (value) => {
   if (!Number.isFinite(value)) return "–";
-  const share = 100 * value;
-  return `${share >= 10 ? share.toFixed(0) : share >= 0.1 || share === 0 ? share.toFixed(1) : "<0.1"}%`;
+  const written = `${(100 * value).toFixed(value > 0 && value < 0.095 ? 1 : 0)}%`;
+  if (written === "0.0%") return "<0.1%";
+  // Sums of float32 numbers are 1 but for rounding.
+  return written === "100%" && value < 1 - 1e-6 ? ">99%" : written;
 };
 
 // Bounds are rounded to the side on which they stay true.
