@@ -72,10 +72,12 @@ def test_killed_and_started_again(folder, expected, tmp_path):
     begun = time.perf_counter()
     assert ended(started(folder, tmp_path / "whole")) == [0]
     whole = time.perf_counter() - begun
-    shards = tmp_path / "run" / SHARDS
+    shards, patience = tmp_path / "run" / SHARDS, 1.0
     for _ in range(KILLS):
-        codes += ended(started(folder, tmp_path / "run", killed_after=draw.uniform(0.02, 0.1) * whole))
+        codes += ended(started(folder, tmp_path / "run", killed_after=draw.uniform(0.02, 0.1) * whole * patience))
         done.append(len([*shards.glob("*.safetensors")]))
+        # A machine that is busier than when the whole was timed gets nothing done in a part of that time.
+        patience = 1.0 if done[-1] > max(done[:-1], default=0) else 1.3 * patience
     assert codes.count(-signal.SIGKILL) >= KILLS / 2, "too late to hit anything"
     assert len({*done}) > 3, "the kills fell between the same shards"
     assert ended(started(folder, tmp_path / "run")) == [0]
@@ -289,7 +291,7 @@ def test_the_command(checkpoint, words, tmp_path):
         ("--max-tokens", "17", "max_tokens was 16, and is now 17"),
         ("--limit", "3", "limit was None, and is now 3"),
         ("--statistics", "induction", "config was {'statistics':"),
-        ("--layers", "0", "config was {'layers': None}, and is now {'layers': [0]}"),
+        ("--layers", "0-0", "config was {'layers': None}, and is now {'layers': [0]}"),
     ):
         other = command("one", "--shard-records", "7", option, value)
         assert other.exit_code == 2
@@ -336,7 +338,7 @@ def test_merging_runs(checkpoint, words, tmp_path):
     [
         (["--statistics", "weights_map"], r"statistics: ['weights_map'] do not add up"),
         (["--statistics", "entropie"], "entropie"),
-        (["--layers", "one"], "--layers: expected numbers with commas, e.g. 0,5,11, got 'one'"),
+        (["--layers", "one"], "--layers: expected something like 0-9, 3,5,7 or all, got 'one'"),
         (["--dtype", "int8"], "--dtype: expected one of"),
     ],
 )

@@ -13,6 +13,7 @@ import typer
 from torch import distributed
 
 from llama_attn.cli.folder import REPORT
+from llama_attn.cli.layers import Choice
 from llama_attn.cli.loading import load_model, load_tokenizer, plan
 from llama_attn.cli.measuring import Subject, check_length, context_of, refusals
 from llama_attn.cli.options import (
@@ -82,10 +83,8 @@ def corpus(
         str | None,
         typer.Option(help="Statistics besides the default ones, with commas, e.g. induction,weight_count,weight_mass."),
     ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers to measure, with commas; all of them if not given.")
-    ] = None,
-    heads: Annotated[str | None, typer.Option(help="Query heads to measure, likewise.")] = None,
+    layers: Annotated[str, typer.Option(help="Layers to measure: 0-9, 3,5,7 or all.")] = "all",
+    heads: Annotated[str, typer.Option(help="Query heads to measure, likewise.")] = "all",
     tensor_parallel: Annotated[
         bool, typer.Option("--tensor-parallel", help="All processes of the launcher share one model, split by heads.")
     ] = False,
@@ -210,7 +209,7 @@ def _told(summary: CorpusSummary) -> str:
     return f"{summary.texts:,} texts{cut}, {summary.tokens:,} tokens{skipped}"
 
 
-def _config(statistics: str | None, layers: str | None, heads: str | None) -> AttentionStatsConfig:
+def _config(statistics: str | None, layers: str, heads: str) -> AttentionStatsConfig:
     """What is measured. Ends the command for what does not add up over texts."""
     from llama_attn.corpus.statistics import check_statistics
 
@@ -225,13 +224,9 @@ def _config(statistics: str | None, layers: str | None, heads: str | None) -> At
     return config
 
 
-def _indices(option: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        fail(f"{option}: expected numbers with commas, e.g. 0,5,11, got {text!r}")
+def _indices(option: str, text: str) -> tuple[int, ...] | None:
+    wanted = Choice.parse(option, text).wanted
+    return None if wanted is None else tuple(sorted(wanted))
 
 
 def _in_shards(sources: Sequence[Source], limit: int | None) -> tuple[int, list[Source]]:
