@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 ELSEWHERE = {"docs/recipes.md", "docs/coming_from.md"}
 EVERYTHING = AttentionStatsConfig(statistics="all", norms=True)
 TUTORIALS = [f"docs/tutorials/{path.name}" for path in sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
-NUMBER = re.compile(r"(?<![\w.])-?[\d,]*\.?\d+(?![\w.])")
+NUMBER = re.compile(r"(?<![\w.])-?[\d,]*\.?\d+(?:e[+-]\d+)?(?![\w.])")
 # The page on the report names tokens of a text of about this length.
 LONG = 6_300
 
@@ -168,10 +168,16 @@ def printed(text):
 
 
 def assert_says(shown, said):
-    """The same words, and numbers that differ by one in their last digit at most, as another processor may round them."""
+    """The same words, and numbers that differ by one in their last digit at most, as another processor may round them.
+
+    Errors of rounding, which are written with an exponent, are of the same size.
+    """
     (words, numbers), (expected, quoted) = printed(shown), printed(said)
     assert words == expected
     for number, quote in zip(numbers, quoted, strict=True):
+        if "e" in quote:
+            assert 1 / 3 < float(number) / float(quote) < 3, (number, quote)
+            continue
         digits = len(quote.partition(".")[2])
         last = 10.0**-digits if digits else 0
         assert abs(float(number.replace(",", "")) - float(quote.replace(",", ""))) < 1.5 * last + 1e-12, (number, quote)
