@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 from llama_attn import AttentionStatsConfig, LlamaForCausalLM
-from llama_attn.cli import app, corpus
+from llama_attn.cli import app, corpus, terminal
 
 ROOT = Path(__file__).parent.parent
 # Other tests run them, on what these pages ask for.
@@ -149,11 +149,11 @@ def test_every_block_runs(name, a_reader):
 
 
 def on_the_command_line(lines):
-    """What the commands print on a terminal as wide as a page."""
+    """What the commands print."""
     for line in lines.splitlines():
         program, *arguments = shlex.split(line)
         assert program == "llama-attn"
-        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})
+        result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
         # What libraries and the search for the model tell is another matter.
         print(result.stdout, end="")  # noqa: T201
@@ -188,6 +188,8 @@ def assert_says(shown, said):
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_every_tutorial_prints_what_it_says(name, a_reader):
     known = {"model": a_reader.model, "tokenizer": a_reader.tokenizer}
+    # As wide as a page.
+    a_reader.patch.setattr(terminal.console, "_width", 120)
     # The commands read the same model, without loading it again.
     a_reader.patch.setattr(corpus, "load_model", lambda *_, **__: a_reader.model)
     a_reader.patch.setattr(corpus, "load_tokenizer", lambda *_: a_reader.tokenizer)
