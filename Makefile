@@ -106,9 +106,7 @@ lock:
 # What the oldest release needs that newer ones do not is named with it.
 $(LOWEST)/.ready: pyproject.toml tests/lowest.py | $(VENV)/.native
 	rm -rf $(LOWEST)
-	$(BIN)/python -m venv --without-pip $(LOWEST)
-	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
-		> $$($(LOWEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth
+	$(call in-front-of-venv,$(LOWEST))
 	$(BIN)/pip --python $(LOWEST)/bin/python install --quiet --no-deps --ignore-installed $$($(BIN)/python tests/lowest.py)
 	touch $@
 
@@ -131,12 +129,17 @@ $(PEERS)/.ready: | $(VENV)/.ready
 	$(PEERS)/bin/pip install --quiet --constraint constraints.txt torch transformer-lens==4.3.0 transformers
 	touch $@
 
+# An environment in front of $(VENV), which stands behind it with all that it does not have itself.
+define in-front-of-venv
+$(BIN)/python -m venv --without-pip $(1)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth
+endef
+
 # Another transformers, alone, in front of everything else of $(VENV).
 .PRECIOUS: .venv-tf-%/.ready
 .venv-tf-%/.ready: | $(VENV)/.native
-	$(BIN)/python -m venv --without-pip .venv-tf-$*
-	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
-		> $$(.venv-tf-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth
+	$(call in-front-of-venv,.venv-tf-$*)
 	$(BIN)/pip --python .venv-tf-$*/bin/python install --quiet --no-deps --ignore-installed transformers==$*
 	touch $@
 

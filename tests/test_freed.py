@@ -5,9 +5,9 @@ import weakref
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from conftest import tiny_model
 
-from llama_attn import AttentionStatsConfig, LlamaForCausalLM, record
+from llama_attn import AttentionStatsConfig, record
 from llama_attn.corpus.batches import Reader
 from llama_attn.corpus.examples import Text
 
@@ -17,11 +17,7 @@ CONFIG = AttentionStatsConfig()
 
 @pytest.fixture(scope="module")
 def model():
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    return LlamaForCausalLM._from_config(config, attn_implementation="streaming").eval()
+    return tiny_model("streaming")
 
 
 def forward(model):

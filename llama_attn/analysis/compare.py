@@ -75,6 +75,7 @@ def compare(a: Source, b: Source) -> pandas.DataFrame:
     pairs = align_tokens(first, second)
     same_text = all(len(keys) == first.sizes["key"] == second.sizes["key"] for keys, _ in pairs)
     lines: list[dict[str, object]] = []
+    starts = [starts_of_text(first, row) for row in range(len(pairs))]
     left_out = _in_one_only(first, second)
     for name in _statistics(first):
         if name not in second:
@@ -82,7 +83,7 @@ def compare(a: Source, b: Source) -> pandas.DataFrame:
         if not np.issubdtype(first[name].dtype, np.floating) or set(first[name].dims) != set(second[name].dims):
             left_out.append(f"{name}: not numbers to subtract")
         elif same_text or not set(TEXT_DIMS) & set(first[name].dims):
-            lines.extend(_lines(name, first, second, pairs))
+            lines.extend(_lines(name, first, second, pairs, starts))
         else:
             left_out.append(f"{name}: the texts differ")
     if not lines:
@@ -125,7 +126,9 @@ def _in_one_only(a: xarray.Dataset, b: xarray.Dataset) -> list[str]:
     return alone
 
 
-def _lines(name: str, a: xarray.Dataset, b: xarray.Dataset, pairs: Pairs) -> list[dict[str, object]]:
+def _lines(
+    name: str, a: xarray.Dataset, b: xarray.Dataset, pairs: Pairs, starts: list[dict[str, int]]
+) -> list[dict[str, object]]:
     """The lines of one statistic."""
     import xarray
 
@@ -139,7 +142,6 @@ def _lines(name: str, a: xarray.Dataset, b: xarray.Dataset, pairs: Pairs) -> lis
         return []
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     where: list[tuple[int, int]] = []
-    starts = [starts_of_text(a, row) for row in range(len(pairs))]
     for row, (at_a, at_b) in enumerate(pairs):
         if positions is None:
             at_a = at_b = np.array([-1])

@@ -66,7 +66,8 @@ class Call(ctypes.Structure):
         *((name, Tensor) for name in (
             "query", "key", "value", "output", "mask", "position_bias", "real_keys", "real_queries", "first_key",
             "stop_key", "rank", "kept", "sinks", "row_logsumexp", "rows", "received", "distance_histogram", "weight_count",
-            "weight_mass", "row_weights", "row_places", "grad_output", "grad_query", "grad_key", "grad_value", "grad_position_bias", "shift",
+            "weight_mass", "row_weights", "row_places", "grad_output", "grad_query", "grad_key", "grad_value",
+            "grad_position_bias", "shift",
         )),
         ("message", ctypes.c_char * 256),
     )  # fmt: skip
