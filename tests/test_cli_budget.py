@@ -13,6 +13,7 @@ from transformers.models.llama import modeling_llama as upstream
 
 from llama_attn import AttentionStatsConfig, record
 from llama_attn.analysis import keep_mask
+from llama_attn.demo import HUB_ID
 from llama_attn.viz import plot_budget
 
 TEXT = " ".join(
@@ -103,3 +104,14 @@ def test_a_table_without_what_is_drawn():
         plot_budget(pandas.DataFrame({"policy": ["h2o"]}))
     with pytest.raises(ValueError, match="at least one policy"):
         plot_budget(pandas.DataFrame(columns=["policy", "budget", "layer", "kept", "loss"]))
+
+
+@pytest.mark.smollm2
+def test_the_demo_model_is_called_by_its_id(tmp_path, monkeypatch):
+    """In its picture: the table holds numbers only."""
+    drawn = []
+    monkeypatch.setattr("llama_attn.viz.plot_budget", lambda frame: drawn.append(frame) or plot_budget(frame))
+    (tmp_path / "text.txt").write_text("The parrot sat on the mast and saw the sea")
+    result = budget(HUB_ID, tmp_path, "--budgets", "4", "--policies", "streaming", "--readers", "2")
+    assert result.exit_code == 0, result.output
+    assert drawn[0].attrs["model"] == HUB_ID

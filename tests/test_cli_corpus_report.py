@@ -14,6 +14,7 @@ from test_cli import invoke
 from llama_attn import viz
 from llama_attn.cli import terminal
 from llama_attn.corpus import CorpusSummary
+from llama_attn.demo import HUB_ID
 
 
 @pytest.fixture
@@ -41,6 +42,14 @@ def test_a_run_ends_with_its_report(tmp_path, monkeypatch):
     assert page.about["texts"] == summary.texts == 11
     assert page.about["model"] == "model"
     page.check("score entropy", summary.by_text["entropy"].mean)
+
+
+@pytest.mark.smollm2
+def test_the_demo_model_is_called_by_its_id(tmp_path):
+    (tmp_path / "texts.txt").write_text("Ahoy there, ye landlubbers\n")
+    result = invoke("corpus", HUB_ID, tmp_path / "texts.txt", "--out", tmp_path / "out", "--layers", "0")
+    assert result.exit_code == 0, result.output
+    assert Page(tmp_path / "out" / "report.html").about["model"] == HUB_ID
 
 
 def test_a_report_of_a_summary(saved):

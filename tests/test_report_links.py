@@ -191,6 +191,8 @@ def test_some_queries_are_found_by_their_positions(run, open_page, tmp_path):
         assert sorted(at for at, _ in shown_links(page, "from")) == sorted(best.tolist())
     choose(page, 202, 2, 1)
     assert "Token 202 is no measured query." in page.locator("#token .source").inner_text()
+    choose(page, 400, 2, 1)
+    assert page.locator(".links.to .muted").inner_text() == "It is not among the keys listed for any query."
 
 
 def test_the_order_of_queries(run):
