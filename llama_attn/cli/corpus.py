@@ -150,7 +150,7 @@ def corpus(
         summary = run.finished()
         ending = "is" if summary is None else "was finished before,"
         if summary is None:
-            with reading(records) as advance, refusals(loaded):
+            with reading(records, shown=_speaks()) as advance, refusals(loaded):
                 summary = run.measure(advance)
     except OSError as error:
         fail(
@@ -160,6 +160,8 @@ def corpus(
         fail(first_line(error))
     if summary is None:
         fail(f"DATA: none of {records:,} records could be read; {out / SKIPPED} says why")
+    if not _speaks():
+        return
     say(subject.name)
     say(f"{_told(summary)}; {SUMMARY} {ending} in {out}")
     _report(summary, out / REPORT, out / SUMMARY)
@@ -243,6 +245,11 @@ def _group() -> distributed.ProcessGroup:
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return distributed.distributed_c10d._get_default_group()
+
+
+def _speaks() -> bool:
+    """Whether this process says what all of its launcher did: the first one, or one that nobody has launched."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _own_device(device: str) -> str:

@@ -72,13 +72,14 @@ def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def reading(records: int) -> Iterator[Callable[[int, int], None]]:
+def reading(records: int, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """Show how many texts are read, tokens per second and the time left; gives what to tell texts and tokens.
 
     Args:
         records: How many texts there are.
+        shown: Nothing is shown if not.
     """
-    if not console.is_terminal:
+    if not shown or not console.is_terminal:
         yield lambda texts, tokens: None
         return
     columns = (TextColumn("reading texts"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())

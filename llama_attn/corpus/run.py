@@ -137,19 +137,29 @@ class Run:
         Args:
             progress: Told how many records and tokens are done.
         """
-        shards = self.shards
-        for shard in shards:
-            if self._is_done(shard):
-                progress(shard.records, 0)
+        shards, told = self.shards, set[int]()
         while True:
-            left = self._agreed([shard.number for shard in shards if not self._is_done(shard)])
-            done = [number for number in left if self._claim(shards[number], progress)]
+            left = self._agreed(self._left(shards, told, progress))
+            done = False
+            for number in left:
+                if self._claim(shards[number], progress):
+                    done = True
+                    told.add(number)
+                    self._left(shards, told, progress)
             if not left:
                 merged = self._agreed(self._merge(shards) if self._leads else None)
                 if merged is not None:
                     return self.finished() if merged else None
             elif not done:
                 time.sleep(PATIENCE)
+
+    def _left(self, shards: Sequence[Shard], told: set[int], progress: Progress) -> list[int]:
+        """Shards that nobody has measured yet; tells the progress of those that others have, each of them once."""
+        left = [shard.number for shard in shards if not self._is_done(shard)]
+        for number in sorted(set(range(len(shards))) - set(left) - told):
+            progress(shards[number].records, 0)
+            told.add(number)
+        return left
 
     @property
     def _leads(self) -> bool:
