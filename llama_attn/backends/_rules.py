@@ -232,7 +232,7 @@ def scoring(call: AttentionCall, num_keys: int, ignores: Collection[str] = ()) -
         ignores: Arguments that the backend knows nothing of.
     """
     options = {name: value for name, value in call.options.items() if name not in ignores} if ignores else call.options
-    scale, bias, softcap = (options.get(name) for name in ("scaling", "position_bias", "softcap"))
+    scale, bias, softcap = options.get("scaling"), options.get("position_bias"), options.get("softcap")
     sinks = options.get("s_aux")
     sinks = options.get("sinks") if sinks is None else sinks
     if scale is None:

@@ -93,7 +93,7 @@ def attend_with(engine: str | None) -> Callable[..., tuple[Tensor, None]]:
         Raises:
             ValueError: Attention dropout, or a mask that does not fit.
         """
-        call = streaming_call(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
+        call = streaming_call(module, query, key, value, attention_mask, {"dropout": dropout, **kwargs})
         visibility = sees(call)
         scores = scoring(call, visibility.num_keys)
         output, _ = fused(
@@ -109,12 +109,11 @@ def streaming_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any = None,
-    *,
+    attention_mask: Any,
+    options: dict[str, Any],
     cross: bool = False,
-    **options: Any,
 ) -> AttentionCall:
-    """The call of a streaming backend.
+    """The call of a streaming backend, which takes ``options`` as its own.
 
     Raises:
         ValueError: Attention dropout, or who sees whom said in a way that it does not know.

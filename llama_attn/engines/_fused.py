@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, cast
@@ -92,7 +93,7 @@ def fused(
     scoring: Scoring,
     engine: str,
     wanted: Wanted | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Attention in blocks, and statistics from the same blocks.
 
     Args:
@@ -122,8 +123,9 @@ def fused(
         return cast(Tensor, output), raw
     leaves = (query, key, value, scoring.position_bias, scoring.sinks)
     if _differentiated(leaves):
-        raw = {}
-        output = FusedAttention.apply(*leaves, get_engine(engine), visibility, scoring, wanted, raw)
+        measured: dict[str, Tensor] = {}
+        output = FusedAttention.apply(*leaves, get_engine(engine), visibility, scoring, wanted, measured)
+        raw = measured
     else:
         # An autograd function costs as much as a decoding step's attention.
         output, _, raw = _walk(query, key, value, get_engine(engine), visibility, scoring, wanted)

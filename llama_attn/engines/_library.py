@@ -49,7 +49,7 @@ TYPES = {
 }
 FLOATS = frozenset(dtype for dtype in TYPES if dtype.is_floating_point)
 # Packed in one go: ctypes takes twice as long, and a token of a model makes hundreds.
-_PACKED = struct.Struct("Pqqqqqqqqq")
+_PACKED, _ADDRESS = struct.Struct("Pqqqqqqqqq"), struct.Struct("P")
 
 
 class Call(ctypes.Structure):
@@ -89,6 +89,13 @@ class Call(ctypes.Structure):
         if (missing := 4 - len(size)) > 0:
             extents = (*size, *(1,) * missing, *tensor.stride(), *(0,) * missing)
         _PACKED.pack_into(self, _OFFSETS[name], data, kind, *extents)
+
+    def move(self, name: str, tensor: torch.Tensor) -> None:
+        """Say where ``tensor`` lies, of the same dtype, extents and strides as the one that is described."""
+        if data := tensor.data_ptr():
+            _ADDRESS.pack_into(self, _OFFSETS[name], data)
+        else:
+            self.put(name, tensor)
 
 
 _OFFSETS = {name: getattr(Call, name).offset for name, *_ in Call._fields_}

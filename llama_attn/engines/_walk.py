@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Walk(NamedTuple):
 
     output: Float[Tensor, "batch query head channel"] | None
     logsumexp: Float[Tensor, "batch head query"]
-    raw: dict[str, Tensor]
+    raw: Mapping[str, Tensor]
 
 
 class Gradients(NamedTuple):

@@ -5,6 +5,9 @@ The sources are in csrc/. Wheels bring them compiled; `llama-attn build` compile
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -14,6 +17,7 @@ from llama_attn.engines import _library as library
 from llama_attn.engines._walk import Gradients, Walk, check_call, compute_dtype
 from llama_attn.stats.block import HIDDEN_SCORE, Wanted
 from llama_attn.stats.maps import num_distance_bins
+from llama_attn.stats.records import Raw
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.spans import UNSEEN_BIAS
 from llama_attn.stats.table import Statistic
@@ -91,55 +95,122 @@ def walk(
         ValueError: The tensors do not fit one another or are not on the CPU, or ``block_keys`` is no such multiple.
         MemoryError: There is not enough memory.
     """
-    check_call(query, key, value, visibility, scoring)
-    batch, heads, num_queries, _ = query.shape
-    logsumexp = query.new_empty(batch, heads, num_queries, dtype=compute_dtype(query))
-    call, held = _call(query, key, value, visibility, scoring, logsumexp, tile_rows, block_keys)
-    output = None
+    alike = (
+        *(t is not None and (t.shape, t.stride(), t.dtype, t.is_cpu) for t in (query, key, value)),
+        scoring, wanted, tile_rows, block_keys, torch.get_num_threads(),
+    )  # fmt: skip
+    told = _told.get(visibility)
+    is_known = told is not None and told.alike == alike
+    if told is None or not is_known:
+        told = _Told.of(alike, query, key, value, visibility, scoring, wanted, tile_rows, block_keys)
+    call, output = library.Call.from_buffer_copy(told.call), None
+    wide = compute_dtype(query)
+    written = {name: query.new_empty(shape, dtype=wide) for name, shape in told.written.items()}
+    tensors = {**written, "query": query.resolve_neg(), "key": _known(key, visibility)}
     if value is not None:
-        output = value.new_empty(batch, num_queries, heads, value.shape[-1])
-        call.put("output", output)
-    raw: dict[str, Tensor] = {}
-    if wanted:
+        tensors["value"] = _known(value, visibility)
+        output = tensors["output"] = value.new_empty(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3])
+    put = call.move if is_known else call.put
+    for name, tensor in tensors.items():
+        put(name, tensor)
+    if not is_known and scoring.plain:
+        _told[visibility] = told._replace(call=bytes(call))
+    library.run("forward", call)
+    others = {name: written[place] for name, place in told.whole.items()}
+    raw = Raw(told.per_query, written["rows"], others) if told.per_query else others
+    return Walk(output, written["row_logsumexp"], raw)
+
+
+class _Told(NamedTuple):
+    """What the calls of several layers say alike.
+
+    The layers of a model make the same call over and over, and to describe it takes as long as a token's attention.
+
+    Args:
+        alike: What must be equal for that.
+        call: The call; the tensors of a layer lie elsewhere in each.
+        held: Tensors of all layers, which must outlive the calls.
+        written: Shapes of the tensors that are filled, besides the output.
+        per_query: Statistics with a number for each query, in the order in which they lie in ``rows``.
+        whole: Which of ``written`` the others are.
+    """
+
+    alike: tuple[Any, ...]
+    call: bytes
+    held: list[Tensor]
+    written: dict[str, tuple[int, ...]]
+    per_query: tuple[str, ...]
+    whole: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        alike: tuple[Any, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        visibility: Visibility,
+        scoring: Scoring,
+        wanted: Wanted | None,
+        tile_rows: int,
+        block_keys: int,
+    ) -> _Told:
+        """What such a call says.
+
+        Raises:
+            ValueError: As `walk`.
+        """
+        check_call(query, key, value, visibility, scoring)
+        call, held = _call(query, key, value, visibility, scoring, tile_rows, block_keys)
+        batch, heads, num_queries, _ = query.shape
+        written: dict[str, tuple[int, ...]] = {"row_logsumexp": (batch, heads, num_queries)}
+        if wanted is None:
+            return cls(alike, bytes(call), held, written, (), {})
         names = [statistic.name for statistic in wanted.statistics]
-        per_query = [name for name in names if name in _PER_QUERY]
+        per_query = tuple(name for name in names if name in _PER_QUERY)
+        whole = {name: "received" if name in _RECEIVED else name for name in names if name not in _PER_QUERY}
         if per_query:
-            rows = logsumexp.new_empty(len(per_query), *logsumexp.shape)
-            raw.update(zip(per_query, rows.unbind(), strict=True))
-            call.put("rows", rows)
-            for place, name in enumerate(per_query, start=1):
-                setattr(call, name, place)
-        if received := _RECEIVED.intersection(names):
-            totals = logsumexp.new_empty(batch, heads, visibility.num_keys)
-            call.put("received", totals)
-            raw.update(dict.fromkeys(received, totals))
-        if "distance_histogram" in names:
-            bins = num_distance_bins(visibility.length)
-            raw["distance_histogram"] = logsumexp.new_empty(batch, heads, bins)
-            call.put("distance_histogram", raw["distance_histogram"])
-        for name in _BINNED:
-            if name in names:
-                raw[name] = logsumexp.new_empty(batch, heads, NUM_WEIGHT_BINS)
-                call.put(name, raw[name])
+            written["rows"] = (len(per_query), batch, heads, num_queries)
+        for place, name in enumerate(per_query, start=1):
+            setattr(call, name, place)
+        chosen = range(num_queries) if wanted.rows is None else wanted.rows
+        for name in whole.values():
+            written[name] = (batch, heads, *_extents(name, visibility, len(chosen)))
         if "row_weights" in names:
-            chosen = range(num_queries) if wanted.rows is None else wanted.rows
-            raw["row_weights"] = logsumexp.new_empty(batch, heads, len(chosen), visibility.num_keys)
             held.append(torch.full((num_queries,), -1))
             held[-1][list(chosen)] = torch.arange(len(chosen))
-            call.put("row_weights", raw["row_weights"])
             call.put("row_places", held[-1])
-        if "kept_mass" in raw:
+        if "kept_mass" in names:
             if wanted.keep is None:
                 raise ValueError("kept_mass: needs `keep` in the AttentionStatsConfig")
             held.append(wanted.keep.expand(batch, key.shape[1], -1).contiguous())
             call.put("kept", held[-1])
         call.sink_tokens = min(wanted.config.sink_tokens, _BEYOND)
         call.window = min(wanted.config.window, _BEYOND)
-        if "sink_mass" in raw and not visibility.plain:
+        if "sink_mass" in names and not visibility.plain:
             held.append(visibility.rank.contiguous())
             call.put("rank", held[-1])
-    library.run("forward", call)
-    return Walk(output, logsumexp, raw)
+        return cls(alike, bytes(call), held, written, per_query, whole)
+
+
+# What was told last, for each visibility: one object for all layers with the same mask.
+_told: WeakKeyDictionary[Visibility, _Told] = WeakKeyDictionary()
+
+
+def _known(tensor: Tensor, visibility: Visibility) -> Tensor:
+    """Keys or values less those behind the last that the visibility knows, which are nobody's."""
+    tensor = tensor if tensor.shape[2] == visibility.num_keys else tensor[:, :, : visibility.num_keys]
+    # A view may say "times −1" beside its numbers.
+    return tensor.resolve_neg()
+
+
+def _extents(name: str, visibility: Visibility, chosen: int) -> tuple[int, ...]:
+    """Extents of what is filled for a statistic, behind batch and heads."""
+    if name == "received":
+        return (visibility.num_keys,)
+    if name == "distance_histogram":
+        return (num_distance_bins(visibility.length),)
+    return (NUM_WEIGHT_BINS,) if name in _BINNED else (chosen, visibility.num_keys)
 
 
 def backward(
@@ -163,7 +234,10 @@ def backward(
     Source: Dao et al., arXiv 2205.14135, algorithm 4.
     """
     check_call(query, key, value, visibility, scoring)
-    call, held = _call(query, key, value, visibility, scoring, logsumexp.contiguous(), tile_rows, block_keys)
+    call, held = _call(query, key, value, visibility, scoring, tile_rows, block_keys)
+    held += [query.resolve_neg(), _known(key, visibility), _known(value, visibility), logsumexp.contiguous()]
+    for name, tensor in zip(("query", "key", "value", "row_logsumexp"), held[-4:], strict=True):
+        call.put(name, tensor)
     # Σ_j A_ij (dO_i · v_j) = dO_i · O_i
     products = (grad_output.to(logsumexp.dtype) * output.to(logsumexp.dtype)).sum(-1)
     shift = rearrange(products, "b q h -> b h q").contiguous()
@@ -197,19 +271,15 @@ def _call(
     value: Tensor | None,
     visibility: Visibility,
     scoring: Scoring,
-    logsumexp: Tensor,
     tile_rows: int,
     block_keys: int,
 ) -> tuple[library.Call, list[Tensor]]:
-    """What forward and backward are told alike, and the tensors that must outlive the call."""
+    """What forward and backward are told alike, but for the tensors of the layer; and what must outlive the call."""
     if query.device.type != "cpu":
         raise ValueError(f"query: the native engine works on the CPU, got a tensor on {query.device}")
     if block_keys < 1 or block_keys % PANEL_KEYS:
         raise ValueError(f"block_keys: expected a multiple of {PANEL_KEYS}, got {block_keys}")
     batch, heads, num_queries, channels = query.shape
-    if key.shape[2] > visibility.num_keys:
-        # Keys behind the last that the visibility knows are nobody's.
-        key, value = key[:, :, : visibility.num_keys], None if value is None else value[:, :, : visibility.num_keys]
     call = library.Call(
         batch=batch,
         heads=heads,
@@ -228,10 +298,7 @@ def _call(
         softcap=scoring.softcap or 0.0,
         hidden_score=HIDDEN_SCORE,
     )
-    # A view may say "times −1" beside its numbers.
-    tensors = {"query": query.resolve_neg(), "key": key.resolve_neg(), "row_logsumexp": logsumexp}
-    if value is not None:
-        tensors["value"] = value.resolve_neg()
+    tensors: dict[str, Tensor] = {}
     if visibility.real is not None:
         tensors["real_keys"] = visibility.real.contiguous()
     if not (visibility.real is visibility.sees is visibility.rows is None):
@@ -239,7 +306,7 @@ def _call(
     if visibility.has_spans:
         tensors["first_key"], tensors["stop_key"] = visibility.key_spans
     if scoring.sinks is not None:
-        tensors["sinks"] = scoring.sinks.to(logsumexp.dtype).contiguous()
+        tensors["sinks"] = scoring.sinks.to(compute_dtype(query)).contiguous()
     for name, pairs in (("mask", visibility.mask), ("position_bias", scoring.position_bias)):
         if pairs is not None:
             tensors[name] = pairs.resolve_neg().expand(batch, heads, -1, -1)

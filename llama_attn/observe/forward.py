@@ -184,7 +184,7 @@ class Forward:
         share = self.recorder.fused(layer, call.query, call.key, visibility, scores, engine)
         return share._replace(is_all=False) if share and self.sees_states else share
 
-    def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:
+    def put(self, call: AttentionCall, visibility: Visibility, raw: Mapping[str, Tensor], engine: str) -> None:
         """Keep what was measured there."""
         heads = call.query.shape[1], call.key.shape[1]
         self.recorder.put(self.layer_of(call.module), visibility, heads, raw, engine)

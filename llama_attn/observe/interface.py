@@ -8,7 +8,7 @@ configuration, and layers that nobody watches get what they always got.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +43,7 @@ class CallObserver(Protocol):
     ) -> Share | None:
         """What to measure in the blocks of a streaming backend."""
 
-    def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:
+    def put(self, call: AttentionCall, visibility: Visibility, raw: Mapping[str, Tensor], engine: str) -> None:
         """Keep what was measured there."""
 
     def measure(
@@ -284,7 +284,7 @@ def _observe(
     cross = is_cross(module)
     first = observers[0] if observers else None
     if backend.is_streaming:
-        call = _changed(changes, streaming_call(module, query, key, value, mask, cross=cross, **options), name)
+        call = _changed(changes, streaming_call(module, query, key, value, mask, options, cross), name)
         visibility = (first and first.visibility(call, backend)) or call.sight or backend.sees(call)
         scores = scoring(call, visibility.num_keys)
         prefer: str | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -210,7 +211,7 @@ class Recording:
         # There is more to see in the call.
         return share and share._replace(is_all=False)
 
-    def put(self, call: AttentionCall, visibility: Visibility, raw: dict[str, Tensor], engine: str) -> None:
+    def put(self, call: AttentionCall, visibility: Visibility, raw: Mapping[str, Tensor], engine: str) -> None:
         """Keep what was measured there."""
         self._of(call)[1].put(call, visibility, raw, engine)
 

@@ -92,7 +92,8 @@ class Counts:
     @property
     def visible_queries(self) -> Int[Tensor, "batch key"]:
         """Real queries that see each key, most over heads, (batch, key)."""
-        return self.visible_queries_per_head.amax(1)
+        seen = self.visible_queries_per_head
+        return seen[:, 0] if seen.shape[1] == 1 else seen.amax(1)
 
     def of_heads(self, heads: list[int]) -> Counts:
         """The same for some heads only."""
@@ -102,6 +103,8 @@ class Counts:
 
     def to(self, device: torch.device) -> Counts:
         """The same on ``device``."""
+        if self.real_keys.device == device:
+            return self
         return replace(self, **{name: getattr(self, name).to(device) for name in VECTORS})
 
     def equals(self, other: Counts) -> bool:

@@ -17,13 +17,10 @@ from llama_attn.stats.records import Records
 from llama_attn.stats.row_positions import check_size
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.selection import HIDDEN, WHERE
-from llama_attn.stats.sight import Share, Sight
+from llama_attn.stats.sight import Assign, Share, Sight
 from llama_attn.stats.step import Step
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
-
-Assign = Callable[..., Mapping[str, Sequence[Statistic]]]
-
 
 # Stands among the layers for the output of the last one.
 LAST = -1
@@ -97,27 +94,12 @@ class Recorder:
         sight = self.sight(visibility)
         if self.config.heads is not None or not sight.whole:
             return None
-        shares = self._shares(sight, visibility, scoring, engine)
-        share = shares.get(engine)
-        if share is None:
-            return None
-        share = sight.of_layer(share, layer, key.shape[1])
-        # Operators in a graph are not told of rows: there they are measured beside.
-        with_rows = sight.rows and not torch.compiler.is_compiling()
-        if with_rows and engine in self._assign(sight.row_statistics, visibility, scoring, prefer=engine):
+        share = sight.fused(self._assign, visibility, scoring, engine)
+        if share is not None and share.wanted.rows is not None:
             self._check_rows(sight, query, query.shape[1], visibility.num_keys)
-            share = replace(share, statistics=(*share.statistics, *sight.row_statistics), rows=sight.row_places)
-        is_all = len(shares) == 1 and not sight.norms and (share.rows is not None or not sight.rows)
-        return Share(share, sight.visibility, is_all)
-
-    def _shares(self, sight: Sight, visibility: Visibility, scoring: Scoring, prefer: str | None) -> dict[str, Wanted]:
-        """What each engine measures, found out once for all layers with such calls."""
-        kinds = [part is None for part in (scoring.position_bias, scoring.sinks, scoring.softcap)]
-        kind = (prefer, visibility.device, *kinds)
-        if kind not in sight.shares:
-            assigned = self._assign(sight.wanted.statistics, visibility, scoring, prefer=prefer)
-            sight.shares[kind] = {e: replace(sight.wanted, statistics=part) for e, part in assigned.items()}
-        return sight.shares[kind]
+        if share is None or sight.keep is None:
+            return share
+        return share._replace(wanted=sight.of_layer(share.wanted, layer, key.shape[1]))
 
     def put(
         self, layer: int, visibility: Visibility, heads: tuple[int, int], raw: Mapping[str, Tensor], engine: str
@@ -153,7 +135,7 @@ class Recorder:
         """
         sight, held, kv_held = self.sight(visibility), query.shape[1], key.shape[1]
         self._belongs(layer, visibility, (held, kv_held))
-        shares = self._shares(sight, visibility, scoring, prefer)
+        shares = sight.shares(self._assign, visibility, scoring, prefer)
         missing = {e: share for e, share in shares.items() if not self.records.has(share.statistics[0].name, layer)}
         rows_missing = sight.rows and not self.records.has(sight.row_statistics[0].name, layer)
         if not missing and not sight.norms and not rows_missing:
@@ -183,7 +165,7 @@ class Recorder:
         scoring: Scoring,
         wanted: Wanted,
         chosen: Sequence[int] | None,
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """What ``engine`` measures of the chosen heads."""
         if chosen is not None:
             group = query.shape[1] // key.shape[1]
@@ -192,7 +174,7 @@ class Recorder:
                 wanted = replace(wanted, keep=wanted.keep[:, kv_heads])
             query, key = query[:, list(chosen)], key[:, kv_heads]
             visibility, scoring = visibility.of_heads(chosen), scoring.of_heads(chosen)
-        raw: dict[str, Tensor] = self._walk(engine, query, key, None, visibility, scoring, wanted).raw
+        raw: Mapping[str, Tensor] = self._walk(engine, query, key, None, visibility, scoring, wanted).raw
         return raw
 
     def _measure_rows(

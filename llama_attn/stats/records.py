@@ -3,13 +3,46 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 # Numbers in a tensor that is not worth a place in a block.
 SMALL = 2**14
+
+
+class Raw(Mapping[str, Tensor]):
+    """What a layer measured, by statistic, where many of them lie in one tensor.
+
+    A step of decoding has so few numbers that taking each statistic out of it costs more than its attention.
+
+    Args:
+        names: Statistics with a number for each query.
+        rows: They, one behind another, (statistic, batch, head, query).
+        others: The other statistics.
+    """
+
+    def __init__(self, names: tuple[str, ...], rows: Tensor, others: dict[str, Tensor]) -> None:
+        self.names, self.rows, self.others = names, rows, others
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.others.get(name)
+        if found is None and name in self.names:
+            return self.rows[self.names.index(name)]
+        return self.others[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.names
+        yield from self.others
+
+    def __len__(self) -> int:
+        return len(self.names) + len(self.others)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether no statistic is worth a place in a block."""
+        return self.rows.numel() < SMALL and all(tensor.numel() < SMALL for tensor in self.others.values())
 
 
 class Records:
@@ -30,9 +63,15 @@ class Records:
         self._blocks: dict[str, Tensor] = {}
         # By statistic and layer.
         self._alone: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
+        # By layer, and for some layers what they have measured with one name, one behind another.
+        self._raws: dict[int, Raw] = {}
+        self._joined: dict[tuple[int, ...], Tensor] = {}
 
     def put(self, layer: int, raw: Mapping[str, Tensor]) -> None:
         """Keep what was measured in ``layer``."""
+        if self._offload is None and isinstance(raw, Raw) and raw.is_small and layer not in self._raws:
+            self._raws[layer] = raw
+            return
         for name, tensor in raw.items():
             tensor = tensor.detach() if tensor.requires_grad else tensor
             if self._offload is None and tensor.numel() < SMALL:
@@ -53,7 +92,11 @@ class Records:
 
     def has(self, name: str, layer: int) -> bool:
         """Whether ``layer`` has reported a statistic."""
-        return layer in self._alone.get(name, ()) or layer in self._places.get(name, ())
+        return (
+            name in self._raws.get(layer, ())
+            or layer in self._alone.get(name, ())
+            or layer in self._places.get(name, ())
+        )
 
     def stacked(self, name: str, layers: Sequence[int]) -> Tensor | None:
         """What ``layers`` have reported, (layer, …); None if their shapes differ.
@@ -61,7 +104,10 @@ class Records:
         Raises:
             RuntimeError: One of them did not report, so the numbers would be incomplete.
         """
+        if (rows := self._rows(name, layers)) is not None:
+            return rows
         alone, places = self._alone.get(name, {}), self._places.get(name, {})
+        alone = {**{layer: raw[name] for layer, raw in self._raws.items() if name in raw}, **alone}
         if missing := [layer for layer in layers if layer not in alone and layer not in places]:
             raise RuntimeError(f"{name}: layers {missing} did not report")
         if alone:
@@ -73,3 +119,19 @@ class Records:
         if wanted == list(range(len(wanted))):
             return self._blocks[name][: len(wanted)]
         return self._blocks[name][wanted]
+
+    def _rows(self, name: str, layers: Sequence[int]) -> Tensor | None:
+        """What layers have reported with its fellows, all of them alike; None if they did not."""
+        raws = [self._raws.get(layer) for layer in layers]
+        first = raws[0]
+        if first is None or name not in first.names or name in self._alone:
+            return None
+        joined = self._joined.get(tuple(layers))
+        if joined is None:
+            rows = [raw.rows for raw in raws if raw is not None and raw.names == first.names]
+            if len(rows) < len(raws) or any(
+                part.shape != first.rows.shape or part.dtype != first.rows.dtype for part in rows
+            ):
+                return None
+            joined = self._joined[tuple(layers)] = torch.stack(rows, dim=1)
+        return joined[first.names.index(name)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from llama_attn.stats.block import Wanted
@@ -13,10 +14,14 @@ from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.keep import Keep
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.row_positions import positions, runs_of_positions
+from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.selection import HIDDEN, wanted_statistics
 from llama_attn.stats.step import Step, token_before
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
+
+# Which engine, by name, measures which statistics in a call.
+Assign = Callable[..., Mapping[str, Sequence[Statistic]]]
 
 
 class Share(NamedTuple):
@@ -51,7 +56,6 @@ class Sight:
         rows: Positions of the queries whose weights are wanted.
         row_runs: Who sees whom, for each run of such queries.
         row_statistics: What is measured on them alone.
-        shares: What each engine measures, by the kind of call.
     """
 
     visibility: Visibility
@@ -67,7 +71,9 @@ class Sight:
     rows: tuple[int, ...] = ()
     row_runs: tuple[Visibility, ...] = ()
     row_statistics: tuple[Statistic, ...] = ()
-    shares: dict[tuple[Any, ...], dict[str, Wanted]] = field(default_factory=dict)
+    # By the kind of call, found out once for all layers.
+    _shares: dict[tuple[Any, ...], dict[str, Wanted]] = field(default_factory=dict)
+    _fused: dict[tuple[Any, ...], Share | None] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -122,6 +128,39 @@ class Sight:
         first = self.visibility.offset + self.visibility.first_query
         return tuple(row - first for row in self.rows)
 
+    def shares(self, assign: Assign, visibility: Visibility, scoring: Scoring, prefer: str | None) -> dict[str, Wanted]:
+        """What each engine measures.
+
+        Args:
+            assign: Says which engine, by name, measures which statistics in a call.
+            visibility: Who sees whom in the call.
+            scoring: How its scores are made.
+            prefer: Engine to measure with if the configuration names none.
+        """
+        kind = _kind(visibility, scoring, prefer)
+        if kind not in self._shares:
+            assigned = assign(self.wanted.statistics, visibility, scoring, prefer=prefer)
+            self._shares[kind] = {e: replace(self.wanted, statistics=part) for e, part in assigned.items()}
+        return self._shares[kind]
+
+    def fused(self, assign: Assign, visibility: Visibility, scoring: Scoring, engine: str) -> Share | None:
+        """What a backend on ``engine`` may measure from its own blocks; arguments as in `shares`."""
+        kind = _kind(visibility, scoring, engine)
+        if kind in self._fused:
+            return self._fused[kind]
+        shares = self.shares(assign, visibility, scoring, engine)
+        share = shares.get(engine)
+        if share is None:
+            self._fused[kind] = None
+            return None
+        # Operators in a graph are not told of rows: there they are measured beside.
+        with_rows = self.rows and not torch.compiler.is_compiling()
+        if with_rows and engine in assign(self.row_statistics, visibility, scoring, prefer=engine):
+            share = replace(share, statistics=(*share.statistics, *self.row_statistics), rows=self.row_places)
+        is_all = len(shares) == 1 and not self.norms and (share.rows is not None or not self.rows)
+        self._fused[kind] = Share(share, self.visibility, is_all)
+        return self._fused[kind]
+
     def of_layer(self, wanted: Wanted, layer: int, kv_heads: int) -> Wanted:
         """What is wanted of one layer, whose mask of kept keys may be its own.
 
@@ -136,6 +175,11 @@ class Sight:
         if keep.shape[1] not in (1, kv_heads):
             raise ValueError(f"keep: expected 1 or {kv_heads} KV heads, got {keep.shape[1]}")
         return replace(wanted, keep=keep)
+
+
+def _kind(visibility: Visibility, scoring: Scoring, engine: str | None) -> tuple[Any, ...]:
+    """What decides which engine takes a call, besides who sees whom."""
+    return engine, visibility.device, scoring.position_bias is None, scoring.sinks is None, scoring.softcap is None
 
 
 def _rows(
