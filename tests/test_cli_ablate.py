@@ -46,7 +46,10 @@ def test_losses_are_those_of_a_model_without_the_head(kind, files, tmp_path):
     folder, out = cli_models.save(kind, tmp_path / kind), tmp_path / "out"
     result = invoke("ablate", folder, *files, "--sinks", "--heads", "all", "--attn", "sdpa", "--out", out)
     assert result.exit_code == 0, result.output
-    frame, content = pandas.read_csv(out / "ablation.csv"), json.loads((out / "ablation.json").read_text())
+    frame, content = (
+        pandas.read_csv(out / "ablation.csv", float_precision="round_trip"),
+        json.loads((out / "ablation.json").read_text()),
+    )
     assert matplotlib.image.imread(out / "ablation.png").size > 0
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -6,6 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Literal, cast
 
+import numpy as np
+
 from llama_attn.stats.container import AttentionStats
 
 if TYPE_CHECKING:
@@ -72,3 +74,10 @@ def real_tokens(dataset: xarray.Dataset, axis: Literal["query", "key"]) -> xarra
 def without_attention(dataset: xarray.Dataset) -> tuple[int, ...]:
     """Layers of the model that have no attention and so no statistics; none if the dataset does not say."""
     return tuple(int(layer) for layer in json.loads(dataset.attrs.get("without_attention", "[]")))
+
+
+def labels(values: xarray.DataArray, threshold: float, below: str, above: str) -> xarray.DataArray:
+    """``below`` or ``above`` for each number, by the side of the threshold that it lies on; "no data" for NaN."""
+    # Older releases of xarray cut strings to the length of the first.
+    named = np.where(values.values < threshold, below, above)
+    return values.copy(data=np.where(np.isnan(values.values), "no data", named))

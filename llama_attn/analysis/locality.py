@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llama_attn.analysis.dataset import as_dataset, require
+from llama_attn.analysis.dataset import as_dataset, labels, require
 from llama_attn.analysis.part import measured_part
 from llama_attn.analysis.uniform import measured_with, share_of_keys, uniform_attention
 
@@ -54,7 +54,7 @@ def locality(ds: Source) -> xarray.Dataset:
     on_keys = share_of_keys(dataset)
     distance = (dataset.mean_distance / on_keys).mean("query")
     relative = distance / uniform.mean_distance.where(uniform.mean_distance > 0)
-    reach = xarray.where(relative < LOCAL_BELOW, "local", "global").where(relative.notnull(), "no data")
+    reach = labels(relative, LOCAL_BELOW, "local", "global")
     window = measured_with(dataset, "window")
     described = {
         "local_mass": (

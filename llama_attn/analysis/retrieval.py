@@ -16,7 +16,7 @@ from llama_attn.analysis.answer import (
     require_segments,
     seen_of_segments,
 )
-from llama_attn.analysis.dataset import as_dataset, direction_of, real_tokens, require
+from llama_attn.analysis.dataset import as_dataset, direction_of, labels, real_tokens, require
 from llama_attn.analysis.part import measured_part
 from llama_attn.analysis.uniform import measured_with, uniform_attention
 
@@ -194,7 +194,7 @@ def streaming_heads(ds: Source, threshold: float = STREAMING) -> xarray.Dataset:
     outside, uniform = mass.mean(["batch", "query"]), of_uniform.mean(["batch", "query"])
     if "layer" not in uniform.dims:
         uniform = uniform.expand_dims(layer=dataset["layer"])
-    kind = xarray.where(outside < threshold, "streaming", "retrieval").where(outside.notnull(), "no data")
+    kind = labels(outside, threshold, "streaming", "retrieval")
     described = {
         "outside": (outside.transpose("layer", "head"), "probability", "mass outside sink and window"),
         "uniform": (uniform, "probability", "mass of uniform attention outside sink and window"),
