@@ -20,7 +20,7 @@ VERSIONS ?= $(OLDEST) 5.24.0
 SAME := analysis compare container docs figures gradients native notebook properties report site style table threads triton \
 	tutorial viz wheel
 
-.PHONY: demo test check wheel docs versions lowest newest long fuzz upstream bench bench-check lock sanitize clean
+.PHONY: demo test check wheel docs versions lowest newest long fuzz upstream bench bench-check gpu lock sanitize clean
 
 demo: $(VENV)/.native
 	$(BIN)/llama-attn demo
@@ -93,6 +93,10 @@ bench: $(VENV)/.native $(PEERS)/.ready
 	$(if $(BENCH),,rm -f docs/benchmarks.json)
 	$(BIN)/python -m pytest $(if $(BENCH),$(BENCH:%=benchmarks/test_%.py),benchmarks); status=$$?; \
 	$(BIN)/python docs/make_benchmarks.py && exit $$status
+
+# All that a CUDA device is needed for, in at most eight minutes; without one: python benchmarks/gpu.py --dry-run.
+gpu: $(VENV)/.native
+	$(BIN)/python benchmarks/gpu.py; status=$$?; $(BIN)/python docs/make_benchmarks.py && exit $$status
 
 # The versions of everything, from an environment made anew: with what constraints.txt chooses, torch by its public version.
 lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from check import CHECK
 from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
 from transformers.models.llama import modeling_llama as upstream
 
@@ -24,10 +25,11 @@ def smollm2() -> LlamaForCausalLM:
 
 
 def llama_3_8b(num_layers: int) -> LlamaForCausalLM:
-    """Layers of Llama-3-8B's shape with random weights and a small vocabulary, in float32."""
+    """Layers of Llama-3-8B's shape with random weights and a small vocabulary, in float32; an eighth as wide in check mode."""
+    parts = 8 if CHECK else 1
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=4096, intermediate_size=14336, num_hidden_layers=num_layers,
-        num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=1024, hidden_size=4096 // parts, intermediate_size=14336 // parts, num_hidden_layers=num_layers,
+        num_attention_heads=32 // parts, num_key_value_heads=8 // parts, head_dim=128,
     )  # fmt: skip
     return LlamaForCausalLM._from_config(config).eval()
 

@@ -1,10 +1,12 @@
-"""One attention layer on the Triton engine against PyTorch's, on a CUDA device."""
+"""One attention layer on the Triton engine against the kernels that PyTorch has for a CUDA device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from check import CHECK, shrunk
 from timing import Case, alternate
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama_attn import AttentionStatsConfig
 from llama_attn.engines import triton as engine
@@ -15,9 +17,14 @@ from llama_attn.stats.visibility import Visibility
 
 pytestmark = [
     pytest.mark.benchmark(group="triton"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(engine.unavailable() is not None, reason="needs a CUDA device, and Triton"),
 ]
-HEADS, KV_HEADS, ROUNDS = 32, 8, 20
+HEADS, KV_HEADS = (4, 1) if CHECK else (32, 8)
+ROUNDS = 20
+KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+lengths = pytest.mark.parametrize("length", [2048, 8192, 32768])
+head_dims = pytest.mark.parametrize("head_dim", engine.HEAD_DIMS)
+kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 
 def layer(device, length, head_dim):
@@ -31,19 +38,30 @@ def layer(device, length, head_dim):
     return tensors, visibility, Scoring(head_dim**-0.5), Wanted(wanted_statistics(config, has_tokens=False), config)
 
 
-def attend(query, key, value):
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+def attend(kernel, query, key, value):
+    with sdpa_kernel(KERNELS[kernel]):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-@pytest.mark.parametrize("length", [2048, 8192, 32768])
-@pytest.mark.parametrize("head_dim", engine.HEAD_DIMS)
+def attended(kernel, *tensors):
+    """The output of a kernel; a device or a torch without it has nothing to compare with."""
+    try:
+        return attend(kernel, *tensors)
+    except RuntimeError as error:
+        pytest.skip(f"no {kernel} kernel for this call: {str(error).splitlines()[0]}")
+
+
+@kernels
+@lengths
+@head_dims
 @torch.no_grad()
-def test_forward(benchmark, device, head_dim, length):
-    (query, key, value), visibility, scoring, wanted = layer(device, length, head_dim)
+def test_forward(benchmark, device, head_dim, length, kernel):
+    (query, key, value), visibility, scoring, wanted = layer(device, shrunk(length), head_dim)
+    expected = attended(kernel, query, key, value)
     walk = engine.walk(query, key, value, visibility, scoring, wanted)
-    torch.testing.assert_close(walk.output.transpose(1, 2), attend(query, key, value), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(walk.output.transpose(1, 2), expected, rtol=0.02, atol=0.02)
     total = walk.raw["received"].sum(-1)
-    torch.testing.assert_close(total, torch.full_like(total, length), rtol=0.01, atol=0)
+    torch.testing.assert_close(total, torch.full_like(total, shrunk(length)), rtol=0.01, atol=0)
     cases = {
         "output alone": (value, visibility, scoring),
         "output and statistics": (value, visibility, scoring, wanted),
@@ -51,24 +69,25 @@ def test_forward(benchmark, device, head_dim, length):
     }
     alternate(
         benchmark,
-        Case("scaled_dot_product_attention", lambda: attend(query, key, value)),
+        Case(f"sdpa, {kernel} kernel", lambda: attend(kernel, query, key, value)),
         [Case(f"triton: {what}", lambda a=arguments: engine.walk(query, key, *a)) for what, arguments in cases.items()],
         shape=f"one call, {HEADS} heads of {head_dim}, bfloat16, T {length:,}",
         rounds=ROUNDS,
     )
 
 
-@pytest.mark.parametrize("length", [2048, 8192, 32768])
-@pytest.mark.parametrize("head_dim", engine.HEAD_DIMS)
-def test_backward(benchmark, device, head_dim, length):
-    tensors, visibility, scoring, _ = layer(device, length, head_dim)
+@kernels
+@lengths
+@head_dims
+def test_backward(benchmark, device, head_dim, length, kernel):
+    tensors, visibility, scoring, _ = layer(device, shrunk(length), head_dim)
     walk = engine.walk(*tensors, visibility, scoring)
     inputs = [tensor.clone().requires_grad_() for tensor in tensors]
-    attended = attend(*inputs)
+    output = attended(kernel, *inputs)
     gradient = torch.randn_like(walk.output)
 
     def theirs():
-        return torch.autograd.grad(attended, inputs, gradient.transpose(1, 2), retain_graph=True)
+        return torch.autograd.grad(output, inputs, gradient.transpose(1, 2), retain_graph=True)
 
     def measured():
         return engine.backward(gradient, *tensors, walk.output, walk.logsumexp, visibility, scoring)
@@ -78,7 +97,7 @@ def test_backward(benchmark, device, head_dim, length):
         assert (ours - stock).float().norm() <= 0.02 * stock.float().norm()
     alternate(
         benchmark,
-        Case("scaled_dot_product_attention, backward", theirs),
+        Case(f"sdpa, {kernel} kernel, backward", theirs),
         [Case("triton: backward", measured)],
         shape=f"one call, {HEADS} heads of {head_dim}, bfloat16, T {length:,}",
         rounds=ROUNDS,

@@ -240,14 +240,16 @@ INTRODUCTION = """# The Triton engine
 with a CUDA device: `pip install 'llama_attn[triton]'`. It is never chosen by itself.
 
 **Not yet timed on a GPU.** What is below was compiled or computed without one. The kernels are tested against float64
-in Triton's interpreter (`tests/test_triton.py`). On a machine with a GPU, these two commands check and time them:
+in Triton's interpreter (`tests/test_triton.py`). On a machine with a GPU, one command of at most eight minutes does the
+rest:
 
 ```
-python -m pytest -o addopts= tests/triton_worker.py
-python -m pytest benchmarks/test_triton.py benchmarks/test_forward.py
+make gpu
 ```
 
-The second leaves its results in `docs/benchmarks.json`; `python docs/make_benchmarks.py` makes a table of them.
+It checks engines, backends (FlashAttention 2 and 3 where they are installed) and models against float64, times the kernels
+against those of PyTorch and Llama-3-8B's shape against stock sdpa, and measures memory at 32,768 and 131,072 tokens; what
+it found stands in [benchmarks.md](benchmarks.md) then. `python benchmarks/gpu.py --dry-run` rehearses it on a CPU.
 
 | | |
 |---|---|

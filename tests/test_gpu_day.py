@@ -1,0 +1,82 @@
+"""``benchmarks/gpu.py`` as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+
+
+def rehearsed(*arguments):
+    command = [sys.executable, str(SCRIPT), *arguments]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+
+
+def test_a_rehearsal_leaves_no_number():
+    results = ROOT / "docs" / "benchmarks.json"
+    before = results.read_bytes()
+    said = rehearsed("--dry-run", "--only", "model")
+    assert said.returncode == 0, said.stdout[-4000:] + said.stderr
+    assert said.stdout.splitlines()[-1].startswith("model    ok: 4 passed")
+    assert results.read_bytes() == before
+
+
+def test_models_are_observed():
+    """A part of the checks; the rest of them is as the tests of the engines and of the oracle."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        "-k",
+        "padded and eager",
+    ]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    said = subprocess.run(
+        [*command, "tests/gpu_worker.py"], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+    )
+    assert said.returncode == 0, said.stdout[-4000:]
+    assert "2 passed" in said.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
+def test_without_a_gpu():
+    said = rehearsed()
+    assert said.returncode == 2
+    assert "there is no CUDA device here; --dry-run rehearses without" in said.stderr
+
+
+@pytest.fixture
+def script():
+    return runpy.run_path(str(SCRIPT))
+
+
+def test_what_fails_or_takes_too_long_is_said(script, tmp_path, monkeypatch, capsys):
+    (tmp_path / "test_wrong.py").write_text("def test_wrong():\n    assert False\n")
+    (tmp_path / "test_slow.py").write_text("import time\n\n\ndef test_slow():\n    time.sleep(60)\n")
+    (tmp_path / "test_right.py").write_text("def test_right():\n    pass\n")
+    steps = tuple(
+        script["Step"](name, name, str(tmp_path / f"test_{name}.py")) for name in ("wrong", "right", "slow", "left")
+    )
+    main = script["main"]
+    monkeypatch.setitem(main.__globals__, "STEPS", steps)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--minutes", "0.4"])
+    assert main() == 1
+    *_, wrong, right, slow, left = capsys.readouterr().out.splitlines()
+    assert wrong.startswith("wrong    FAILED: 1 failed")
+    assert right.startswith("right    ok: 1 passed")
+    assert slow.startswith("slow     stopped: time is out")
+    assert left.startswith("left     not run: time is out")
