@@ -311,3 +311,20 @@ def test_json_says_null_where_nothing_is_known(summary, tmp_path):
     head = held["heads"][0]
     assert head["scores"]["entropy"] is head["statistics"]["entropy"]["texts"]["min"] is None
     assert all(name == f"<id:{token}>" for token, name in held["token_strings"].items())
+
+
+def test_scores_without_bounds_are_no_examples(summary, tmp_path):
+    """Of a damaged file, or of half precision: neither first nor last among the others, and never in JSON."""
+    means, values = summary.sample.means.copy(), summary.sample.values.copy()
+    means[0], means[1] = -np.inf, np.inf
+    values[2:] = np.inf
+    changed = replace(summary, sample=replace(summary.sample, means=means, values=values))
+    held = json.loads(corpus_json(changed, tmp_path / "summary.json").read_text("utf-8"))
+    known = [
+        text for head in held["heads"] for tenths in head["deciles"].values() for tenth in tenths for text in tenth
+    ]
+    assert known
+    bounded = {f"{int(digest) % 2**64:016x}" for digest in summary.sample.digest[2:]}
+    assert {text["digest"] for text in known} <= bounded
+    assert all(value is None for text in known for value in text["values"])
+    corpus_report(changed, tmp_path / "page.html")

@@ -168,9 +168,10 @@ def decile_texts(means: Float[np.ndarray, "text layer head"], each: int = EACH) 
         each: How many of each tenth.
     """
     found = np.full((*means.shape[1:], DECILES, each), -1)
-    # What is unknown is sorted to the end.
-    order = np.argsort(means, 0, kind="stable")
-    known = np.isfinite(means).sum(0)
+    # What is no number is sorted to the end, as NaN is, and not in front of all others.
+    finite = np.isfinite(means)
+    order = np.argsort(np.where(finite, means, np.nan), 0, kind="stable")
+    known = finite.sum(0)
     for layer, head in np.ndindex(*means.shape[1:]):
         ends = known[layer, head] * np.arange(DECILES + 1) // DECILES
         for decile, (start, end) in enumerate(pairwise(ends)):

@@ -157,7 +157,7 @@ def _texts(summary: CorpusSummary, found: Examples, at: tuple[int, int], *, empt
                 "digest": f"{int(found.digest[here]) % 2**64:016x}", "score": float(found.score[here]),
                 "position": int(found.position[here]), "start": int(found.start[here]), "tokens": ids,
                 # As short as 16 bits are.
-                "values": [None if np.isnan(value) else float(str(value)) for value in found.values[here][: len(ids)]],
+                "values": [float(str(value)) if np.isfinite(value) else None for value in found.values[here][: len(ids)]],
             }
         )  # fmt: skip
     return texts
