@@ -96,7 +96,7 @@ def walk(
         MemoryError: There is not enough memory.
     """
     alike = (
-        *(t is not None and (t.shape, t.stride(), t.dtype, t.is_cpu) for t in (query, key, value)),
+        *(t is not None and (t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in (query, key, value)),
         scoring, wanted, tile_rows, block_keys, torch.get_num_threads(),
     )  # fmt: skip
     told = _told.get(visibility)
@@ -109,7 +109,7 @@ def walk(
     tensors = {**written, "query": query.resolve_neg(), "key": _known(key, visibility)}
     if value is not None:
         tensors["value"] = _known(value, visibility)
-        output = tensors["output"] = value.new_empty(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3])
+        output = tensors["output"] = value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     put = call.move if is_known else call.put
     for name, tensor in tensors.items():
         put(name, tensor)
