@@ -63,7 +63,7 @@ class Records:
         self._blocks: dict[str, Tensor] = {}
         # By statistic and layer.
         self._alone: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
-        # By layer, and for some layers what they have measured with one name, one behind another.
+        # By layer, as it came; and the rows of all statistics side by side, (statistic, layer, …), by layers.
         self._raws: dict[int, Raw] = {}
         self._joined: dict[tuple[int, ...], Tensor] = {}
 
@@ -121,7 +121,7 @@ class Records:
         return self._blocks[name][wanted]
 
     def _rows(self, name: str, layers: Sequence[int]) -> Tensor | None:
-        """What layers have reported with its fellows, all of them alike; None if they did not."""
+        """What layers have reported in one tensor with other statistics, all of them alike; None if they did not."""
         raws = [self._raws.get(layer) for layer in layers]
         first = raws[0]
         if first is None or name not in first.names or name in self._alone:
