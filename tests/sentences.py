@@ -44,6 +44,8 @@ class Truth:
     def __init__(self, weights, visible, positions, ids, layers, heads, states, num_layers=30):
         real = visible.any(1)
         self.weights, self.visible, self.positions = weights[:, :, real], visible[real], positions[real]
+        # Of what lies between a layer and the output of a later one nothing is known.
+        states = states if num_layers - 1 in layers else states[:-1]
         self.states = [state[real] for state in states]
         self.ids, self.layers, self.heads, self.num_layers = ids, layers, heads, num_layers
         self.first = int(np.flatnonzero(visible.any(0))[0])

@@ -175,7 +175,7 @@ def layers(truth, finding, text, name):
     numbers = {
         "Mean entropy goes from {} to {} nat": truth.entropy().mean((1, 2)),
         "Mean distance to the attended keys goes from {} to {} tokens": (truth.weights * truth.distance).sum(-1).mean((1, 2)),
-        "Attention on the first token goes from {} to {}": truth.weights[..., truth.first].mean((1, 2)),
+        "Attention of all queries on the first token goes from {} to {}": truth.weights[..., truth.first].mean((1, 2)),
         "The norm of the residual stream goes from {} to {}": np.array(
             [np.sqrt((state**2).sum(-1)).mean() for state in truth.states]
         ),

@@ -62,7 +62,7 @@ def findings(row: xarray.Dataset) -> list[Finding]:
     """
     # "From the first to the last layer" is along the model.
     row = row.sortby([axis for axis in ("layer", "hidden_layer") if axis in row.coords])
-    row = row.transpose(*AXES, ..., missing_dims="ignore")
+    row = _of_measured_layers(row.transpose(*AXES, ..., missing_dims="ignore"))
     part = measured_part(row)
     questions: list[tuple[str, tuple[str, ...], Callable[[xarray.Dataset], tuple[str, str, Words]]]] = [
         ("Where are the attention sinks?", ("received",), _sinks),
@@ -95,6 +95,14 @@ def findings(row: xarray.Dataset) -> list[Finding]:
                 caption, words = f"{caption}; measured: {part}", [f"Measured: {part}. ", *words]
             answers.append(Finding(question, figure, caption, words))
     return answers
+
+
+def _of_measured_layers(row: xarray.Dataset) -> xarray.Dataset:
+    """Without the output of the last layer, if that layer was not measured: of what lies between nothing is known."""
+    total = int(row.attrs.get("num_layers", 0))
+    if "hidden_layer" not in row.coords or total - 1 in row["layer"].values:
+        return row
+    return row.sel(hidden_layer=row["hidden_layer"].values != total)
 
 
 def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
@@ -213,7 +221,7 @@ def _layers(row: xarray.Dataset) -> tuple[str, str, Words]:
     asked = {
         "entropy": ("Mean entropy", " nat"),
         "mean_distance": ("Mean distance to the attended keys", " tokens"),
-        "sink_mass": (f"Attention on the first {_tokens(measured_with(row, 'sink_tokens'))}", ""),
+        "sink_mass": (f"Attention of all queries on the first {_tokens(measured_with(row, 'sink_tokens'))}", ""),
         "hidden_norm": ("The norm of the residual stream", ""),
     }
     names = [name for name in asked if name in row]
