@@ -100,7 +100,7 @@ def findings(row: xarray.Dataset) -> list[Finding]:
 def _of_measured_layers(row: xarray.Dataset) -> xarray.Dataset:
     """Without the output of the last layer, if that layer was not measured: of what lies between nothing is known."""
     total = int(row.attrs.get("num_layers", 0))
-    if "hidden_layer" not in row.coords or total - 1 in row["layer"].values:
+    if "hidden_layer" not in row.coords or total - 1 in row.coords.get("layer", row["hidden_layer"]).values:
         return row
     return row.sel(hidden_layer=row["hidden_layer"].values != total)
 
