@@ -25,6 +25,11 @@ def rehearsed(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=300)
 
 
+@pytest.fixture
+def script():
+    return runpy.run_path(str(SCRIPT))
+
+
 def test_a_rehearsal_leaves_no_number():
     results = ROOT / "docs" / "benchmarks.json"
     before = results.read_bytes()
@@ -34,25 +39,10 @@ def test_a_rehearsal_leaves_no_number():
     assert results.read_bytes() == before
 
 
-def test_models_are_observed():
+def test_models_are_observed(script):
     """A part of the checks; the rest of them is as the tests of the engines and of the oracle."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-        "-k",
-        "padded and eager",
-    ]
-    said = subprocess.run(
-        [*command, "tests/gpu_worker.py"], cwd=ROOT, capture_output=True, text=True, check=False, env=ENVIRONMENT
-    )
-    assert said.returncode == 0, said.stdout[-4000:]
-    assert "2 passed" in said.stdout
+    step = script["Step"]("exact", "a part", "tests/gpu_worker.py", ("-o", "addopts=", "-k", "padded and eager"))
+    assert script["run"](step, 300, {"CUDA_VISIBLE_DEVICES": ""}).startswith("ok: 2 passed")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
@@ -60,11 +50,6 @@ def test_without_a_gpu():
     said = rehearsed()
     assert said.returncode == 2
     assert "there is no CUDA device here; --dry-run rehearses without" in said.stderr
-
-
-@pytest.fixture
-def script():
-    return runpy.run_path(str(SCRIPT))
 
 
 def test_what_fails_or_takes_too_long_is_said(script, tmp_path, monkeypatch, capsys):

@@ -100,8 +100,8 @@ def walk(
         scoring, wanted, tile_rows, block_keys, torch.get_num_threads(),
     )  # fmt: skip
     told = _told.get(visibility)
-    is_known = told is not None and told.alike == alike
-    if told is None or not is_known:
+    is_new = told is None or told.alike != alike
+    if told is None or is_new:
         told = _Told.of(alike, query, key, value, visibility, scoring, wanted, tile_rows, block_keys)
     call, output = library.Call.from_buffer_copy(told.call), None
     wide = compute_dtype(query)
@@ -110,10 +110,10 @@ def walk(
     if value is not None:
         tensors["value"] = _known(value, visibility)
         output = tensors["output"] = value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    put = call.move if is_known else call.put
+    put = call.put if is_new else call.move
     for name, tensor in tensors.items():
         put(name, tensor)
-    if not is_known and scoring.plain:
+    if is_new and scoring.plain:
         _told[visibility] = told._replace(call=bytes(call))
     library.run("forward", call)
     others = {name: written[place] for name, place in told.whole.items()}

@@ -27,10 +27,7 @@ class Raw(Mapping[str, Tensor]):
         self.names, self.rows, self.others = names, rows, others
 
     def __getitem__(self, name: str) -> Tensor:
-        found = self.others.get(name)
-        if found is None and name in self.names:
-            return self.rows[self.names.index(name)]
-        return self.others[name]
+        return self.rows[self.names.index(name)] if name in self.names else self.others[name]
 
     def __iter__(self) -> Iterator[str]:
         yield from self.names
