@@ -32,6 +32,7 @@ Forward<T>::Forward(const Call& call)
     : call_(call),
       sight_(call),
       stripes_(call, kStripes),
+      parts_(call.num_queries > 1 ? 1 : parts_of(call.batch * call.kv_heads)),
       depth_(round_up(call.channels, kLanes<T>)),
       exponentiate_(choose<T>(call)) {
   keys_.channels = call.channels;
@@ -43,6 +44,7 @@ Forward<T>::Forward(const Call& call)
   if (call.distance_histogram.data != nullptr) histogram_ = zeros<T>(slots * call.distance_histogram.size[2]);
   if (bins_weights()) numbers_ = zeros<double>(slots * kWeightBins), masses_ = zeros<double>(slots * kWeightBins);
   if (call.kept_mass != 0) kept_ = allocate<T>(call.batch * call.kv_heads * slot_keys_);
+  if (parts_ > 1) done_.assign(static_cast<size_t>(call.batch * call.kv_heads), 0);
   if (call.sink_mass == 0 || call.rank.data == nullptr) return;
   const int64_t *rank = data_of<int64_t>(call.rank), panels = slot_keys_ / kPanel<T>;
   const uint8_t* real = data_of<uint8_t>(call.real_keys);
@@ -60,27 +62,31 @@ Forward<T>::Forward(const Call& call)
 
 template <class T>
 typename Forward<T>::Scratch Forward<T>::make_scratch() const {
-  const int64_t rows = rows_per_tile();
-  const int64_t blocks = keeps_blocks() ? (call_.num_keys + call_.block_keys - 1) / call_.block_keys : 1;
+  const int64_t rows = rows_per_tile(), blocks = blocks_of(keys_per_part({0, call_.num_keys}));
+  const int64_t kept = keeps_blocks() ? blocks : 1, width = round_up(call_.value_channels, kLanes<T>);
+  const int64_t row = std::max({call_.block_keys, rows, Panels<T>::scratch_size(call_.channels)});
   Scratch scratch;
-  scratch.queries = allocate<T>(rows * depth_);
-  scratch.scores = allocate<T>(blocks * rows * call_.block_keys);
-  scratch.maxima = allocate<T>(blocks * rows);
-  scratch.output = allocate<T>(rows * round_up(call_.value_channels, kLanes<T>));
-  scratch.row = allocate<T>(std::max({call_.block_keys, rows, Panels<T>::scratch_size(call_.channels)}));
-  scratch.factors = allocate<T>(rows);
+  // Whole lines of the cache, in one piece: of a decoded token's attention, a call for each would be a tenth.
+  T** const places[] = {&scratch.queries, &scratch.scores, &scratch.maxima, &scratch.output, &scratch.row, &scratch.factors};
+  const int64_t sizes[] = {rows * depth_, kept * rows * call_.block_keys, kept * rows, rows * width, row, rows};
+  int64_t all = 0;
+  for (const int64_t size : sizes) all += round_up(size, kPanel<T>);
+  scratch.memory = allocate<T>(all);
+  T* next = scratch.memory.get();
+  for (size_t i = 0; i < std::size(sizes); next += round_up(sizes[i++], kPanel<T>)) *places[i] = next;
   if (bins_weights()) scratch.bins.prepare();
   scratch.sums.resize(static_cast<size_t>(rows));
-  scratch.blocks.reserve(static_cast<size_t>((call_.num_keys + call_.block_keys - 1) / call_.block_keys));
+  scratch.blocks.reserve(static_cast<size_t>(blocks));
   return scratch;
 }
 
 template <class T>
 void Forward<T>::run() {
-  std::vector<Scratch> scratches;
   const int64_t heads = call_.batch * call_.kv_heads, panels = slot_keys_ / kPanel<T>;
-  const int64_t threads = std::max<int64_t>(1, std::min(call_.threads, stripes_.jobs(call_)));
-  for (int64_t thread = 0; thread < threads; ++thread) scratches.push_back(make_scratch());
+  const int64_t jobs = parts_ > 1 ? heads * parts_ : stripes_.jobs(call_);
+  const int64_t threads = std::max<int64_t>(1, std::min(call_.threads, jobs));
+  std::vector<Scratch> scratches;
+  for (int64_t i = 0; i < (parts_ > 1 ? jobs : threads); ++i) scratches.push_back(make_scratch());
   int64_t next = 0;
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
@@ -90,8 +96,15 @@ void Forward<T>::run() {
     Scratch& scratch = scratches[static_cast<size_t>(mine)];
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < heads * panels; ++panel)
-      prepare(panel / panels, panel % panels * kPanel<T>, scratch.row.get());
-    for_each_job(call_, stripes_, [&](const Tile& tile, int64_t stripe) { walk(tile, stripe, scratch); });
+      prepare(panel / panels, panel % panels * kPanel<T>, scratch.row);
+    if (parts_ > 1) {
+      walk_parts(scratches.data());
+    } else {
+      for_each_job(call_, stripes_, [&](const Tile& tile, int64_t stripe) {
+        walk(tile, sight_.span(tile), scratch);
+        complete(tile, stripe, &scratch);
+      });
+    }
 #pragma omp for schedule(static)
     for (int64_t head = 0; head < call_.batch * call_.heads; ++head) {
       reduce(call_.received, received_, slot_keys_, call_.num_keys, head);
@@ -100,6 +113,24 @@ void Forward<T>::run() {
       reduce(call_.weight_count, numbers_, kWeightBins, kWeightBins, head);
       reduce(call_.weight_mass, masses_, kWeightBins, kWeightBins, head);
     }
+  }
+}
+
+// One query, whose keys several threads meet; who comes last to the end of a head completes it.
+template <class T>
+void Forward<T>::walk_parts(Scratch* scratches) {
+  const int64_t group = call_.heads / call_.kv_heads;
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t job = 0; job < call_.batch * call_.kv_heads * parts_; ++job) {
+    const int64_t head = job / parts_, part = job % parts_;
+    const Tile tile{head / call_.kv_heads, head % call_.kv_heads, group, 0, 1};
+    const Span seen = sight_.span(tile);
+    const int64_t size = keys_per_part(seen), first = seen.first + part * size;
+    walk(tile, {first, std::min(first + size, seen.stop)}, scratches[job]);
+    int64_t done;
+#pragma omp atomic capture seq_cst
+    done = ++done_[static_cast<size_t>(head)];
+    if (done == parts_) complete(tile, 0, scratches + head * parts_);
   }
 }
 
@@ -114,30 +145,60 @@ void Forward<T>::prepare(int64_t head, int64_t first, T* rows) {
   std::fill(marks + there, marks + kPanel<T>, T{0});
 }
 
+// What rows get of these keys.
 template <class T>
-void Forward<T>::walk(const Tile& tile, int64_t stripe, Scratch& scratch) const {
+void Forward<T>::walk(const Tile& tile, Span keys, Scratch& scratch) const {
   const T hidden = static_cast<T>(call_.hidden_score);
   const int64_t rows = tile.rows(), width = round_up(call_.value_channels, kLanes<T>);
   gather(call_.query, call_.query.stride[1], call_.query.stride[2], tile, call_.channels,
-         static_cast<T>(call_.scaling), scratch.queries.get(), depth_);
+         static_cast<T>(call_.scaling), scratch.queries, depth_);
   std::fill_n(scratch.sums.begin(), rows, RowSums<T>{{}, {}, {}, {}, hidden, 0, 0, 0, 0});
-  if (call_.value.data != nullptr) std::fill_n(scratch.output.get(), rows * width, T{0});
+  if (call_.value.data != nullptr) std::fill_n(scratch.output, rows * width, T{0});
   scratch.blocks.clear();
-  const Span seen = sight_.span(tile);
-  for (int64_t first = seen.first; first < seen.stop; first += call_.block_keys) {
-    const Span keys{first, std::min(first + call_.block_keys, seen.stop)};
-    if (!sight_.any_real(tile, keys)) continue;
+  for (int64_t first = keys.first; first < keys.stop; first += call_.block_keys) {
+    const Span some{first, std::min(first + call_.block_keys, keys.stop)};
+    if (!sight_.any_real(tile, some)) continue;
     const int64_t slot = keeps_blocks() ? static_cast<int64_t>(scratch.blocks.size()) : 0;
-    block(tile, keys, scratch.scores.get() + slot * rows * call_.block_keys, scratch);
+    block(tile, some, scratch.scores + slot * rows * call_.block_keys, scratch);
     for (int64_t row = 0; row < rows; ++row)
       scratch.maxima[slot * rows + row] = scratch.sums[static_cast<size_t>(row)].most;
-    scratch.blocks.push_back(first);
+    scratch.blocks.push_back(some);
   }
-  finish(tile, scratch);
-  if (call_.received.data != nullptr || call_.distance_histogram.data != nullptr)
-    receive(tile, stripe, seen.stop, scratch);
-  if (bins_weights()) bin_weights(tile, stripe, seen.stop, scratch);
-  if (call_.row_weights.data != nullptr) write_rows(tile, seen.stop, scratch);
+}
+
+// All keys were met, in the parts of this tile.
+template <class T>
+void Forward<T>::complete(const Tile& tile, int64_t stripe, Scratch* parts) const {
+  merge(tile.rows(), parts);
+  finish(tile, parts[0]);
+  for (Scratch* part = parts; part < parts + parts_; ++part) {
+    if (part != parts) {
+      std::copy_n(parts->sums.begin(), tile.rows(), part->sums.begin());
+      std::copy_n(parts->factors, tile.rows(), part->factors);
+    }
+    if (call_.received.data != nullptr || call_.distance_histogram.data != nullptr) receive(tile, stripe, *part);
+    if (bins_weights()) bin_weights(tile, stripe, *part);
+  }
+  if (call_.row_weights.data != nullptr) write_rows(tile, parts);
+}
+
+// The first of the parts becomes that of all their keys.
+template <class T>
+void Forward<T>::merge(int64_t rows, Scratch* parts) const {
+  const int64_t width = round_up(call_.value_channels, kLanes<T>);
+  for (Scratch* part = parts + 1; part < parts + parts_; ++part) {
+    for (int64_t row = 0; row < rows; ++row) {
+      RowSums<T>&all = parts->sums[static_cast<size_t>(row)], &more = part->sums[static_cast<size_t>(row)];
+      const T most = std::max(all.most, more.most);
+      const T factor = all.raise(most), other = more.raise(most);
+      all.add(more);
+      if (call_.value.data == nullptr) continue;
+      T* output = parts->output + row * width;
+      const T* added = part->output + row * width;
+      for (int64_t channel = 0; channel < width; ++channel)
+        output[channel] = output[channel] * factor + added[channel] * other;
+    }
+  }
 }
 
 // The scores of one block, their exponentials, and what these add to every row.
@@ -147,17 +208,17 @@ void Forward<T>::block(const Tile& tile, Span keys, T* scores, Scratch& scratch)
   const int64_t kv_head = tile.batch * call_.kv_heads + tile.kv_head;
   const int64_t value_width = round_up(call_.value_channels, kLanes<T>);
   if (packs())
-    multiply_panels(keys_.at(kv_head, keys.first), call_.channels, width, rows, scratch.queries.get(), depth_, scores,
+    multiply_panels(keys_.at(kv_head, keys.first), call_.channels, width, rows, scratch.queries, depth_, scores,
                     stride);
   else
-    multiply_keys(call_, kv_head, keys.first, width, rows, scratch.queries.get(), depth_, scores, stride,
-                  scratch.row.get());
+    multiply_keys(call_, kv_head, keys.first, width, rows, scratch.queries, depth_, scores, stride,
+                  scratch.row);
   const Span sinks = sinks_in(keys, tile.batch);
   for (int64_t row = 0; row < rows; ++row) {
     T* mine = scores + row * stride;
     RowSums<T>& sums = scratch.sums[static_cast<size_t>(row)];
     if (call_.softcap != 0) cap(mine, width, static_cast<T>(call_.softcap));
-    sight_.apply(tile, row, keys.first, width, mine, scratch.row.get());
+    sight_.apply(tile, row, keys.first, width, mine, scratch.row);
     const T most = largest_of(mine, width);
     if (most > sums.most) {
       const T factor = sums.raise(most);
@@ -182,7 +243,7 @@ void Forward<T>::block(const Tile& tile, Span keys, T* scores, Scratch& scratch)
   }
   if (call_.value.data != nullptr)
     multiply<T>(rows, value_width, keys.stop - keys.first, {scores, stride, 1}, values_.at(kv_head, keys.first),
-                values_.stride, scratch.output.get(), value_width, true);
+                values_.stride, scratch.output, value_width, true);
 }
 
 // Where the sinks of a block lie; empty if it has none, or nobody asks.
@@ -234,7 +295,7 @@ void Forward<T>::finish(const Tile& tile, Scratch& scratch) const {
       const Tensor& output = call_.output;
       const int64_t begin = tile.batch * output.stride[0] + tile.query(row) * output.stride[1] +
                             tile.head(row) * output.stride[2];
-      write(output, begin, output.stride[3], call_.value_channels, scratch.output.get() + row * value_width, inverse);
+      write(output, begin, output.stride[3], call_.value_channels, scratch.output + row * value_width, inverse);
     }
     scratch.factors[row] = sight_.real_row(tile, row) ? inverse : T{0};
     data_of<T>(call_.row_logsumexp)[index] = sums.most + log_total;
@@ -263,13 +324,13 @@ T Forward<T>::factor_of(int64_t row, size_t slot, int64_t rows, const Scratch& s
 
 // Final weights: the kept exponentials times what their block lacks.
 template <class T>
-void Forward<T>::receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const {
+void Forward<T>::receive(const Tile& tile, int64_t stripe, Scratch& scratch) const {
   const int64_t rows = tile.rows(), stride = call_.block_keys, bins_per_slot = call_.distance_histogram.size[2];
-  T* factors = scratch.row.get();
+  T* factors = scratch.row;
   for (size_t slot = 0; slot < scratch.blocks.size(); ++slot) {
-    const Span keys{scratch.blocks[slot], std::min(scratch.blocks[slot] + stride, stop)};
+    const Span keys = scratch.blocks[slot];
     const int64_t width = round_up(keys.stop - keys.first, kLanes<T>);
-    const T* exponentials = scratch.scores.get() + static_cast<int64_t>(slot) * rows * stride;
+    const T* exponentials = scratch.scores + static_cast<int64_t>(slot) * rows * stride;
     for (int64_t member = 0; member < tile.group; ++member) {
       const int64_t head = tile.batch * call_.heads + tile.kv_head * tile.group + member;
       const int64_t first_row = member * tile.queries, place = head * stripes_.count + stripe;
@@ -290,25 +351,27 @@ void Forward<T>::receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch
 
 // The final weights of the chosen rows; NaN for a row that is padding or sees nothing.
 template <class T>
-void Forward<T>::write_rows(const Tile& tile, int64_t stop, const Scratch& scratch) const {
+void Forward<T>::write_rows(const Tile& tile, const Scratch* parts) const {
   const int64_t rows = tile.rows(), stride = call_.block_keys, chosen = call_.row_weights.size[2];
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t place = data_of<int64_t>(call_.row_places)[tile.query(row)];
     if (place < 0) continue;
     const int64_t head = tile.batch * call_.heads + tile.head(row);
     T* to = data_of<T>(call_.row_weights) + (head * chosen + place) * call_.num_keys;
-    if (!(scratch.factors[row] > 0)) {
+    if (!(parts->factors[row] > 0)) {
       std::fill_n(to, call_.num_keys, std::numeric_limits<T>::quiet_NaN());
       continue;
     }
     int64_t done = 0;
-    for (size_t slot = 0; slot < scratch.blocks.size(); ++slot) {
-      const int64_t first = scratch.blocks[slot], width = std::min(stride, stop - first);
-      const T* exponentials = scratch.scores.get() + (static_cast<int64_t>(slot) * rows + row) * stride;
-      const T factor = factor_of(row, slot, rows, scratch);
-      std::fill(to + done, to + first, T{0});
-      for (int64_t j = 0; j < width; ++j) to[first + j] = factor * exponentials[j];
-      done = first + width;
+    for (const Scratch* part = parts; part < parts + parts_; ++part) {
+      for (size_t slot = 0; slot < part->blocks.size(); ++slot) {
+        const auto [first, stop] = part->blocks[slot];
+        const T* exponentials = part->scores + (static_cast<int64_t>(slot) * rows + row) * stride;
+        const T factor = factor_of(row, slot, rows, *part);
+        std::fill(to + done, to + first, T{0});
+        for (int64_t key = first; key < stop; ++key) to[key] = factor * exponentials[key - first];
+        done = stop;
+      }
     }
     std::fill(to + done, to + call_.num_keys, T{0});
   }
@@ -316,14 +379,14 @@ void Forward<T>::write_rows(const Tile& tile, int64_t stop, const Scratch& scrat
 
 // The final weights of one head after the other, so that sums over all its blocks are made once.
 template <class T>
-void Forward<T>::bin_weights(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const {
+void Forward<T>::bin_weights(const Tile& tile, int64_t stripe, Scratch& scratch) const {
   const int64_t rows = tile.rows(), stride = call_.block_keys;
   for (int64_t member = 0; member < tile.group; ++member) {
     for (size_t slot = 0; slot < scratch.blocks.size(); ++slot) {
-      const int64_t at = static_cast<int64_t>(slot) * rows, first = scratch.blocks[slot];
-      const int64_t width = round_up(std::min(stride, stop - first), kLanes<T>);
+      const int64_t at = static_cast<int64_t>(slot) * rows;
+      const int64_t width = round_up(scratch.blocks[slot].stop - scratch.blocks[slot].first, kLanes<T>);
       for (int64_t row = member * tile.queries; row < (member + 1) * tile.queries; ++row)
-        scratch.bins.add(scratch.scores.get() + (at + row) * stride, width, factor_of(row, slot, rows, scratch));
+        scratch.bins.add(scratch.scores + (at + row) * stride, width, factor_of(row, slot, rows, scratch));
     }
     const int64_t head = tile.batch * call_.heads + tile.kv_head * tile.group + member;
     const int64_t place = (head * stripes_.count + stripe) * kWeightBins;

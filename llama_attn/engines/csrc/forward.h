@@ -19,14 +19,21 @@ struct RowSums {
   T most, sink, local, kept;
   T learned;  // what a learned sink takes
 
-  // Makes the sums relative to a larger score.
+  // Makes the sums relative to a larger score, if it is one.
   T raise(T larger) {
+    if (!(larger > most)) return 1;
     const T factor = std::exp(most - larger);
     centred = (centred + (most - larger) * total) * factor;
     total *= factor, distance *= factor, squares *= factor * factor;
     sink *= factor, local *= factor, kept *= factor;
     most = larger;
     return factor;
+  }
+
+  // Adds those of other keys, relative to the same score.
+  void add(const RowSums& other) {
+    total += other.total, centred += other.centred, distance += other.distance, squares += other.squares;
+    sink += other.sink, local += other.local, kept += other.kept;
   }
 };
 
@@ -67,6 +74,9 @@ inline void cap(T* scores, int64_t width, T softcap) {
     store(scores + j, softcap * hyperbolic_tangent<T>(load(scores + j) / softcap));
 }
 
+// The keys of one query are divided so that there is work for so many threads.
+constexpr int64_t kJobs = 16;
+
 template <class T>
 class Forward {
  public:
@@ -75,22 +85,26 @@ class Forward {
 
  private:
   struct Scratch {
-    Buffer<T> queries, scores, maxima, output, row, factors;
+    Buffer<T> memory;
+    T *queries, *scores, *maxima, *output, *row, *factors;  // in `memory`
     std::vector<RowSums<T>> sums;
-    std::vector<int64_t> blocks;  // the first key of each
+    std::vector<Span> blocks;
     WeightBins<T> bins;
   };
 
   Scratch make_scratch() const;
   void prepare(int64_t head, int64_t first, T* rows);
-  void walk(const Tile& tile, int64_t stripe, Scratch& scratch) const;
+  void walk_parts(Scratch* scratches);
+  void walk(const Tile& tile, Span keys, Scratch& scratch) const;
   void block(const Tile& tile, Span keys, T* scores, Scratch& scratch) const;
+  void complete(const Tile& tile, int64_t stripe, Scratch* parts) const;
+  void merge(int64_t rows, Scratch* parts) const;
   void add_learned_sink(const Tile& tile, int64_t row, Scratch& scratch) const;
   void finish(const Tile& tile, Scratch& scratch) const;
-  void receive(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const;
+  void receive(const Tile& tile, int64_t stripe, Scratch& scratch) const;
   static T factor_of(int64_t row, size_t slot, int64_t rows, const Scratch& scratch);
-  void write_rows(const Tile& tile, int64_t stop, const Scratch& scratch) const;
-  void bin_weights(const Tile& tile, int64_t stripe, int64_t stop, Scratch& scratch) const;
+  void write_rows(const Tile& tile, const Scratch* parts) const;
+  void bin_weights(const Tile& tile, int64_t stripe, Scratch& scratch) const;
   void bin_distances(T factor, const T* weights, Span keys, int64_t position, T* bins) const;
   template <class From>
   void reduce(const Tensor& to, const Buffer<From>& slots, int64_t slot_size, int64_t size, int64_t head) const;
@@ -103,11 +117,20 @@ class Forward {
     return call_.received.data != nullptr || call_.distance_histogram.data != nullptr || bins_weights() ||
            call_.row_weights.data != nullptr;
   }
+  int64_t parts_of(int64_t heads) const {
+    return std::max<int64_t>(1, std::min(kJobs / std::max<int64_t>(1, heads), blocks_of(call_.num_keys)));
+  }
+  int64_t blocks_of(int64_t keys) const { return (keys + call_.block_keys - 1) / call_.block_keys; }
+  int64_t keys_per_part(Span keys) const {
+    return round_up(std::max<int64_t>(0, keys.stop - keys.first + parts_ - 1) / parts_, kPanel<T>);
+  }
   Span sinks_in(Span keys, int64_t batch) const;
 
   const Call& call_;
   Sight<T> sight_;
   Stripes stripes_;
+  int64_t parts_;              // of the keys, which share one query
+  std::vector<int64_t> done_;  // so many of these, of each (batch, kv_head)
   Panels<T> keys_;
   Rows<T> values_;
   Buffer<T> sinks_;           // 1 for sink tokens, (batch, key); none if they are the first keys of the row

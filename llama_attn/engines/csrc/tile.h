@@ -255,7 +255,8 @@ struct Stripes {
   int64_t queries_per_tile, tiles, count;
 
   Stripes(const Call& call, int64_t most) {
-    queries_per_tile = std::max<int64_t>(1, call.tile_rows / (call.heads / call.kv_heads));
+    const int64_t most_queries = std::min(call.num_queries, call.tile_rows / (call.heads / call.kv_heads));
+    queries_per_tile = std::max<int64_t>(1, most_queries);
     tiles = (call.num_queries + queries_per_tile - 1) / queries_per_tile;
     count = std::min(most, tiles);
   }
