@@ -23,12 +23,13 @@ PICTURES = {path.stem: path for path in sorted(GALLERY.glob("*/*.py"))}
 DPI = 110
 INTRODUCTION = """# Gallery
 
-Every figure, drawn from SmolLM2-135M-Instruct on the opening of *Moby-Dick* but for one, which says so. `text`, `beginning`, `other` and
-`repeated` are `AttentionStats`, datasets or saved files: `text` is the opening, `beginning` its first 40 tokens, `other`
-the same with `<|im_start|>` in place of the first token, `repeated` the token `<|im_start|>` and a random sequence of
-64 tokens, twice. Figures of one pair of axes take `ax=`, and draw there. Grey is "no data": pairs that may not see each
-other, padding, layers that were not measured. This page is written by `docs/make_gallery.py` from the files in `docs/gallery`, whose
-code drew the pictures; numbers that answer the same questions are in [analysis.md](analysis.md).
+Every figure by the question that it answers, drawn from SmolLM2-135M-Instruct on the opening of *Moby-Dick* but for one,
+which says so. What the code reads are `AttentionStats`, datasets or saved files: `text` is the opening, `beginning` its
+first 40 tokens, `other` the same with `<|im_start|>` in place of the first token, `repeated` the token `<|im_start|>` and a
+random sequence of 64 tokens, twice. Figures of one pair of axes take `ax=`, and draw there. Grey is "no data": pairs that
+may not see each other, padding, layers that were not measured. This page is written by `docs/make_gallery.py` from the
+files in `docs/gallery`, whose code drew the pictures; numbers that answer the same questions are in
+[analysis.md](analysis.md).
 """
 
 

@@ -6,4 +6,4 @@ layer that rests on its sink; one that falls is a layer that spreads.
 
 from llama_attn.viz import plot_sink_growth
 
-figure = plot_sink_growth(text, layer=15)
+figure = plot_sink_growth(text, layer=1)
