@@ -46,12 +46,12 @@ QUESTION = "Question: Who was the architect of the Eiffel Tower, and how tall is
 
 @dataclass(frozen=True)
 class Runs:
-    """What was measured.
+    """What was measured, by the names that the files of the gallery know it by.
 
     Args:
         text: `TEXT` as it is.
         beginning: Its first `BEGINNING` tokens.
-        other_start: The same with the first token replaced by the one that begins a chat.
+        other: The same with the first token replaced by the one that begins a chat.
         repeated: Rows of that token and twice the same random tokens.
         budget: What smaller caches keep of the first `READ` tokens of the text, and the loss of those behind them.
         ablation: The loss on the beginning without each head of the first `ABLATED` layers.
@@ -61,7 +61,7 @@ class Runs:
 
     text: AttentionStats
     beginning: AttentionStats
-    other_start: AttentionStats
+    other: AttentionStats
     repeated: AttentionStats
     budget: pandas.DataFrame
     ablation: pandas.DataFrame

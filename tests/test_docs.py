@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -13,20 +15,39 @@ from llama_attn.demo import HUB_ID
 
 DOCS = Path(__file__).parent.parent / "docs"
 PLOTS = [name for name in viz.__all__ if name.startswith("plot_")]
+GALLERY = DOCS / "gallery"
+# One file per picture, in the folder of its question.
+PICTURES = sorted(GALLERY.rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", PLOTS)
 def test_every_figure_is_in_the_gallery(name):
-    page = (DOCS / "gallery.md").read_text()
-    picture = f"images/gallery/{name.removeprefix('plot_')}.png"
-    assert f"viz.{name}(" in page
-    assert picture in page
-    assert 5_000 < (DOCS / picture).stat().st_size < 200_000
+    name = name.removeprefix("plot_")
+    assert [path.stem for path in PICTURES].count(name) == 1, f"docs/gallery has no file, or several, named {name}.py"
+    assert 5_000 < (DOCS / "images" / "gallery" / f"{name}.png").stat().st_size < 200_000
 
 
 def test_the_gallery_has_no_other_pictures():
-    names = {path.stem for path in (DOCS / "images" / "gallery").iterdir()}
-    assert names == {name.removeprefix("plot_") for name in PLOTS}
+    names = {name.removeprefix("plot_") for name in PLOTS}
+    assert {path.stem for path in PICTURES} == names
+    assert {path.stem for path in (DOCS / "images" / "gallery").iterdir()} == names
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.stem)
+def test_a_picture_answers_a_question_and_says_how_to_read_it(picture):
+    assert re.fullmatch(r"\d_[a-z]+(_[a-z]+)+", str(picture.parent.relative_to(GALLERY))), "its folder is a question"
+    module = ast.parse(picture.read_text())
+    title, _, reading = (ast.get_docstring(module) or "").partition("\n\n")
+    assert re.fullmatch(r"[A-Z].{3,40}\.", title)
+    assert len(re.findall(r"[.?](?=\s|$)", reading)) > 1, "two sentences or more"
+    assert reading.endswith(".")
+    [call] = [node.value for node in module.body if isinstance(node, ast.Assign) and node.targets[0].id == "figure"]
+    assert call.func.id == f"plot_{picture.stem}"
+
+
+def test_the_page_of_the_gallery_is_up_to_date():
+    page = runpy.run_path(str(DOCS / "make_gallery.py"))["gallery_page"]()
+    assert (DOCS / "gallery.md").read_text() == page, "run python docs/make_gallery.py --page"
 
 
 def test_every_question_is_explained():

@@ -105,8 +105,6 @@ class Reader:
         return summaries | {"load": lambda: (reader(), Letters())}, {}
 
     def gallery(self):
-        from llama_attn import viz
-
         beginning = self.ids[:, : self.runs.BEGINNING]
         other = beginning.clone()
         other[0, 0] = self.tokenizer.bos_token_id
@@ -114,9 +112,9 @@ class Reader:
         repeated = torch.cat([torch.tensor([[self.tokenizer.bos_token_id]]), half, half], 1)
         self.patch.setattr(self.runs, "ABLATED", 1)
         return {
-            "viz": viz, "text": self.measure(self.ids), "beginning": self.measure(beginning),
+            "text": self.measure(self.ids), "beginning": self.measure(beginning),
             "other": self.measure(other), "repeated": self.measure(repeated),
-            "frame": self.runs._budget(self.model, self.ids), "ablation": self.runs.ablate(self.model, beginning),
+            "budget": self.runs._budget(self.model, self.ids), "ablation": self.runs.ablate(self.model, beginning),
             "pictured": self.runs.measure_picture(), "answer": self.runs._answer(self.model, self.tokenizer),
         }, {}  # fmt: skip
 

@@ -75,6 +75,11 @@ def test_links_lead_somewhere(pages, site, tmp_path):
     assert astray({wrong: Page(wrong)}) == ["wrong.html: nowhere.html", "wrong.html: #nothing"], "the check can fail"
 
 
+def test_what_pages_are_written_by_is_no_part_of_it(site):
+    assert (site / "gallery.html").is_file()
+    assert [path for path in site.rglob("*") if path.suffix == ".py" or path.name == "measured.json"] == []
+
+
 def test_nothing_is_loaded_from_elsewhere(pages, site):
     assert [address for page in pages.values() for address in page.loaded if urlsplit(address).netloc] == []
     for style in site.rglob("*.css"):

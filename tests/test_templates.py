@@ -106,9 +106,9 @@ def test_a_figure(copy, run, tmp_path):
     )
     insert(exports, '    "plot_sources"', '    "plot_sink_growth",\n')
     # The gallery is asked for its picture.
-    code, said = pytested(run, "tests/test_docs.py", "-k", "plot_sink_growth")
+    code, said = pytested(run, "tests/test_docs.py", "-k", "gallery")
     assert code == 1, said[-4000:]
-    assert "1 failed" in said
+    assert "FAILED tests/test_docs.py::test_every_figure_is_in_the_gallery[plot_sink_growth]" in said
     folder = cli_models.save("llama", tmp_path / "llama")
     assert run(*CLI, "run", folder, "--prompt", "the cat sat", "--out", tmp_path / "out")[0] == 0
     code, said = run(
@@ -117,6 +117,20 @@ def test_a_figure(copy, run, tmp_path):
     )  # fmt: skip
     assert code == 0, said[-4000:]
     assert (tmp_path / "sink.png").stat().st_size > 5_000
+    # Its file is found in its folder, and drawn; here of a smaller model than the gallery's.
+    [question] = (copy / "docs" / "gallery").glob("*_where_does_attention_go")
+    shutil.copy(ROOT / "templates" / "picture.py", question / "sink_growth.py")
+    assert run("docs/make_gallery.py", "--page")[0] == 0
+    check = (
+        "import runpy, sys; made = runpy.run_path('docs/make_gallery.py')\n"
+        "made['draw'](made['PICTURES']['sink_growth'], {'text': sys.argv[1]})"
+    )
+    code, said = run("-c", check, tmp_path / "out" / "stats.safetensors")
+    assert code == 0, said[-4000:]
+    code, said = pytested(run, "tests/test_docs.py", "-k", "gallery or sink_growth")
+    assert code == 0, said[-4000:]
+    page = (copy / "docs" / "gallery.md").read_text()
+    assert "### Sink growth\n\n![sink growth](images/gallery/sink_growth.png)" in page
 
 
 def test_templates_are_clean():
@@ -126,5 +140,7 @@ def test_templates_are_clean():
             [Path(sys.executable).parent / command[0], *command[1:], ROOT / "templates"], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout
-    done = subprocess.run([sys.executable, "-m", "mypy", ROOT / "templates"], capture_output=True, text=True, cwd=ROOT)
+    # All but the picture, whose names come from the figure and from the runs of the gallery.
+    typed = sorted(set((ROOT / "templates").glob("*.py")) - {ROOT / "templates" / "picture.py"})
+    done = subprocess.run([sys.executable, "-m", "mypy", *typed], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
