@@ -43,6 +43,11 @@ def backend(engine) -> str:
     return "streaming_" + engine.__name__.rpartition(".")[2]
 
 
+def same(actual, expected) -> bool:
+    """Whether every bit is, numbers that are none included."""
+    return torch.equal(actual.isnan(), expected.isnan()) and torch.equal(actual.nan_to_num(), expected.nan_to_num())
+
+
 def refused(engine, call) -> bool:
     """Whether the engine says that it does no such call; then the call itself must say the same."""
     reason = engine.refuses(call.visibility, call.scoring)
