@@ -6,14 +6,17 @@ What an engine does not do it is asked itself.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from calls import BOUND
 from hypothesis import strategies as st
 
+from llama_attn.stats.block import Wanted
 from llama_attn.testing import relative_error
 
 # Sizes of blocks: those that an engine chooses itself, and some that a few tokens fill; and any at all.
@@ -25,6 +28,35 @@ SIZES = st.fixed_dictionaries(
         "block_keys": st.sampled_from([64, 128, 512]),
     }
 )
+
+
+class On:
+    """An engine whose calls are made on another device, from which their results are brought back."""
+
+    def __init__(self, engine, device) -> None:
+        self._engine, self._device = engine, device
+        self.walk, self.backward = (functools.wraps(f)(self._moved(f)) for f in (engine.walk, engine.backward))
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def _moved(self, function):
+        def moved(thing):
+            if isinstance(thing, Wanted):
+                names = ("segments", "tokens", "token_before", "keep")
+                return replace(thing, **{name: moved(getattr(thing, name)) for name in names})
+            return None if thing is None else thing.to(self._device)
+
+        def back(thing):
+            if isinstance(thing, dict):
+                return {name: back(value) for name, value in thing.items()}
+            return None if thing is None else thing.cpu()
+
+        def call(*arguments, **sizes):
+            result = function(*map(moved, arguments), **sizes)
+            return type(result)(*map(back, result))
+
+        return call
 
 
 def taken(engine, sizes):

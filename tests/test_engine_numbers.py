@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calls import CPU, make_call
 from engines import backend, blocks, same, taken
 from test_engine_queries import case_of
 
+from llama_attn import AttentionStatsConfig
+from llama_attn.stats.block import Wanted
+from llama_attn.stats.counts import Counts
+from llama_attn.stats.reference import Reference
+from llama_attn.stats.scoring import Scoring
+from llama_attn.stats.table import statistics_table
+from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import assert_matches_reference, make_inputs, relative_error
 
 
@@ -76,3 +84,38 @@ def test_the_number_of_threads_changes_nothing(engine):
     assert all(same(one, other) for one, other in zip(results[1], results[3], strict=True))
     for result in results[1:]:
         assert all(relative_error(one, other) < 1e-5 for one, other in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_have_the_dtypes_of_what_they_are_of(dtype, engine):
+    call = make_call(bias=(1, 4), sinks=(-1.0, 1.0), dtype=dtype, spans="window")
+    walk = call.walk(engine)
+    tensors = (call.query, call.key, call.value, walk.output, walk.logsumexp, call.visibility, call.scoring)
+    gradients = engine.backward(torch.ones_like(walk.output), *tensors)
+    of = (call.query, call.key, call.value, call.scoring.position_bias, call.scoring.sinks)
+    for gradient, tensor in zip(gradients, of, strict=True):
+        assert (gradient.dtype, gradient.shape) == (dtype, tensor.shape)
+
+
+@pytest.mark.parametrize("documents", [3, 7, 50])
+def test_distances_in_documents_far_from_the_first_token(documents, engine):
+    """In float32, where numbers of tokens cancel one another."""
+    length, config = 1_500, AttentionStatsConfig(sink_tokens=2, window=4)
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(1, 2, length, 16, generator=generator) for _ in range(2))
+    places = torch.arange(length)
+    visibility = Visibility(1, 0, length, CPU, sequence=(places // documents)[None])
+    same_document = places[:, None] // documents == places // documents
+    reference = Reference(
+        query, key, None, 0.25, (same_document.tril())[None, None], torch.ones(1, length, dtype=torch.bool),
+        (places % documents)[None], places, config,
+    )  # fmt: skip
+    names = ("mean_distance", "local_mass", "distance_histogram", "previous_token")
+    known = [s for s in (statistics_table()[name] for name in names) if engine.knows(s)]
+    raw = engine.walk(query, key, None, visibility, Scoring(0.25), Wanted(known, config)).raw
+    for statistic in known:
+        value = raw[statistic.name]
+        if statistic.finish is not None:
+            value = statistic.finish(value[None], Counts.of(visibility), config)[0]
+        assert relative_error(value, statistic.textbook(reference)) <= 1e-6, statistic.name
+    assert (raw["mean_distance"] >= 0).all()

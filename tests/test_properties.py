@@ -16,7 +16,6 @@ from hypothesis import Phase, given, settings, strategies as st
 from oracle import visible_by_hand
 
 from llama_attn.stats.merge import Group, Measured, Run
-from llama_attn.stats.visibility import Visibility
 from llama_attn.testing import relative_error
 
 
