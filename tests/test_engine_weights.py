@@ -59,6 +59,16 @@ def test_more_weights_than_a_sum_holds(dtype, engine):
 
 
 @BOTH
+def test_weights_whose_roundings_add_up(dtype, engine):
+    """Each of 2,100 queries gives 1/2100 to every key, and every addition to a sum of them errs in the same direction."""
+    zeros = torch.zeros(1, 1, 2100, 4, dtype=dtype)
+    _, masses = binned(engine, zeros, zeros, Visibility(1, 0, 2100, CPU, causal=False))
+    expected = torch.zeros(31, dtype=torch.float64)
+    expected[11] = 2100
+    assert relative_error(masses[0, 0], expected) < BOUND[dtype]
+
+
+@BOTH
 @pytest.mark.parametrize("bin", range(31))
 def test_both_ends_of_every_bin(bin, dtype, engine):
     """One key takes nearly all, and others 2^−bin, just below it, and just above the next power of two."""

@@ -9,15 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calls import LARGE, make_call
 from conftest import tiny_model
-from engines import On
+from engines import On, check
 from oracle import rounding_bound, visible_by_hand
 from test_engine_queries import (  # noqa: F401
     test_keys_behind_those_that_the_visibility_knows,
     test_no_queries,
     test_only_what_is_wanted,
 )
-from test_engine_scoring import test_every_kind, test_many_blocks  # noqa: F401
+from test_engine_scoring import test_every_kind  # noqa: F401
 
 from llama_attn import AttentionStatsConfig, available_backends
 from llama_attn.engines import triton
@@ -153,6 +154,12 @@ class Case:
 def test_statistics_and_output(situation):
     case = Case(torch.float32, **SITUATIONS[situation])
     case.check(case.walk())
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_several_tiles(kind, engine):
+    """As test_many_blocks of the other engines, on half of the heads, since the interpreter is slow."""
+    check(engine, make_call(**{"queries": 140} | LARGE[kind], heads=2, kv_heads=1, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("situation", ["7 queries, head size 96", "packed and padded"])
