@@ -78,7 +78,7 @@ lowest: $(LOWEST)/.ready
 fuzz: $(VENV)/.ready
 	$(BIN)/python tests/attacks/fuzz.py --files $(or $(FILES),100000) --seed $(or $(SEED),0)
 
-# Ten thousand random examples of the properties of the engine, and every type of model on every backend in every
+# Twenty thousand random examples of the properties of the engines, and every type of model on every backend in every
 # situation; too long for CI.
 long: $(VENV)/.native
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py tests/test_any_model.py
