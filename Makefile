@@ -17,8 +17,8 @@ TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 VERSIONS ?= $(OLDEST) 5.24.0
 # What no other transformers changes: figures, reports, and engines called by themselves.
-SAME := analysis compare container docs figures gradients native notebook properties report site style table threads triton \
-	tutorial viz wheel
+SAME := analysis compare container docs engine figures gradients native notebook properties report site style table threads \
+	torch triton tutorial visibility viz wheel
 
 .PHONY: demo test check wheel docs versions lowest newest long fuzz upstream bench bench-check gpu lock sanitize clean
 
@@ -34,13 +34,16 @@ test: $(VENV)/.native
 # What CI runs: the tests, the documentation, and the wheel outside the tree.
 check: test docs wheel
 
+# The tests of the C++ engine: those that it has to itself, and its part of those that every engine passes.
+NATIVE := tests/test_native*.py tests/test_engine*.py tests/test_properties.py -k native
+
 # The wheel, in dist/, with the C++ engine for every processor in it (docs/wheels.md), tried outside the tree; then the
 # tests of that engine with each of its libraries that runs here.
 wheel: $(VENV)/.native
 	$(BIN)/python -m hatchling build -t wheel
 	$(BIN)/python -m pytest tests/test_wheel.py
 	for isa in $$($(BIN)/python -c "from llama_attn.engines import _library; print(*_library.choices())"); do \
-		LLAMA_ATTN_ISA=$$isa $(BIN)/python -m pytest tests/test_native*.py || exit; done
+		LLAMA_ATTN_ISA=$$isa $(BIN)/python -m pytest $(NATIVE) || exit; done
 
 # The documentation, in site/, whose pages open from there and ask no network.
 docs: $(VENV)/.ready
@@ -75,7 +78,7 @@ lowest: $(LOWEST)/.ready
 fuzz: $(VENV)/.ready
 	$(BIN)/python tests/attacks/fuzz.py --files $(or $(FILES),100000) --seed $(or $(SEED),0)
 
-# Ten thousand random examples of the properties of the engine, and every type of model on every backend in every
+# Twenty thousand random examples of the properties of the engines, and every type of model on every backend in every
 # situation; too long for CI.
 long: $(VENV)/.native
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py tests/test_any_model.py
@@ -155,7 +158,7 @@ $(VENV)/.native: $(VENV)/.ready $(wildcard llama_attn/engines/csrc/*)
 
 # The tests of the C++ engine with a library that checks every access and every operation.
 sanitize: $(VENV)/.ready
-	VENV_BIN=$(BIN) sh tests/sanitize.sh
+	VENV_BIN=$(BIN) sh tests/sanitize.sh $(NATIVE)
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(NEWEST) $(LOWEST) .venv-lock .venv-tf-* dist site llama_attn/engines/native-*.so

@@ -19,6 +19,56 @@ from llama_attn.stats.visibility import Visibility
 CPU = torch.device("cpu")
 SPANS = ("none", "window", "chunk", "both sides", "random")
 NOT_A_TOKEN = 10**6
+# What rounding may do, by the error budget.
+BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
+KINDS = {
+    "window": {"spans": "window"},
+    "window over padding": {"spans": "window", "padding": True},
+    "window of one": {"spans": "window", "width": 1},
+    "window wider than the row": {"spans": "window", "width": 100},
+    "window, the cache has dropped keys": {"spans": "window", "before": 4, "offset": 31, "padding": True},
+    "window, one step of decoding": {"spans": "window", "queries": 1, "before": 4, "offset": 18},
+    "window in a static cache": {"spans": "window", "before": 4, "after": 6},
+    "window over documents": {"spans": "window", "packed": True},
+    "every third query of a window": {"spans": "window", "stride": 3, "offset": 4, "before": 3},
+    "chunks": {"spans": "chunk"},
+    "chunks, the cache has dropped keys": {"spans": "chunk", "before": 7, "offset": 9},
+    "chunks both ways": {"spans": "chunk", "causal": False},
+    "window both ways": {"spans": "both sides", "padding": True},
+    "random spans": {"spans": "random", "padding": True, "queries": 40},
+    "full, the cache has dropped keys": {"before": 3, "offset": 40, "padding": True},
+    "sinks": {"sinks": (-2.0, 3.0)},
+    "sinks far above and below": {"sinks": (-300.0, 300.0), "padding": True},
+    "sinks in a window": {"spans": "window", "sinks": (-2.0, 3.0), "packed": True},
+    "soft-cap": {"softcap": 1.5, "spread": 3.0},
+    "soft-cap, bias and sinks": {"softcap": 5.0, "bias": (2, 4), "sinks": (-1.0, 2.0), "padding": True},
+    "bias of all heads": {"bias": (1, 1), "causal": False},
+    "bias in a window": {"bias": (1, 4), "spans": "both sides"},
+    "a mask in a window": {"mask": "bool", "spans": "window", "padding": True},
+    "an additive mask and a bias": {"mask": "additive", "bias": (2, 1), "stride": 2},
+    "wider values": {"value_channels": 80},
+    "narrower values": {"channels": 24, "value_channels": 8, "spans": "window"},
+    "head size 576": {"channels": 576, "value_channels": 512, "kv_heads": 1},
+    "cross-attention": {"aligned": False, "after": 9, "padding": True},
+    "cross-attention to few keys": {"aligned": False, "queries": 40, "after": -35},
+    "cross-attention with sinks and a bias": {"aligned": False, "after": 3, "sinks": (-1.0, 1.0), "bias": (1, 4)},
+}  # fmt: skip
+# Of 140 queries if nothing else is said: several blocks of every engine, rows that see nothing, windows that begin within one.
+LARGE = {
+    "causal": {},
+    "causal, left padding": {"padding": True},
+    "window": {"spans": "window", "width": 9},
+    "window wider than a block": {"spans": "window", "width": 90},
+    "window, the cache has dropped keys": {"spans": "window", "width": 90, "queries": 70, "before": 70, "offset": 99},
+    "chunks": {"spans": "chunk", "width": 33, "padding": True},
+    "window both ways": {"spans": "both sides", "width": 40},
+    "random spans": {"spans": "random", "padding": True},
+    "documents": {"packed": True, "spans": "window", "width": 30},
+    "every third query": {"spans": "window", "width": 70, "stride": 3},
+    "cross-attention": {"aligned": False, "after": 60, "padding": True},
+    "cross-attention to few keys": {"aligned": False, "after": -100},
+}
+EVERYTHING = {"softcap": 3.0, "sinks": (-1.0, 2.0), "bias": (1, 4), "spread": 1.5}
 
 
 @dataclass(frozen=True)
@@ -58,7 +108,7 @@ class Call:
     def wanted(self, statistics=None) -> Wanted:
         segments = self.config.segments
         return Wanted(
-            statistics or self.statistics,
+            self.statistics if statistics is None else statistics,
             self.config,
             segments,
             int(segments.max()) + 1,
@@ -67,8 +117,12 @@ class Call:
             self.config.kept[0],
         )
 
+    def known(self, engine):
+        """What is measured of it by an engine."""
+        return [statistic for statistic in self.statistics if engine.knows(statistic)]
+
     def walk(self, engine, statistics=None, **sizes):
-        wanted = self.wanted(statistics)
+        wanted = self.wanted(self.known(engine) if statistics is None else statistics)
         return engine.walk(self.query, self.key, self.value, self.visibility, self.scoring, wanted, **sizes)
 
     def finished(self, raw, statistics=None):
@@ -139,8 +193,8 @@ def make_call(
     before=0,
     after=0,
     offset=0,
-    channels=16,
-    value_channels=16,
+    channels=64,
+    value_channels=64,
     padding=False,
     packed=False,
     causal=True,

@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import make_call
+from calls import KINDS, make_call
 from conftest import tiny_model
-from test_calls import KINDS
 from torch._dynamo.utils import counters
 
 from llama_attn import AttentionStatsConfig

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
+import importlib
 import inspect
 import shutil
 
@@ -128,6 +129,14 @@ def built_native():
     except RuntimeError as error:
         pytest.skip(str(error))
     library.build()
+
+
+@pytest.fixture(params=["torch", "native"])
+def engine(request):
+    """Each engine that a CPU runs; see engines.py. The triton engine's interpreter needs a process of its own."""
+    if request.param == "native":
+        request.getfixturevalue("built_native")
+    return importlib.import_module(f"llama_attn.engines.{request.param}")
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import tiny_model
+from engines import On
 from oracle import capture, errors, expected, rounding_bound
-from test_calls import KINDS, make_call
+from test_engine_scoring import test_every_kind  # noqa: F401
 
 from llama_attn import AttentionStatsConfig, available_backends, record
-from llama_attn.engines import torch as engine
-from llama_attn.testing import assert_matches_reference, relative_error
+from llama_attn.engines import torch as torch_engine
+from llama_attn.testing import assert_matches_reference
 
 # What transformers asks of flex_attention is deprecated in torch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -30,27 +29,10 @@ def dtypes(backend):
 CASES = [pytest.param(name, dtype, id=f"{name} {dtype}") for name in BACKENDS for dtype in dtypes(name)]
 
 
-def moved(tensor):
-    return None if tensor is None else tensor.to(DEVICE)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_torch_engine(kind):
-    """Every statistic and the output, whatever is said of who sees whom and of scores."""
-    call = make_call(**KINDS[kind], dtype=torch.float32)
-    wanted = call.wanted()
-    wanted = replace(
-        wanted, **{name: moved(getattr(wanted, name)) for name in ("segments", "tokens", "token_before", "keep")}
-    )
-    tensors = [moved(tensor) for tensor in (call.query, call.key, call.value)]
-    walk = engine.walk(*tensors, call.visibility.to(DEVICE), call.scoring.to(DEVICE), wanted)
-    values = call.finished({name: raw.cpu() for name, raw in walk.raw.items()})
-    for name, right in call.expected().items():
-        # Of keys with nearly the same weight either may come first.
-        if name != "topk_position":
-            assert relative_error(values[name], right) <= 1e-5, name
-    output = call.reference().output.transpose(1, 2)
-    assert relative_error(walk.output.cpu()[call.real_queries], output[call.real_queries]) <= 1e-5
+@pytest.fixture
+def engine():
+    """Of the tests that every engine passes."""
+    return On(torch_engine, DEVICE)
 
 
 # The tiny heads of these situations are none that the triton engine or FlashAttention know; models below have others.

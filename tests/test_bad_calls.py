@@ -8,7 +8,6 @@ import pytest
 import torch
 from calls import CPU, make_call
 
-from llama_attn.engines import torch as engine
 from llama_attn.engines._walk import check_call
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
@@ -17,7 +16,7 @@ BATCH, HEADS, KV_HEADS, QUERIES, KEYS, CHANNELS = 2, 4, 2, 5, 9, 16
 
 
 def call():
-    made = make_call(queries=QUERIES, before=KEYS - QUERIES)
+    made = make_call(queries=QUERIES, before=KEYS - QUERIES, channels=CHANNELS, value_channels=CHANNELS)
     return {name: getattr(made, name) for name in ("query", "key", "value", "visibility", "scoring")}
 
 
@@ -85,7 +84,7 @@ def test_what_does_not_fit_is_refused_by_name(what):
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_the_engine_asks_first(what):
+def test_the_engine_asks_first(what, engine):
     """Called as where nothing checks the shapes of its arguments, which tests do."""
     message, changes = BAD[what]
     tensors = call() | changes

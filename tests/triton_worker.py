@@ -9,13 +9,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import make_call
+from calls import LARGE, make_call
 from conftest import tiny_model
+from engines import On, check
 from oracle import rounding_bound, visible_by_hand
-from test_calls import KINDS
+from test_engine_queries import (  # noqa: F401
+    test_keys_behind_those_that_the_visibility_knows,
+    test_no_queries,
+    test_only_what_is_wanted,
+)
+from test_engine_scoring import test_every_kind  # noqa: F401
 
 from llama_attn import AttentionStatsConfig, available_backends
-from llama_attn.engines import triton as engine
+from llama_attn.engines import triton
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.counts import Counts
 from llama_attn.stats.labelling import mark_padding
@@ -27,7 +33,7 @@ from llama_attn.testing import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STATISTICS = tuple(statistic for statistic in statistics_table().values() if engine.knows(statistic))
+STATISTICS = tuple(statistic for statistic in statistics_table().values() if triton.knows(statistic))
 
 # Tiles have 32 rows and columns or more, so 63 and 130 end in the middle of one.
 SITUATIONS = {
@@ -50,6 +56,12 @@ SITUATIONS = {
     "every third query": {"queries": 63, "cached": 10, "stride": 3},
     "window and sinks wider than the row": {"queries": 63, "window": 10**6, "sink_tokens": 10**6},
 }
+
+
+@pytest.fixture
+def engine():
+    """Of the tests that every engine passes, those that its interpreter has time for."""
+    return On(triton, DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +106,7 @@ class Case:
     def walk(self, value=True, statistics=STATISTICS):
         wanted = Wanted(statistics, self.config) if statistics else None
         visibility = self.visibility.to(DEVICE)
-        return engine.walk(
+        return triton.walk(
             self.query, self.key, self.value if value else None, visibility, Scoring(self.scaling), wanted
         )
 
@@ -144,52 +156,10 @@ def test_statistics_and_output(situation):
     case.check(case.walk())
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "window", "window over padding", "window of one", "window wider than the row", "window over documents",
-        "window, the cache has dropped keys", "window, one step of decoding", "window in a static cache",
-        "every third query of a window", "chunks, the cache has dropped keys", "window both ways", "random spans",
-        "cross-attention", "cross-attention to few keys",
-    ],
-)  # fmt: skip
-def test_windows_and_other_spans(kind):
-    """Statistics, output and gradients."""
-    settings = {"queries": 70, "width": 23} | KINDS[kind] | {"sinks": None, "channels": 64, "value_channels": 64}
-    call = make_call(**settings, dtype=torch.float32)
-    call = replace(call, **{name: getattr(call, name).to(DEVICE) for name in ("query", "key", "value")})
-    visibility, bound = call.visibility.to(DEVICE), rounding_bound(call.query.cpu(), call.key.cpu())
-    chosen = [s for s in STATISTICS if visibility.aligned or not s.of_distance]
-    tensors = (call.query, call.key, call.value)
-    walk = engine.walk(*tensors, visibility, call.scoring, Wanted(STATISTICS, call.config))
-    values = call.finished({name: raw.cpu() for name, raw in walk.raw.items()}, chosen)
-    for name, expected in call.expected(chosen).items():
-        assert relative_error(values[name], expected) <= bound, name
-    grad = torch.randn(walk.output.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    actual = engine.backward(grad, *tensors, walk.output, walk.logsumexp, visibility, call.scoring)
-    leaves = [tensor.double().cpu().requires_grad_() for tensor in tensors]
-    output = call.written_out(*leaves, None, None)
-    assert relative_error(walk.output, output) <= 10 * bound
-    expected = torch.autograd.grad(output, leaves, grad.double().cpu())
-    for name, mine, right in zip(actual._fields, actual, expected, strict=False):
-        assert relative_error(mine, right) <= 1e-5, name
-
-
-def test_keys_behind_those_that_the_visibility_knows():
-    """A static cache holds more than it is filled with: nobody sees them, and their gradient is zero."""
-    case = Case(torch.float32, queries=33)
-    wanted, scoring = Wanted(STATISTICS, case.config), Scoring(case.scaling)
-    results = []
-    for tail in (0, 40):
-        key, value = (torch.nn.functional.pad(t, (0, 0, 0, tail), value=torch.nan) for t in (case.key, case.value))
-        walk = engine.walk(case.query, key, value, case.visibility.to(DEVICE), scoring, wanted)
-        grads = engine.backward(
-            walk.output, case.query, key, value, walk.output, walk.logsumexp, case.visibility.to(DEVICE), scoring
-        )
-        assert (grads.key[:, :, 33:] == 0).all()
-        assert (grads.value[:, :, 33:] == 0).all()
-        results.append([walk.output, *walk.raw.values(), grads.query, grads.key[:, :, :33], grads.value[:, :, :33]])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+@pytest.mark.parametrize("kind", LARGE)
+def test_several_tiles(kind, engine):
+    """As test_many_blocks of the other engines, on half of the heads, since the interpreter is slow."""
+    check(engine, make_call(**{"queries": 140} | LARGE[kind], heads=2, kv_heads=1, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("situation", ["7 queries, head size 96", "packed and padded"])
@@ -201,23 +171,10 @@ def test_observed(situation):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", engine.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", triton.HEAD_DIMS)
 def test_half_precision(dtype, head_dim):
     case = Case(dtype, queries=63, cached=67, head_dim=head_dim, padding="left")
     case.check(case.walk())
-
-
-def test_only_what_is_wanted():
-    case = Case(torch.float32, queries=7)
-    full = case.walk()
-    nothing = case.walk(statistics=())
-    assert nothing.raw == {}
-    assert torch.equal(nothing.output, full.output)
-    assert torch.equal(nothing.logsumexp, full.logsumexp)
-    for statistic in STATISTICS:
-        raw = case.walk(statistics=(statistic,)).raw
-        assert list(raw) == [statistic.name]
-        assert torch.equal(raw[statistic.name], full.raw[statistic.name])
 
 
 def test_the_same_every_time():
@@ -249,7 +206,7 @@ def test_gradients(situation, dtype):
     case = Case(dtype, **SITUATIONS[situation])
     walk = case.walk(statistics=())
     grad_output = torch.randn(walk.output.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
-    actual = engine.backward(
+    actual = triton.backward(
         grad_output, case.query, case.key, case.value, walk.output, walk.logsumexp, case.visibility.to(DEVICE),
         Scoring(case.scaling),
     )  # fmt: skip
@@ -358,8 +315,8 @@ def test_it_refuses_scores_that_are_not_plain(scores):
     case = Case(torch.float32, queries=3)
     (name,) = scores
     with pytest.raises(ValueError, match=f"{name}: the triton engine takes scores without; .*streaming_torch"):
-        engine.walk(case.query, case.key, case.value, case.visibility.to(DEVICE), Scoring(0.1, **scores))
-    assert name in engine.refuses(case.visibility, Scoring(0.1, **scores))
+        triton.walk(case.query, case.key, case.value, case.visibility.to(DEVICE), Scoring(0.1, **scores))
+    assert name in triton.refuses(case.visibility, Scoring(0.1, **scores))
 
 
 def test_it_refuses_mixed_types():

@@ -250,6 +250,8 @@ def _blocks(
             scores.mul_(scoring.softcap)
         if scoring.position_bias is not None:
             scores += scoring.position_bias[:, :, rows.start : rows.stop, keys]
+            # Of a bias of −∞, whose zero weight times it would be NaN.
+            scores.clamp_(min=HIDDEN_SCORE)
         if (bias := visibility.bias(rows)) is not None:
             scores += bias
         for hidden, first_hidden in visibility.hidden(rows):

@@ -126,6 +126,8 @@ def _kept_mass(block: Block) -> Float[Tensor, "batch head row"]:
     keep = block.wanted.keep
     if keep is None:
         raise ValueError("kept_mass: needs `keep` in the AttentionStatsConfig")
+    if keep.shape[-1] != block.visibility.num_keys:
+        raise ValueError(f"keep: expected {block.visibility.num_keys} keys, got {keep.shape[-1]}")
     columns = keep[:, :, block.keys].to(block.exponentials.dtype)
     by_group = block.exponentials.unflatten(1, (keep.shape[1], -1))
     return torch.matmul(by_group, columns[:, :, None, :, None]).squeeze(-1).flatten(1, 2) * block.scale

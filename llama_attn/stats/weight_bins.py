@@ -16,6 +16,8 @@ from llama_attn.stats.table import Statistic
 # Bin b < 30 holds the weights in (2^−(b+1), 2^−b], the last one all that are smaller.
 NUM_WEIGHT_BINS = 31
 DIMS = ("layer", "batch", "head", "weight_bin")
+# Keys whose weights are added one after the other; of a whole block, hundreds of roundings of a sum would add up.
+PIECE = 64
 
 
 def _bins(weights: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -27,8 +29,13 @@ def _bins(weights: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 def _added(block: Block, numbers: Float[Tensor, "batch head row key"]) -> Float[Tensor, "batch head weight_bin"]:
     """Sums of ``numbers`` by the bin of the weight that they belong to."""
-    totals = numbers.new_zeros(*numbers.shape[:2], NUM_WEIGHT_BINS)
-    return totals.scatter_add_(-1, _bins(block.weights).flatten(2), numbers.flatten(2))
+    missing = -numbers.shape[-1] % PIECE
+    numbers, bins = (
+        torch.nn.functional.pad(each, (0, missing)).unflatten(-1, (-1, PIECE))
+        for each in (numbers, _bins(block.weights))
+    )
+    totals = numbers.new_zeros(*numbers.shape[:-1], NUM_WEIGHT_BINS).scatter_add_(-1, bins, numbers)
+    return totals.sum((2, 3))
 
 
 def _weight_mass(block: Block) -> Float[Tensor, "batch head weight_bin"]:
