@@ -469,7 +469,8 @@ def read_baseline(axes, asked):
     sees = asked.sees[asked.a.layers.index(asked.layer)]
     bins = asked.a.num_keys.bit_length()
     shares = [
-        np.bincount([(abs(i - j) + 1).bit_length() - 1 for j in np.flatnonzero(row).tolist()], minlength=bins) / row.sum()
+        np.bincount([(abs(i - j) + 1).bit_length() - 1 for j in np.flatnonzero(row).tolist()], minlength=bins)
+        / row.sum()
         for i, row in enumerate(sees)
         if row.any()
     ]
