@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from random_runs import Run, runs, shapes
+from random_runs import NUMBERS, Run, shapes
 from read_back import READ_BACK, Asked, options_of, own_ends, own_text
 
 from llama_attn import viz
@@ -42,11 +42,11 @@ class Call:
         return getattr(viz, self.name)(*self.inputs, **(self.options | changes))
 
 
-@st.composite
-def calls(draw, name: str) -> Call:
+def any_call(draw: Callable[[st.SearchStrategy], Any], name: str) -> Call:
+    """A call of the figure, by what ``draw`` chooses."""
     parameters = inspect.signature(getattr(viz, name)).parameters
     shape = draw(shapes())
-    run, other = draw(runs(shape)), draw(runs(shape))
+    run, other = shape.run(**draw(NUMBERS)), shape.run(**draw(NUMBERS))
     chosen: dict[str, Any] = {}
     options = [each for each in parameters if each not in ("source", "a", "b", "ax")]
     for option in sorted(options, key=lambda each: FIRST.index(each) if each in FIRST else len(FIRST)):
@@ -102,7 +102,7 @@ def _segments(run: Run, name: str, chosen: dict[str, Any]):
 
 
 def _slices(run: Run, name: str, chosen: dict[str, Any]):
-    first, stop = own_ends(run.stats, chosen["batch"])
+    _, stop = own_ends(run.stats, chosen["batch"])
     ends = st.integers(-stop, stop) | st.none()
     return st.none() | st.builds(slice, ends, ends, st.sampled_from([None, 1, 2]))
 
@@ -141,20 +141,20 @@ OPTIONS: dict[str, Callable[[Run, str, dict[str, Any]], st.SearchStrategy]] = {
     ),
 }  # fmt: skip
 
-NUMBERS = [-1, 99, 0.5, "0", True, float("nan"), [0]]
+NO_INDEX = [-1, 99, 0.5, "0", True, float("nan"), [0]]
 WORDS = ["", "entropie", 0, None, ["entropy"]]
 # Nothing of it is ever right.
 WRONG: dict[str, Callable[[Run, str], list[Any]]] = {
-    "batch": lambda run, name: [*NUMBERS, None],
-    "layer": lambda run, name: [*NUMBERS, *([] if name == "plot_rows" else [None])],
-    "head": lambda run, name: NUMBERS,
+    "batch": lambda run, name: [*NO_INDEX, None],
+    "layer": lambda run, name: [*NO_INDEX, *([] if name == "plot_rows" else [None])],
+    "head": lambda run, name: NO_INDEX,
     "kind": lambda run, name: WORDS,
     "scale": lambda run, name: ["", "cubic", 0, ["log"]],
     "statistic": lambda run, name: [*WORDS, "weights_map", "topk_position", "visible_keys"],
     "statistics": lambda run, name: [[], "entropy", ["entropie"], ["weights_map"], ["hidden_layer_median"], [None]],
     "segment": lambda run, name: ["assistant", 0],
     "query_slice": lambda run, name: [slice(99, None), slice(0, 0), 3],
-    "row": lambda run, name: NUMBERS,
+    "row": lambda run, name: NO_INDEX,
     "sink": lambda run, name: [],
     "heads": lambda run, name: [{}, {99: [0]}, {run.stats.layers[0]: []}, {run.stats.layers[0]: [99]}, [0]],
     "mass": lambda run, name: [[], [0], [1.5], [0.5, 0.5], 0.5, "half", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]],

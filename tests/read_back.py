@@ -228,8 +228,8 @@ def read_colours(image, cells: np.ndarray, asked: Asked):
     cells = cells[np.isfinite(cells)]
     norm = image.norm
     if asked.kind == "logits":
-        expected = [cells.min(), cells.max()] if cells.size else [1, 1]
-        close([norm.vmin, norm.vmax], expected)
+        if len({*cells}) > 1:
+            close([norm.vmin, norm.vmax], [cells.min(), cells.max()])
         return
     high = cells.max(initial=0) or 1
     kinds = {None: PowerNorm, "sqrt": PowerNorm, "linear": Normalize, "log": LogNorm}
