@@ -147,7 +147,7 @@ WRONG: dict[str, list[Any]] = {
     "head": [-1, 99],
     "kind": ["", "scores"],
     "scale": ["", "cubic"],
-    "statistic": ["entropie", "weights_map", "topk_position"],
+    "statistic": ["entropie", "topk_position"],
     "statistics": [["entropie"], ["weights_map"]],
     "segment": ["assistant"],
     "query_slice": [slice(99, None), slice(0, 0)],

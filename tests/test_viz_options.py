@@ -80,7 +80,7 @@ def test_what_would_be_drawn(name, monkeypatch):
         assert repr(state_of(call.draw())) == repr(state_of(figure))
         for option, values in call.wrong.items():
             for value in values:
-                with made_figures(monkeypatch) as made, pytest.raises(ValueError, match="expected|not measured|no "):
+                with made_figures(monkeypatch) as made, pytest.raises(ValueError, match=r"expected|not measured|no "):
                     call.draw(**{option: value})
                 assert not made, f"{option}={value!r}"
         drawn.append(figure)
