@@ -381,3 +381,8 @@ def test_where_uniform_attention_is_unknown_the_legend_says_so():
     stats = measure(ids, segments=[["prompt", "generated"]], rows=slice(None), sink_tokens=2)
     legend = [text.get_text() for text in viz.plot_sources(stats).legends[0].get_texts()]
     assert "prompt: no data (uniform –)" in legend
+
+
+def test_a_strip_of_states_alone_names_no_head_that_there_is_not(stats):
+    with pytest.raises(ValueError, match="head: 99 was not measured; there are"):
+        plot_token_strip(stats, head=99, statistics=["hidden_norm"])
