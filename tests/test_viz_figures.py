@@ -363,3 +363,26 @@ def test_tokens_that_fonts_lack_are_boxes():
 )  # fmt: skip
 def test_byte_level_tokens_are_read(token, shown):
     assert readable(token) == shown
+
+
+def test_what_is_no_number_is_not_drawn_as_nothing(stats, ids, left_padding):
+    """One head of one layer without data: grey, neither a difference nor attention of 0."""
+    broken = measure(ids, left_padding)
+    broken["weights_map"][1, 1, 2] = torch.nan
+    assert np.isnan(drawn(plot_comparison(broken, stats, layer=1, head=2, batch=1))).all()
+    mosaic = drawn(plot_model_view(broken, batch=1)).reshape(3, 13, 6, 13)
+    assert np.isnan(mosaic[1, :, 2]).all()
+    assert np.isfinite(mosaic[1, :, 3]).any()
+
+
+def test_where_uniform_attention_is_unknown_the_legend_says_so():
+    """The token before the answer sees the sink alone, and nothing is left of uniform attention without it."""
+    ids = torch.tensor([[3, 4]])
+    stats = measure(ids, segments=[["prompt", "generated"]], rows=slice(None), sink_tokens=2)
+    legend = [text.get_text() for text in viz.plot_sources(stats).legends[0].get_texts()]
+    assert "prompt: no data (uniform –)" in legend
+
+
+def test_a_strip_of_states_alone_names_no_head_that_there_is_not(stats):
+    with pytest.raises(ValueError, match="head: 99 was not measured; there are"):
+        plot_token_strip(stats, head=99, statistics=["hidden_norm"])

@@ -19,6 +19,7 @@ from llama_attn.viz.style import (
     of_layers,
     of_part,
     pick,
+    pick_head,
     unit_of,
     written,
 )
@@ -71,11 +72,12 @@ def plot_comparison(
                 "plot_head_comparison compares texts of different length"
             )
     cells = [drawn_cells(row, kind, head) for row in rows]
-    if kind == "weights":
-        # No weight in one run is 0 where the other has some, and no data only where both have none.
-        either = np.isfinite(cells[0]) | np.isfinite(cells[1])
-        cells = [np.where(either, np.nan_to_num(part), np.nan) for part in cells]
     difference = cells[1] - cells[0]
+    if kind == "weights":
+        # No weight in one run is 0 where the other has some; what was not a number in one is no data.
+        either = np.isfinite(cells[0]) | np.isfinite(cells[1])
+        measured = [pick_head(row[KINDS[kind]], head).values for row in rows]
+        difference = np.where(either, measured[1] - measured[0], np.nan)
     figure, axes = new_figure(ax=ax)
     limit = _limit(difference)
     image = draw_map(axes, first, difference, cmap=DIVERGING, vmin=-limit, vmax=limit)

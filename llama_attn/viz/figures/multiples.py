@@ -127,7 +127,10 @@ def pooled_maps(row: xarray.Dataset, most: int) -> Float[np.ndarray, "layer head
     real = row["query"].values[real_tokens(row, "query").values]
     queries = np.bincount((real - row["query_bin"].values[0]) // bin_width(row), minlength=bins).astype(np.float64)
     padding = -bins % factor
-    sums = np.pad(np.nan_to_num(maps) * queries[:, None], [(0, 0), (0, 0), (0, padding), (0, padding)])
+    # Of bins without a query nothing counts; what is not a number elsewhere stays none.
+    sums = np.pad(
+        np.where(queries[:, None] > 0, maps, 0) * queries[:, None], [(0, 0), (0, 0), (0, padding), (0, padding)]
+    )
     merged = sums.reshape(*maps.shape[:2], (bins + padding) // factor, factor, -1, factor).sum((-3, -1))
     count = np.pad(queries, (0, padding)).reshape(-1, factor).sum(-1)
     with np.errstate(invalid="ignore"):

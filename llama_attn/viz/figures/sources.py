@@ -93,7 +93,8 @@ def plot_sources(
         axes.bar(beside, pair, bottom=under, width=wide, color=colour)
         bottoms, under = bottoms + heights, under + pair
         share = percent(pair[0]) if np.isfinite(mean.loc[name, shown]) else "no data"
-        handles.append(Patch(color=colour, label=f"{written(name)}: {share} (uniform {percent(pair[1])})"))
+        even = percent(float(mean.loc[name, uniform]))
+        handles.append(Patch(color=colour, label=f"{written(name)}: {share} (uniform {even})"))
     empty = ~np.isfinite(shares).any(1)
     if empty.any():
         axes.bar(places[empty], 1, width=0.9, color=NO_DATA)

@@ -85,6 +85,9 @@ def plot_token_strip(
     require(dataset, *statistics)
     divided = [name for name in statistics if "segment" in dataset[name].dims]
     row = pick(pick_segment(dataset, statistics, segment), layer=layer, batch=batch)
+    if head is not None and head not in dataset["head"].values:
+        # The title names it, also where no statistic has heads.
+        raise ValueError(f"head: {head} was not measured; there are {dataset['head'].values.tolist()}")
     if "hidden_layer" in row.dims:
         row = row.sel(hidden_layer=layer)
     values = [_along_text(row[name], head) for name in statistics]
