@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from check import once, shrunk
+from models import ours, read_smollm2
 from results import Row
 from timing import keep
 from transformers import AutoTokenizer
@@ -15,7 +16,7 @@ from llama_attn.viz import save_seed_figures
 
 
 @pytest.fixture(scope="module", params=["demo chat", 4096], ids=str)
-def stats(request, model, text):
+def stats(request, device, text):
     """What `llama-attn demo` measures, of its chat and of a long text."""
     checkpoint = demo_checkpoint()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file)
@@ -24,7 +25,8 @@ def stats(request, model, text):
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     else:
         ids = text(shrunk(request.param))
-    model.set_attn_implementation("streaming")
+    # Ten layers are drawn, more than the model has that is used in check mode.
+    model = ours(read_smollm2().to(device), "streaming")
     config = AttentionStatsConfig(statistics=("sink_mass", "received", "weights_map"), norms=True)
     with torch.no_grad():
         measured = model(ids, use_cache=False, logits_to_keep=1, output_attention_stats=config).attention_stats
