@@ -20,7 +20,7 @@ VERSIONS ?= $(OLDEST) 5.24.0
 SAME := analysis compare container docs figures gradients native notebook properties report site style table threads triton \
 	tutorial viz wheel
 
-.PHONY: demo test check wheel docs versions lowest newest long fuzz upstream bench bench-check gpu lock sanitize clean
+.PHONY: demo test check wheel docs versions lowest newest long fuzz upstream bench bench-check claims gpu lock sanitize clean
 
 demo: $(VENV)/.native
 	$(BIN)/llama-attn demo
@@ -118,6 +118,11 @@ $(LOWEST)/.ready: pyproject.toml tests/lowest.py | $(VENV)/.native
 bench-check: $(VENV)/.native
 	LLAMA_ATTN_BENCH=check $(BIN)/python -m pytest benchmarks -k "not transformer_lens" --benchmark-disable-gc \
 		--benchmark-max-time=0 --benchmark-min-rounds=1 --quiet
+
+# Whether what README.md claims of time and memory holds here: one script each, a quarter of an hour in all on two cores,
+# which should have nothing else to do. LLAMA_ATTN_BENCH=check tries the scripts and judges nothing.
+claims: $(VENV)/.native
+	failed=0; for claim in benchmarks/claims/*.py; do $(BIN)/python $$claim || failed=1; done; exit $$failed
 
 $(VENV)/.ready: pyproject.toml $(LOCK)
 	$(if $(PYTHON),,$(error no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12))

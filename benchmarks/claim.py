@@ -29,9 +29,9 @@ def hold(script: str, row: Row) -> None:
     rounds = "" if row.least is None else f", in single rounds {row.least:.2f} to {row.most:.2f}"
     where = environment("cpu")
     print(sentence(script))
-    print(f"  {row.shape}; {where['processor']}, {where['threads']} threads, torch {where['torch']}")
-    print(f"  {row.case}: {row.value:#.4g} {row.unit}")
-    print(f"  {row.baseline}: {row.baseline_value:#.4g} {row.unit}")
+    print(f"  {row.shape}; {where['processor']}, threads: {where['threads']}, torch {where['torch']}")
+    for name, value in ((row.case, row.value), (row.baseline, row.baseline_value)):
+        print(f"  {name}: {value:,.3f} s" if row.unit == "s" else f"  {name}: {value:,.1f} {row.unit}")
     print(f"  measured {row.ratio:.3f}{rounds}; claimed at most {row.at_most:.3f}: {verdict}", flush=True)
     if not (holds or CHECK):
         sys.exit(1)

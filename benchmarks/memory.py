@@ -6,26 +6,26 @@ from functools import cache, partial
 from pathlib import Path
 
 import corpus_process
-from check import CHECK, shrunk
+from check import CHECK
 from fresh_process import NUM_LAYERS, run
 from results import Row
 
-STOCK = "stock sdpa, no statistics"
 # Both sides without what glibc would keep, but where a test says so.
 settled = partial(run, fixed_threshold=True)
 
 
-def peak(backend: str, length: int, *options: str | int) -> float:
-    """MiB."""
-    return settled(backend, "--length", length, *options)["peak_mib"]
-
-
 # A length that is also half of another is measured once.
 @cache
-def peaks(length: int, *options: str | int) -> tuple[float, float, str]:
-    """MiB of stock without statistics and of ours with them, and the engine."""
-    measured = settled("streaming", "--length", length, "--statistics", *options)
-    return peak("sdpa", length, "--stock", *options), measured["peak_mib"], measured["engine"]
+def plain_peak(length: int, *options: str | int) -> float:
+    """MiB of stock without statistics."""
+    return settled("sdpa", "--length", length, "--stock", *options)["peak_mib"]
+
+
+@cache
+def measuring_peak(length: int, *options: str | int) -> tuple[float, str]:
+    """MiB of ours with statistics, and the engine."""
+    found = settled("streaming", "--length", length, "--statistics", *options)
+    return found["peak_mib"], found["engine"]
 
 
 def shape(length: int, layers: int = NUM_LAYERS) -> str:
@@ -35,22 +35,12 @@ def shape(length: int, layers: int = NUM_LAYERS) -> str:
 
 def growth(length: int, at_most: float) -> Row:
     """What statistics add to the peak of stock, over what they add with half the tokens."""
-    plain, measured, engine = peaks(length)
-    half_plain, half_measured, _ = peaks(length // 2)
-    extra, half_extra = measured - plain, half_measured - half_plain
+    (measured, engine), (half_measured, _) = measuring_peak(length), measuring_peak(length // 2)
+    extra, half_extra = measured - plain_peak(length), half_measured - plain_peak(length // 2)
     # Less than nothing would say how exact peaks are, and nothing of growth; the few tokens of check mode say nothing.
     assert CHECK or half_extra > 0
     case = f"streaming ({engine}), statistics: beyond stock"
     return Row.over(case, shape(length), extra, "MiB", "the same with half the tokens", half_extra, at_most)
-
-
-def beside_weights(length: int, at_most: float) -> Row:
-    """Against eager attention that returns its weights, T × T for every head."""
-    weights = settled("eager", "--stock", "--output-attentions", "--length", length)
-    assert weights["weights"][-2:] == [shrunk(length)] * 2
-    _, measured, engine = peaks(length)
-    case, eager = f"streaming ({engine}), statistics", "stock eager, output_attentions"
-    return Row.over(case, shape(length), measured, "MiB", eager, weights["peak_mib"], at_most)
 
 
 def many_texts(folder: Path, some: int, every: int, most_added: int) -> Row:

@@ -6,7 +6,7 @@ import copy
 from functools import cache
 
 import torch
-from check import CHECK
+from check import CHECK, once
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, MistralForCausalLM
 from transformers.models.llama import modeling_llama as upstream
 
@@ -68,9 +68,9 @@ def llama_3_8b(num_layers: int) -> LlamaForCausalLM:
 
 
 def mistral(window: int, backend: str) -> MistralForCausalLM:
-    """Four layers of Mistral's proportions at a quarter of its width, with random weights, in float32."""
+    """Four layers of Mistral's proportions at a quarter of its width, with random weights, in float32; one in check mode."""
     config = MistralConfig(
-        vocab_size=1024, hidden_size=1024, intermediate_size=3584, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=1024, hidden_size=1024, intermediate_size=3584, num_hidden_layers=once(4), num_attention_heads=8,
         num_key_value_heads=2, head_dim=128, sliding_window=window, max_position_embeddings=32_768,
     )  # fmt: skip
     return MistralForCausalLM._from_config(config, attn_implementation=backend).eval()

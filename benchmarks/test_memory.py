@@ -5,13 +5,15 @@ from __future__ import annotations
 from statistics import median
 
 import pytest
+from check import shrunk
 from fresh_process import NUM_LAYERS, run
-from memory import STOCK, beside_weights, growth, peak, peaks, shape
+from memory import growth, measuring_peak, plain_peak, settled, shape
 from results import Row
 from timing import keep
 
 pytestmark = pytest.mark.benchmark(group="memory")
 
+STOCK = "stock sdpa, no statistics"
 # By length: the most that statistics may add to the peak of stock sdpa.
 GOALS = {2048: None, 8192: 1.15, 16384: None, 32768: 1.25}
 # Twice as many tokens may take this much more for statistics.
@@ -22,9 +24,9 @@ LONGEST = 32768
 @pytest.mark.parametrize("length", [8192, 16384, 32768])
 def test_long(benchmark, length):
     """One row; what statistics add, and how that grows with the length."""
-    plain, measured, engine = benchmark.pedantic(peaks, args=(length,), rounds=1)
+    measured, engine = benchmark.pedantic(measuring_peak, args=(length,), rounds=1)
     case = f"streaming ({engine}), statistics"
-    rows = [Row.over(case, shape(length), measured, "MiB", STOCK, plain, GOALS[length])]
+    rows = [Row.over(case, shape(length), measured, "MiB", STOCK, plain_peak(length), GOALS[length])]
     if length > 8192:
         rows.append(growth(length, GROWTH))
     keep(benchmark, rows)
@@ -46,9 +48,9 @@ def test_threshold_of_glibc(benchmark):
 def test_padded_batch(benchmark, length, layers):
     """Two rows, the first with an eighth of padding; stock builds a mask of T × T for it, so not only against that."""
     options = ("--rows", 2, "--layers", layers)
-    padding = ("--padding", length // 8)
-    padded_plain, measured, engine = benchmark.pedantic(peaks, args=(length, *options, *padding), rounds=1)
-    plain = peak("sdpa", length, "--stock", *options)
+    padded = (*options, "--padding", length // 8)
+    measured, engine = benchmark.pedantic(measuring_peak, args=(length, *padded), rounds=1)
+    padded_plain, plain = plain_peak(length, *padded), plain_peak(length, *options)
     case, two_rows = f"streaming ({engine}), statistics, padded", f"2 rows, {shape(length, layers)}"
     goal = GOALS[length]
     keep(
@@ -61,7 +63,16 @@ def test_padded_batch(benchmark, length, layers):
 
 
 def test_weights(benchmark):
+    """Against eager attention that returns its weights, T × T for every head."""
     length = 2048
-    row = benchmark.pedantic(beside_weights, args=(length, 0.25), rounds=1)
-    plain, measured, _ = peaks(length)
-    keep(benchmark, [row, Row.over(row.case, row.shape, measured, "MiB", STOCK, plain)])
+    weights = settled("eager", "--stock", "--output-attentions", "--length", length)
+    assert weights["weights"][-2:] == [shrunk(length)] * 2
+    measured, engine = benchmark.pedantic(measuring_peak, args=(length,), rounds=1)
+    case, eager = f"streaming ({engine}), statistics", "stock eager, output_attentions"
+    keep(
+        benchmark,
+        [
+            Row.over(case, shape(length), measured, "MiB", eager, weights["peak_mib"], 0.25),
+            Row.over(case, shape(length), measured, "MiB", STOCK, plain_peak(length)),
+        ],
+    )

@@ -8,7 +8,7 @@ import torch
 from models import mistral, ours, stock
 from timing import Case
 
-from llama_attn import record
+from llama_attn import AttentionStatsConfig, record
 
 STOCK = "stock sdpa, no statistics"
 # Of so many last tokens logits are compared.
@@ -120,6 +120,53 @@ def around_stock(model, ids: torch.Tensor, at_most: float):
     for name in expected.names:
         torch.testing.assert_close(found[name], expected[name])
     return Case("our class, sdpa, statistics", observed), Case("record around stock, sdpa", recorded, at_most)
+
+
+def from_weights(weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The default statistics that the weights of one layer, (batch, head, query, key), tell: six of eight.
+
+    The logsumexp and the largest score are lost in the softmax. Plain PyTorch, one line each, as one would write it.
+    """
+    length, config = weights.shape[-1], AttentionStatsConfig()
+    positions = torch.arange(length, device=weights.device)
+    distance = positions[:, None] - positions
+    near = (distance >= 0) & (distance < config.window)
+    return {
+        "entropy": -torch.xlogy(weights, weights).sum(-1),
+        "max_weight": weights.amax(-1),
+        "sink_mass": weights[..., : config.sink_tokens].sum(-1),
+        "local_mass": (weights * near).sum(-1),
+        "mean_distance": torch.einsum("bhqk,qk->bhq", weights, distance.to(weights.dtype)),
+        "received": weights.sum(-2) / (length - positions),
+    }
+
+
+def from_eager(model, ids: torch.Tensor, at_most: float):
+    """Stock eager attention that returns its weights, then six of the eight default statistics from them.
+
+    Args:
+        model: Whose weights both use.
+        ids: Input, (1, length).
+        at_most: The goal.
+    """
+    eager, streaming = stock(model, "eager"), ours(model, "streaming")
+
+    @torch.no_grad()
+    def theirs():
+        output = eager(ids, logits_to_keep=1, use_cache=False, output_attentions=True)
+        layers = [from_weights(weights) for weights in output.attentions]
+        return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+    @torch.no_grad()
+    def measured():
+        return streaming(ids, logits_to_keep=1, use_cache=False, output_attention_stats=True).attention_stats
+
+    stats = measured()
+    for name, value in theirs().items():
+        # Two attentions in float32 whose roundings 30 layers amplify: a thousandth of the statistic's own scale.
+        torch.testing.assert_close(stats[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()), msg=name)
+    baseline = Case("stock eager, output_attentions, six statistics from the weights", theirs)
+    return baseline, Case(label("streaming", stats), measured, at_most)
 
 
 def windowed(length: int, window: int, at_most: float, device: str = "cpu"):
