@@ -119,8 +119,8 @@ bench-check: $(VENV)/.native
 	LLAMA_ATTN_BENCH=check $(BIN)/python -m pytest benchmarks -k "not transformer_lens" --benchmark-disable-gc \
 		--benchmark-max-time=0 --benchmark-min-rounds=1 --quiet
 
-# Whether what README.md claims of time and memory holds here: one script each, a quarter of an hour in all on two cores,
-# which should have nothing else to do. LLAMA_ATTN_BENCH=check tries the scripts and judges nothing.
+# Whether what README.md claims of time and memory holds here, where nothing else should run: one script each, which takes
+# minutes. LLAMA_ATTN_BENCH=check tries the scripts and judges nothing.
 claims: $(VENV)/.native
 	failed=0; for claim in benchmarks/claims/*.py; do $(BIN)/python $$claim || failed=1; done; exit $$failed
 

@@ -47,7 +47,7 @@ the baseline: less is better. Rows with a goal say plainly whether it was met. W
 YOURSELF = """## Run it yourself
 
 What README.md claims is measured by one script each, which is named after the claim and ends with 1 where it does not hold.
-`make claims` runs all of them, in about a quarter of an hour.
+`make claims` runs all of them, which takes minutes.
 """
 
 

@@ -57,7 +57,7 @@ def test_the_exit_status_tells(at_most, verdict, monkeypatch, capsys):
 
     short, long = timing.Case("short", lasting("short")), timing.Case("long", lasting("long"), at_most)
     row = timing.compare(short, long, shape="three rounds", rounds=3)
-    with nullcontext() if verdict == "holds" else pytest.raises(SystemExit, match="^1$"):
+    with nullcontext() if verdict == "holds" else pytest.raises(SystemExit, match=r"^1$"):
         claim.hold("claims/a_long_call_is_short.py", row)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "A long call is short"
