@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 import pytest
-from check import shrunk
+from check import once, shrunk
 from fresh_process import NUM_LAYERS, run
 from memory import growth, measuring_peak, plain_peak, settled, shape
 from results import Row
@@ -37,7 +37,7 @@ def test_threshold_of_glibc(benchmark):
     length = 8192
 
     def middle(*arguments: str) -> float:
-        return median(run(*arguments, "--length", length)["peak_mib"] for _ in range(5))
+        return median(run(*arguments, "--length", length)["peak_mib"] for _ in range(once(5)))
 
     measured = benchmark.pedantic(middle, args=("streaming", "--statistics"), rounds=1)
     case, plain = "streaming, statistics, allocator as it is", middle("sdpa", "--stock")
