@@ -16,7 +16,7 @@ from pathlib import Path
 
 from check import shrunk
 
-NUM_LAYERS, VOCABULARY = 30, 49152
+NUM_LAYERS, VOCABULARY = 30, shrunk(49152)
 
 
 def run(

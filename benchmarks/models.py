@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 from check import CHECK, once
+from fresh_process import VOCABULARY
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, MistralForCausalLM
 from transformers.models.llama import modeling_llama as upstream
 
@@ -35,7 +36,7 @@ def two_layers() -> LlamaForCausalLM:
     """Of SmolLM2's shape with a small vocabulary, random weights, and attention that is far from uniform."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
+        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
         num_key_value_heads=3, initializer_range=0.06,
     )  # fmt: skip
     return LlamaForCausalLM._from_config(config).eval()
@@ -45,7 +46,7 @@ def two_layers() -> LlamaForCausalLM:
 def tokens() -> torch.Tensor:
     """Token ids of a long text, (1, length); in check mode random ones."""
     if CHECK:
-        return torch.randint(1024, (1, 8192), generator=torch.Generator().manual_seed(0))
+        return torch.randint(VOCABULARY, (1, 8192), generator=torch.Generator().manual_seed(0))
     checkpoint = demo_checkpoint()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file)
     sentences = (f"In chapter {n} the pirates sail on and find island number {n * 7 % 31}. " for n in range(2000))
