@@ -31,8 +31,8 @@ test: $(VENV)/.native
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
 
-# What CI runs: the tests, the documentation, and the wheel outside the tree.
-check: test docs wheel
+# What CI runs: the tests, the documentation, the wheel outside the tree, and each benchmark once on small shapes.
+check: test docs wheel bench-check
 
 # The wheel, in dist/, with the C++ engine for every processor in it (docs/wheels.md), tried outside the tree; then the
 # tests of that engine with each of its libraries that runs here.
