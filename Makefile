@@ -20,7 +20,7 @@ VERSIONS ?= $(OLDEST) 5.24.0
 SAME := analysis compare container docs engine figures gradients native notebook properties report site style table threads \
 	torch triton tutorial visibility viz wheel
 
-.PHONY: demo test check wheel docs versions lowest newest long fuzz upstream bench bench-check gpu lock sanitize clean
+.PHONY: demo test check wheel docs versions lowest newest long fuzz upstream bench bench-check claims gpu lock sanitize clean
 
 demo: $(VENV)/.native
 	$(BIN)/llama-attn demo
@@ -31,8 +31,8 @@ test: $(VENV)/.native
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
 
-# What CI runs: the tests, the documentation, and the wheel outside the tree.
-check: test docs wheel
+# What CI runs: the tests, the documentation, the wheel outside the tree, and each benchmark once on small shapes.
+check: test docs wheel bench-check
 
 # The tests of the C++ engine: those that it has to itself, and its part of those that every engine passes.
 NATIVE := tests/test_native*.py tests/test_engine*.py tests/test_properties.py -k native
@@ -121,6 +121,11 @@ $(LOWEST)/.ready: pyproject.toml tests/lowest.py | $(VENV)/.native
 bench-check: $(VENV)/.native
 	LLAMA_ATTN_BENCH=check $(BIN)/python -m pytest benchmarks -k "not transformer_lens" --benchmark-disable-gc \
 		--benchmark-max-time=0 --benchmark-min-rounds=1 --quiet
+
+# Whether what README.md claims of time and memory holds here, where nothing else should run: one script each, which takes
+# minutes. LLAMA_ATTN_BENCH=check tries the scripts and judges nothing.
+claims: $(VENV)/.native
+	failed=0; for claim in benchmarks/claims/*.py; do $(BIN)/python $$claim || failed=1; done; exit $$failed
 
 $(VENV)/.ready: pyproject.toml $(LOCK)
 	$(if $(PYTHON),,$(error no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12))

@@ -15,6 +15,11 @@ def shrunk(number: int) -> int:
     return max(number // 32, 1) if CHECK else number
 
 
+def none(rounds: int) -> int:
+    """How often to warm up; not at all in check mode."""
+    return 0 if CHECK else rounds
+
+
 def once(rounds: int) -> int:
     """How often; once in check mode."""
     return 1 if CHECK else rounds

@@ -8,15 +8,13 @@ from check import CHECK
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from models import smollm2
+from models import smollm2, text as text_of
 from results import RESULTS, Row, environment, merge
-from transformers import AutoTokenizer
-
-from llama_attn.demo import demo_checkpoint
 
 
 def pytest_addoption(parser):
@@ -58,10 +56,4 @@ def model(device):
 @pytest.fixture(scope="session")
 def text(device):
     """Token ids of a text that is as long as a benchmark asks for: (length) -> (1, length)."""
-    checkpoint = demo_checkpoint()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file)
-    sentences = "".join(
-        f"In chapter {n} the pirates sail on and find island number {n * 7 % 31}. " for n in range(2000)
-    )
-    ids = torch.tensor([tokenizer(sentences)["input_ids"]], device=device)
-    return lambda length: ids[:, :length]
+    return partial(text_of, device=device)

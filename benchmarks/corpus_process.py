@@ -42,7 +42,7 @@ def main(folder: Path, some: int, all_of_them: int) -> None:
         for _ in range(all_of_them):
             file.write(" ".join(map(str, torch.randint(VOCABULARY, (LENGTH,), generator=draw).tolist())) + "\n")
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=NUM_LAYERS,
+        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=shrunk(NUM_LAYERS),
         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM._from_config(config, attn_implementation="streaming").eval()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from check import shrunk
 
-NUM_LAYERS, VOCABULARY = 30, 49152
+NUM_LAYERS, VOCABULARY = 30, shrunk(49152)
 
 
 def run(
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     else:
         config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=options.layers,
+            vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=shrunk(options.layers),
             num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
         )  # fmt: skip
         model = LlamaForCausalLM._from_config(config, attn_implementation=options.backend)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import torch
-from check import CHECK
-from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
+from check import CHECK, once
+from fresh_process import VOCABULARY
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig, MistralForCausalLM
 from transformers.models.llama import modeling_llama as upstream
 
 from llama_attn import LlamaForCausalLM
@@ -14,7 +16,13 @@ from llama_attn.demo import demo_checkpoint
 
 
 def smollm2() -> LlamaForCausalLM:
-    """SmolLM2-135M-Instruct in float32."""
+    """SmolLM2-135M-Instruct in float32; in check mode two layers of its shape with random weights, since reading it takes seconds."""
+    return two_layers() if CHECK else read_smollm2()
+
+
+@cache
+def read_smollm2() -> LlamaForCausalLM:
+    """SmolLM2 itself, in check mode too."""
     checkpoint = demo_checkpoint()
     loaded = LlamaForCausalLM.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file, dtype=torch.float32)
     # Loaded from GGUF it may be neither cast nor saved, so its weights are put into a model that may.
@@ -22,6 +30,32 @@ def smollm2() -> LlamaForCausalLM:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return with_weights_of(loaded, LlamaForCausalLM, "sdpa", config)
+
+
+def two_layers() -> LlamaForCausalLM:
+    """Of SmolLM2's shape with a small vocabulary, random weights, and attention that is far from uniform."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
+        num_key_value_heads=3, initializer_range=0.06,
+    )  # fmt: skip
+    return LlamaForCausalLM._from_config(config).eval()
+
+
+@cache
+def tokens() -> torch.Tensor:
+    """Token ids of a long text, (1, length); in check mode random ones."""
+    if CHECK:
+        return torch.randint(VOCABULARY, (1, 8192), generator=torch.Generator().manual_seed(0))
+    checkpoint = demo_checkpoint()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file)
+    sentences = (f"In chapter {n} the pirates sail on and find island number {n * 7 % 31}. " for n in range(2000))
+    return torch.tensor([tokenizer("".join(sentences))["input_ids"]])
+
+
+def text(length: int, device: str = "cpu") -> torch.Tensor:
+    """Its first tokens, (1, length)."""
+    return tokens()[:, :length].to(device)
 
 
 def llama_3_8b(num_layers: int) -> LlamaForCausalLM:
@@ -35,9 +69,9 @@ def llama_3_8b(num_layers: int) -> LlamaForCausalLM:
 
 
 def mistral(window: int, backend: str) -> MistralForCausalLM:
-    """Four layers of Mistral's proportions at a quarter of its width, with random weights, in float32."""
+    """Four layers of Mistral's proportions at a quarter of its width, with random weights, in float32; one in check mode."""
     config = MistralConfig(
-        vocab_size=1024, hidden_size=1024, intermediate_size=3584, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=1024, hidden_size=1024, intermediate_size=3584, num_hidden_layers=once(4), num_attention_heads=8,
         num_key_value_heads=2, head_dim=128, sliding_window=window, max_position_embeddings=32_768,
     )  # fmt: skip
     return MistralForCausalLM._from_config(config, attn_implementation=backend).eval()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import corpus_process
 import pytest
 import torch
 from check import shrunk
-from fresh_process import run
+from memory import many_texts
 from models import ours, stock
-from results import Row
 from timing import Case, alternate, keep
 
 from llama_attn import AttentionStatsConfig
@@ -54,12 +52,5 @@ def test_tokens_per_second(benchmark, model, text):
 
 
 def test_memory(benchmark, tmp_path):
-    """The peak after some texts and after all, of SmolLM2's shape."""
-    found = benchmark.pedantic(run, args=(tmp_path, SOME, ALL), kwargs={"script": corpus_process.__file__}, rounds=1)
-    assert found["texts"] == ALL
-    some, every = found["peaks"]
-    shape = f"SmolLM2's shape, T 512, {ALL} texts"
-    keep(
-        benchmark,
-        [Row.over("peak of all texts", shape, every, "MiB", f"after {SOME} texts", some, 1 + MOST_ADDED / some)],
-    )
+    row = benchmark.pedantic(many_texts, args=(tmp_path, SOME, ALL, MOST_ADDED), rounds=1)
+    keep(benchmark, [row])

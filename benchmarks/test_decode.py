@@ -7,6 +7,7 @@ import torch
 from check import shrunk
 from models import ours, stock
 from timing import Case, alternate
+from workloads import decoding
 
 pytestmark = pytest.mark.benchmark(group="decode")
 
@@ -15,37 +16,10 @@ CACHED, NEW = shrunk(1000), 20
 CASES = [("streaming", True, 1.03), ("streaming_torch", True, None), ("sdpa", True, None), ("sdpa", False, None)]
 
 
-@torch.no_grad()
 def test_forward_per_token(benchmark, model, text):
-    """One token at a time, each with statistics of its own; turns are short, since a token takes little time."""
-    ids = text(CACHED + 1)
-
-    def decoder(network, **arguments):
-        """Feeds one token; the cache ends as it began."""
-        cache = network(ids[:, :CACHED], use_cache=True, logits_to_keep=1).past_key_values
-
-        def decode():
-            output = network(ids[:, CACHED:], past_key_values=cache, **arguments)
-            cache.crop(-1)
-            return output
-
-        return decode
-
-    baseline = decoder(stock(model))
-    expected, cases = baseline().logits, []
-    for backend, measures, goal in CASES:
-        decode = decoder(ours(model, backend), output_attention_stats=measures)
-        output = decode()
-        torch.testing.assert_close(output.logits, expected, rtol=1e-3, atol=1e-3)
-        name = f"{backend}, no statistics"
-        if measures:
-            stats = output.attention_stats
-            assert stats["entropy"].shape[-1] == 1
-            assert stats["received"].shape[-1] == CACHED + 1
-            name = f"{backend} ({stats.engine}), statistics" if backend == "streaming" else f"{backend}, statistics"
-        cases.append(Case(name, decode, goal))
-    shape = f"SmolLM2, float32, one token behind {CACHED:,}"
-    alternate(benchmark, Case("stock sdpa, no statistics", baseline), cases, shape=shape, rounds=61)
+    """One token at a time; turns are short, since a token takes little time."""
+    baseline, cases = decoding(model, text(CACHED + 1), CASES)
+    alternate(benchmark, baseline, cases, shape=f"SmolLM2, float32, one token behind {CACHED:,}", rounds=61)
 
 
 @torch.no_grad()

@@ -7,15 +7,14 @@ import copy
 import pytest
 import torch
 from check import once, shrunk
-from models import llama_3_8b, ours, stock
-from timing import Case, alternate
+from models import llama_3_8b, stock
+from timing import alternate
+from workloads import COMPARED, forwards
 
 from llama_attn import available_backends
 
 pytestmark = pytest.mark.benchmark(group="forward")
 
-# Of so many last tokens logits are compared.
-COMPARED = 64
 # Backend, whether it measures, and the most it may take of the time of stock sdpa.
 SHAPES = {
     # The same operations as stock, so that only many short turns could show a difference.
@@ -36,48 +35,10 @@ def with_gpu(cases, device, dtype):
     return [*cases, *((name, True, None) for name in extra)]
 
 
-def label(backend, stats):
-    if stats is None:
-        return f"{backend}, no statistics"
-    return f"{backend} ({stats.engine}), statistics" if backend == "streaming" else f"{backend}, statistics"
-
-
 def compare_forwards(benchmark, model, ids, cases, shape, truth=None):
-    """Check every case, then time all of them in turns with stock.
-
-    Args:
-        benchmark: The fixture.
-        model: Whose weights all of them use.
-        ids: Input, (1, length).
-        cases: (backend, whether it measures, goal).
-        shape: For the table.
-        truth: Logits in higher precision, if the dtype is too coarse to compare with stock's.
-    """
-    plain = stock(model)
-
-    def forward(network, kept=1, **arguments):
-        with torch.no_grad():
-            return network(ids, logits_to_keep=kept, use_cache=False, **arguments)
-
-    expected, timed = forward(plain, COMPARED).logits, []
-    for backend, measures, goal in cases:
-        network = ours(model, backend)
-        output = forward(network, COMPARED, output_attention_stats=measures)
-        stats = output.attention_stats if measures else None
-        if truth is None:
-            torch.testing.assert_close(output.logits, expected, rtol=1e-3, atol=1e-3)
-        else:
-            # Two attentions that both round to the dtype: of single tokens either may be off by several times as much as
-            # the other, of many ours by twice at most.
-            assert (output.logits - truth).norm() <= 2 * (expected - truth).norm(), backend
-        if stats is not None:
-            total = (stats["received"] * stats.visible_queries[:, None]).sum(-1)
-            torch.testing.assert_close(total, torch.full_like(total, ids.shape[1]), rtol=1e-4, atol=0)
-        timed.append(
-            Case(label(backend, stats), lambda n=network, m=measures: forward(n, output_attention_stats=m), goal)
-        )
-    rounds = 31 if ids.shape[1] < 1000 else 5
-    alternate(benchmark, Case("stock sdpa, no statistics", lambda: forward(plain)), timed, shape=shape, rounds=rounds)
+    """Time all cases in turns with stock, once they are checked."""
+    baseline, timed = forwards(model, ids, cases, truth)
+    alternate(benchmark, baseline, timed, shape=shape, rounds=31 if ids.shape[1] < 1000 else 5)
 
 
 @pytest.mark.parametrize(("length", "dtype"), SHAPES)

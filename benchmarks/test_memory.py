@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
 from statistics import median
 
 import pytest
-from check import shrunk
+from check import once, shrunk
 from fresh_process import NUM_LAYERS, run
+from memory import growth, measuring_peak, plain_peak, settled, shape
 from results import Row
 from timing import keep
 
@@ -19,36 +19,16 @@ GOALS = {2048: None, 8192: 1.15, 16384: None, 32768: 1.25}
 # Twice as many tokens may take this much more for statistics.
 GROWTH = 2.2
 LONGEST = 32768
-# Both sides without what glibc would keep, but where a test says so.
-settled = partial(run, fixed_threshold=True)
-
-
-def peak(backend: str, length: int, *options: str | int) -> float:
-    """MiB."""
-    return settled(backend, "--length", length, *options)["peak_mib"]
-
-
-# A length that is also half of another is measured once.
-@cache
-def peaks(length: int, *options: str | int) -> tuple[float, float, str]:
-    """MiB of stock without statistics and of ours with them, and the engine."""
-    measured = settled("streaming", "--length", length, "--statistics", *options)
-    return peak("sdpa", length, "--stock", *options), measured["peak_mib"], measured["engine"]
 
 
 @pytest.mark.parametrize("length", [8192, 16384, 32768])
 def test_long(benchmark, length):
     """One row; what statistics add, and how that grows with the length."""
-    plain, measured, engine = benchmark.pedantic(peaks, args=(length,), rounds=1)
-    shape = f"{NUM_LAYERS} layers, T {length:,}"
-    rows = [Row.over(f"streaming ({engine}), statistics", shape, measured, "MiB", STOCK, plain, GOALS[length])]
+    measured, engine = benchmark.pedantic(measuring_peak, args=(length,), rounds=1)
+    case = f"streaming ({engine}), statistics"
+    rows = [Row.over(case, shape(length), measured, "MiB", STOCK, plain_peak(length), GOALS[length])]
     if length > 8192:
-        half_plain, half_measured, _ = peaks(length // 2)
-        extra, half_extra = measured - plain, half_measured - half_plain
-        # Less than nothing would say how exact peaks are, and nothing of growth.
-        assert half_extra > 0
-        case = f"streaming ({engine}), statistics: beyond stock"
-        rows.append(Row.over(case, shape, extra, "MiB", "the same with half the tokens", half_extra, GROWTH))
+        rows.append(growth(length, GROWTH))
     keep(benchmark, rows)
 
 
@@ -57,28 +37,27 @@ def test_threshold_of_glibc(benchmark):
     length = 8192
 
     def middle(*arguments: str) -> float:
-        return median(run(*arguments, "--length", length)["peak_mib"] for _ in range(5))
+        return median(run(*arguments, "--length", length)["peak_mib"] for _ in range(once(5)))
 
     measured = benchmark.pedantic(middle, args=("streaming", "--statistics"), rounds=1)
-    case, shape = "streaming, statistics, allocator as it is", f"{NUM_LAYERS} layers, T {length:,}"
-    plain = middle("sdpa", "--stock")
-    keep(benchmark, [Row.over(case, shape, measured, "MiB", STOCK, plain, GOALS[length])])
+    case, plain = "streaming, statistics, allocator as it is", middle("sdpa", "--stock")
+    keep(benchmark, [Row.over(case, shape(length), measured, "MiB", STOCK, plain, GOALS[length])])
 
 
 @pytest.mark.parametrize(("length", "layers"), [(8192, NUM_LAYERS), (LONGEST, 2)])
 def test_padded_batch(benchmark, length, layers):
     """Two rows, the first with an eighth of padding; stock builds a mask of T × T for it, so not only against that."""
     options = ("--rows", 2, "--layers", layers)
-    padding = ("--padding", length // 8)
-    padded_plain, measured, engine = benchmark.pedantic(peaks, args=(length, *options, *padding), rounds=1)
-    plain = peak("sdpa", length, "--stock", *options)
-    case, shape = f"streaming ({engine}), statistics, padded", f"2 rows, {layers} layers, T {length:,}"
+    padded = (*options, "--padding", length // 8)
+    measured, engine = benchmark.pedantic(measuring_peak, args=(length, *padded), rounds=1)
+    padded_plain, plain = plain_peak(length, *padded), plain_peak(length, *options)
+    case, two_rows = f"streaming ({engine}), statistics, padded", f"2 rows, {shape(length, layers)}"
     goal = GOALS[length]
     keep(
         benchmark,
         [
-            Row.over(case, shape, measured, "MiB", "stock sdpa, the same padding", padded_plain, goal),
-            Row.over(case, shape, measured, "MiB", "stock sdpa, two full rows", plain, goal),
+            Row.over(case, two_rows, measured, "MiB", "stock sdpa, the same padding", padded_plain, goal),
+            Row.over(case, two_rows, measured, "MiB", "stock sdpa, two full rows", plain, goal),
         ],
     )
 
@@ -88,12 +67,12 @@ def test_weights(benchmark):
     length = 2048
     weights = settled("eager", "--stock", "--output-attentions", "--length", length)
     assert weights["weights"][-2:] == [shrunk(length)] * 2
-    plain, measured, engine = benchmark.pedantic(peaks, args=(length,), rounds=1)
-    case, shape = f"streaming ({engine}), statistics", f"{NUM_LAYERS} layers, T {length:,}"
+    measured, engine = benchmark.pedantic(measuring_peak, args=(length,), rounds=1)
+    case, eager = f"streaming ({engine}), statistics", "stock eager, output_attentions"
     keep(
         benchmark,
         [
-            Row.over(case, shape, measured, "MiB", "stock eager, output_attentions", weights["peak_mib"], 0.25),
-            Row.over(case, shape, measured, "MiB", STOCK, plain),
+            Row.over(case, shape(length), measured, "MiB", eager, weights["peak_mib"], 0.25),
+            Row.over(case, shape(length), measured, "MiB", STOCK, plain_peak(length)),
         ],
     )

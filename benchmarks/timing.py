@@ -15,6 +15,9 @@ from results import Row
 # Of malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
+# Of every round, by the name of the case.
+Seconds = dict[str, list[float]]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -58,9 +61,40 @@ def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, r
     Returns:
         The rows, which are kept, and the seconds of every round by case.
     """
-    seconds = time_in_turns(benchmark, [baseline, *cases], rounds=once(rounds))
-    plain = seconds[baseline.name]
-    rows = []
+    seconds: Seconds = {case.name: [] for case in (baseline, *cases)}
+    reported, *others = cases
+
+    def before() -> None:
+        for case in (baseline, *others):
+            clock(case, seconds)
+
+    benchmark.pedantic(clock, args=(reported, seconds), setup=before, rounds=once(rounds))
+    rows = over(baseline, cases, seconds, shape)
+    keep(benchmark, rows)
+    return rows, seconds
+
+
+def compare(baseline: Case, case: Case, *, shape: str, rounds: int = 5) -> Row:
+    """The same for a single case and without pytest; nothing is kept."""
+    seconds: Seconds = {baseline.name: [], case.name: []}
+    for _ in range(once(rounds)):
+        clock(baseline, seconds)
+        clock(case, seconds)
+    return over(baseline, [case], seconds, shape)[0]
+
+
+def clock(case: Case, seconds: Seconds) -> None:
+    """Run a case, and add how long it took to its others."""
+    _synchronize()
+    start = time.perf_counter()
+    case.call()
+    _synchronize()
+    seconds[case.name].append(time.perf_counter() - start)
+
+
+def over(baseline: Case, cases: Sequence[Case], seconds: Seconds, shape: str) -> list[Row]:
+    """Rows of the ratios of medians."""
+    plain, rows = seconds[baseline.name], []
     for case in cases:
         ratios = [ours / stock for ours, stock in zip(seconds[case.name], plain, strict=True)]
         median, plain_median = statistics.median(seconds[case.name]), statistics.median(plain)
@@ -70,29 +104,7 @@ def alternate(benchmark, baseline: Case, cases: Sequence[Case], *, shape: str, r
                 case.at_most, min(ratios), max(ratios),
             )
         )  # fmt: skip
-    keep(benchmark, rows)
-    return rows, seconds
-
-
-def time_in_turns(benchmark, cases: Sequence[Case], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round of each case; pytest-benchmark reports the second one. Nothing is warmed up here."""
-    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
-
-    def timed(case: Case) -> None:
-        _synchronize()
-        start = time.perf_counter()
-        case.call()
-        _synchronize()
-        seconds[case.name].append(time.perf_counter() - start)
-
-    first, reported, *others = cases
-
-    def before() -> None:
-        for case in (first, *others):
-            timed(case)
-
-    benchmark.pedantic(timed, args=(reported,), setup=before, rounds=rounds)
-    return seconds
+    return rows
 
 
 def keep(benchmark, rows: Sequence[Row]) -> None:

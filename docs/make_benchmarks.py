@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from llama_attn.stats.files import complete_file
 from llama_attn.viz.style import BLUE, GREEN, ORANGE, empty_figure
 
 DOCS = Path(__file__).parent
+CLAIMS = DOCS.parent / "benchmarks" / "claims"
 GROUPS = {
     "forward": "A whole forward. Statistics are the eight of the default set.",
     "decode": "Generating behind a cache.",
@@ -41,6 +43,11 @@ the baseline: less is better. Rows with a goal say plainly whether it was met. W
 [performance.md](performance.md).
 
 ![ratios](images/benchmarks.png)
+"""
+YOURSELF = """## Run it yourself
+
+What README.md claims is measured by one script each, which is named after the claim and ends with 1 where it does not hold.
+`make claims` runs all of them, which takes minutes.
 """
 
 
@@ -114,6 +121,15 @@ def environments(entries: dict[str, Any]) -> tuple[str, dict[str, str]]:
     return table(head, lines), {group: "; ".join(labels) for group, labels in notes.items()}
 
 
+def claims() -> str:
+    """Every script that is named after a claim, and what the first line of it says."""
+    lines = []
+    for script in sorted(CLAIMS.glob("*.py")):
+        claim, said = script.stem.replace("_", " ").capitalize(), ast.get_docstring(ast.parse(script.read_text()))
+        lines.append(f"- [{claim}](../benchmarks/claims/{script.name}). {said.splitlines()[0]}\n")
+    return "".join(lines)
+
+
 def page(entries: dict[str, Any]) -> str:
     """The page of the documentation."""
     machines, notes = environments(entries)
@@ -122,7 +138,14 @@ def page(entries: dict[str, Any]) -> str:
     found = {group: list(rows(entries, group)) for group in groups}
     goals = [row for group in groups for row in found[group] if row["at_most"] is not None]
     reached = sum(row["ratio"] <= row["at_most"] for row in goals)
-    parts = [INTRODUCTION, f"{reached} of {len(goals)} goals that were measured are met.\n", "## Where\n", machines]
+    parts = [
+        INTRODUCTION,
+        f"{reached} of {len(goals)} goals that were measured are met.\n",
+        YOURSELF,
+        claims(),
+        "## Where\n",
+        machines,
+    ]
     for group in groups:
         parts += [f"## {group.capitalize()}\n"]
         parts += [f"{GROUPS[group]}\n"] if group in GROUPS else []

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.nav import Navigation
 from nbconvert import MarkdownExporter
 
@@ -19,12 +19,13 @@ PAGES = {
     "(docs/": "(",
     "../README.md": "overview.md",
     "../CHANGELOG.md": "changelog.md",
+    "../benchmarks/claims/": "benchmarks/claims/",
     "tutorial.ipynb": "tutorial.md",
 }
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add pages from outside of this folder, and the tutorial with the outputs that its file holds."""
+    """Add pages and scripts from outside of this folder, and the tutorial with the outputs that its file holds."""
     tutorial, resources = MarkdownExporter().from_filename(
         str(DOCS / "tutorial.ipynb"), resources={"output_files_dir": "images/tutorial"}
     )
@@ -36,6 +37,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for name, content in added.items():
         files.append(File.generated(config, name, content=content))
+    for script in (ROOT / "benchmarks" / "claims").glob("*.py"):
+        name = f"benchmarks/claims/{script.name}"
+        files.append(File.generated(config, name, content=script.read_text(), inclusion=InclusionLevel.INCLUDED))
     return files
 
 
