@@ -67,6 +67,10 @@ LARGE = {
     "every third query": {"spans": "window", "width": 70, "stride": 3},
     "cross-attention": {"aligned": False, "after": 60, "padding": True},
     "cross-attention to few keys": {"aligned": False, "after": -100},
+    "a token": {"queries": 1, "before": 400, "padding": True},
+    "a token, window": {"queries": 1, "before": 400, "spans": "window", "width": 250},
+    "a token, the cache is not full": {"queries": 1, "before": 230, "after": 170},
+    "a token of cross-attention": {"queries": 1, "aligned": False, "after": 300, "padding": True},
 }
 EVERYTHING = {"softcap": 3.0, "sinks": (-1.0, 2.0), "bias": (1, 4), "spread": 1.5}
 

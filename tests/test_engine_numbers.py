@@ -43,18 +43,19 @@ def test_gradients_equal_those_of_sdpa(dtype, value_channels, engine):
         assert relative_error(mine, sdpas) < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize(("queries", "cached"), [(80, 0), (1, 600)], ids=["a prompt", "a token"])
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf, 3e38])
-def test_scores_that_are_no_numbers(strange, engine):
+def test_scores_that_are_no_numbers(strange, queries, cached, engine):
     """They spoil the row that they are of, and no other."""
-    inputs = make_inputs(queries=80, padding="right")
+    inputs, row = make_inputs(queries=queries, cached=cached, padding="right" if queries > 1 else "left"), queries // 2
     case = case_of(inputs, inputs.visibility)
     known, right = case.known(engine), case.expected()
     exact = case.reference().output.transpose(1, 2)
     query = inputs.query.clone()
-    query[1, 1, 40] = strange
+    query[1, 1, row] = strange
     call = (query, inputs.key, inputs.value, inputs.visibility, inputs.scoring)
-    spoiled, real = torch.zeros(2, 80, 4, dtype=torch.bool), case.real_queries
-    spoiled[1, 40, 1] = True
+    spoiled, real = torch.zeros(2, queries, 4, dtype=torch.bool), case.real_queries
+    spoiled[1, row, 1] = True
     for sizes in blocks(engine):
         walk = engine.walk(*call, case.wanted(known), **sizes)
         assert walk.output[spoiled].isnan().all()
@@ -62,7 +63,7 @@ def test_scores_that_are_no_numbers(strange, engine):
         assert relative_error(walk.output[others], exact[others]) < 1e-5
         values = case.finished(walk.raw, known)
         for name in ("entropy", "max_weight", "logsumexp"):
-            assert values[name][1, 1, 40].isnan(), name
+            assert values[name][1, 1, row].isnan(), name
             rows = others.transpose(1, 2)
             assert relative_error(values[name][rows], right[name][rows]) < 1e-5, name
         engine.backward(torch.ones_like(walk.output), *call[:3], walk.output, walk.logsumexp, *call[3:], **sizes)

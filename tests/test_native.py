@@ -69,9 +69,10 @@ def test_large_buffers():
         assert error <= BOUND[torch.float64], statistic.name
 
 
-def test_the_number_of_threads_changes_no_bit():
-    """Which no other engine promises: tiles are added in their own order, whoever works on them."""
-    inputs = make_inputs(heads=6, kv_heads=3, queries=700, padding="left")
+@pytest.mark.parametrize(("queries", "cached"), [(700, 0), (1, 2600)], ids=["a prompt", "a token"])
+def test_the_number_of_threads_changes_no_bit(queries, cached):
+    """Which no other engine promises: tiles and parts of keys are added in their own order, whoever works on them."""
+    inputs = make_inputs(heads=6, kv_heads=3, queries=queries, cached=cached, padding="left")
     case, results = case_of(inputs, inputs.visibility), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
