@@ -87,6 +87,8 @@ void Forward<T>::run() {
   const int64_t threads = std::max<int64_t>(1, std::min(call_.threads, jobs));
   std::vector<Scratch> scratches;
   for (int64_t i = 0; i < (parts_ > 1 ? jobs : threads); ++i) scratches.push_back(make_scratch());
+  // A token waits for the other threads as seldom as can be.
+  const bool prepares = packs() || values_.copy != nullptr || kept_ != nullptr;
   int64_t next = 0;
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
@@ -94,9 +96,11 @@ void Forward<T>::run() {
 #pragma omp atomic capture
     mine = next++;
     Scratch& scratch = scratches[static_cast<size_t>(mine)];
+    if (prepares) {
 #pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < heads * panels; ++panel)
-      prepare(panel / panels, panel % panels * kPanel<T>, scratch.row);
+      for (int64_t panel = 0; panel < heads * panels; ++panel)
+        prepare(panel / panels, panel % panels * kPanel<T>, scratch.row);
+    }
     if (parts_ > 1) {
       walk_parts(scratches.data());
     } else {
@@ -105,7 +109,7 @@ void Forward<T>::run() {
         complete(tile, stripe, &scratch);
       });
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t head = 0; head < call_.batch * call_.heads; ++head) {
       reduce(call_.received, received_, slot_keys_, call_.num_keys, head);
       reduce(call_.distance_histogram, histogram_, call_.distance_histogram.size[2], call_.distance_histogram.size[2],
