@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from asked import Asked
 from hypothesis import strategies as st
+from own_text import own_ends, own_text
 from random_runs import NUMBERS, Run, shapes
-from read_back import READ_BACK, Asked, options_of, own_ends, own_text
+from read_back import READ_BACK, options_of
 
 from llama_attn import viz
 

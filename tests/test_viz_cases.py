@@ -8,9 +8,10 @@ from functools import cache
 
 import pytest
 import torch
+from asked import Asked
 from conftest import tiny_model
 from matplotlib.text import Text
-from read_back import NAMES, READ_BACK, Asked, drawn, takes
+from read_back import NAMES, READ_BACK, drawn, takes
 from test_viz import TOKENS, Tokenizer
 
 from llama_attn import AttentionStatsConfig, viz

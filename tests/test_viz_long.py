@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from asked import bar_of, labels
 from conftest import tiny_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from read_back import bar_of, labels
 from test_windows import MODELS
 
 from llama_attn import AttentionStatsConfig

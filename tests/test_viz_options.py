@@ -11,11 +11,12 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from asked import squeezed
 from figure_calls import any_call
 from figure_state import check_artists, state_of
 from hypothesis import Phase, given, settings, strategies as st
 from matplotlib.figure import Figure
-from read_back import NAMES, squeezed
+from read_back import NAMES
 
 # What cannot be drawn of a run by chance, though its options are right.
 REFUSED = {

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from asked import Asked
 from conftest import tiny_model
-from read_back import NAMES, READ_BACK, Asked, drawn, takes
+from read_back import NAMES, READ_BACK, drawn, takes
 
 from llama_attn import AttentionStatsConfig
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from asked import Asked, labels
 from conftest import tiny_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import rgb_to_hsv, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from read_back import NAMES, Asked, drawn, labels, takes
+from read_back import NAMES, drawn, takes
 
 from llama_attn import AttentionStatsConfig, viz
 from llama_attn.stats.container import Label
