@@ -96,10 +96,10 @@ def average(values: torch.Tensor | np.ndarray, axis=-1) -> np.ndarray:
     return np.where(count, np.nansum(values, axis), np.nan) / np.maximum(count, 1)
 
 
-def heat(axes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def heat(axes, origin: str = "upper") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cells of an image, and where the centres of its columns and rows lie."""
     (image,) = axes.images
-    assert image.origin == "upper"
+    assert image.origin == origin
     cells = image.get_array().filled(np.nan)
     left, right, bottom, top = image.get_extent()
     assert axes.get_xlim() == (left, right), "all of it is shown"
@@ -115,7 +115,8 @@ def heat(axes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if len(shared) == 1:
         read_beyond(image, finite)
     x, y = ((np.arange(n) + 0.5) / n for n in cells.shape[::-1])
-    return cells, left + (right - left) * x, top + (bottom - top) * y
+    first, last = (top, bottom) if origin == "upper" else (bottom, top)
+    return cells, left + (right - left) * x, first + (last - first) * y
 
 
 def read_beyond(image, cells: np.ndarray):

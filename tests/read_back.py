@@ -23,7 +23,7 @@ from read_statistics import (
 
 from llama_attn import viz
 
-# Those of a table of losses, or of a picture, have tests of their own.
+# Those of tables (test_viz_tables.py) and of a picture (test_images.py) have tests of their own.
 OF_MORE = {"plot_ablation", "plot_budget", "plot_image_rows"}
 NAMES = [name for name in viz.__all__ if name.startswith("plot_") and name not in OF_MORE]
 

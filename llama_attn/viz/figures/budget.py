@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama_attn.viz.figures.canvas import colour_bar, entitle, label_axes
+from llama_attn.viz.figures.canvas import add_legend, colour_bar, entitle, label_axes
 from llama_attn.viz.style import AMBER, BLUE, GREEN, ORANGE, PINK, empty_figure, heat_map, written
 
 if TYPE_CHECKING:
@@ -23,12 +23,15 @@ def plot_budget(frame: pandas.DataFrame) -> Figure:
             ``text``.
 
     Raises:
-        ValueError: A column is missing, or there is no line.
+        ValueError: A column is missing, a policy has one layer twice with the same budget, or there is no line.
     """
     if missing := [name for name in COLUMNS if name not in frame]:
         raise ValueError(f"frame: expected the columns {list(COLUMNS)}, got {list(frame.columns)} without {missing}")
     if frame.empty:
         raise ValueError("frame: expected at least one policy and budget, got no line")
+    place = ["policy", "budget", "layer"]
+    if (twice := frame[frame.duplicated(place)]).size:
+        raise ValueError(f"frame: expected each of {place} once, got {dict(twice[place].iloc[0])} twice")
     policies = list(dict.fromkeys(frame.policy))
     columns = max(2, len(policies))
     figure = empty_figure((3.6 * columns, 6.6))
@@ -48,7 +51,7 @@ def plot_budget(frame: pandas.DataFrame) -> Figure:
         axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
         axes.minorticks_off()
         axes.grid(alpha=0.4)
-        axes.legend(fontsize="small")
+        add_legend(figure, axes, fontsize="small")
         label_axes(axes, "keys kept per KV head")
     kept_axes.set_ylim(0, 1.02)
     label_axes(kept_axes, y="attention on kept keys [probability]\nmean, least and most of the layers")
