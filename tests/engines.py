@@ -105,6 +105,10 @@ def check(engine, call, bound=None, *, sizes=None, gradients=True):
     if dtype != torch.float64 or call.scoring.softcap is not None:
         # Below float64, and where a soft-cap flattens scores, the order of nearly equal weights is a matter of rounding.
         expected.pop("topk_position", None)
+    if dtype != torch.float64:
+        # So is the bin of a weight at the end of one: tests/test_engine_weights.py allows it either.
+        expected.pop("weight_count", None)
+        expected.pop("weight_mass", None)
     # Weights are off by ``bound`` relative to themselves, and the result is rounded once more to the dtype of values.
     of_output = bound * max(1.0, float(call.value.abs().max())) + torch.finfo(call.value.dtype).eps
     for some in blocks(engine) if sizes is None else [sizes]:

@@ -30,6 +30,13 @@ def folder(tmp_path, smollm2):
 
 
 @pytest.mark.smollm2
+def test_the_demo_draws_the_layers_that_are_named(tmp_path):
+    result = invoke("demo", "--text", "Ahoy there", "--layers", "0,12", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.glob("layer_*.png")} == {"layer_00_attention.png", "layer_12_attention.png"}
+
+
+@pytest.mark.smollm2
 def test_demo(tmp_path, monkeypatch):
     # Room for tokens in full.
     monkeypatch.setattr(console, "_width", 100)

@@ -52,6 +52,13 @@ def test_extras_are_not_swallowed(monkeypatch):
     assert "[triton]'" in invoke("backends").output
 
 
+def test_no_part_of_a_hint_is_left_out(monkeypatch):
+    address = "git+https://github.com/somebody/" + "long" * 30
+    monkeypatch.setattr(engine, "available_backends", lambda: {"flash_attention_3": f"pip install '{address}'"})
+    rows = (line.split("│") for line in invoke("backends").output.splitlines() if line.startswith("│"))
+    assert address in "".join(cells[3].strip() for cells in rows)
+
+
 @pytest.mark.parametrize(
     ("origin", "expected"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from llama_attn.backends.registry import available_backends
 from llama_attn.cli.installation import fitted
@@ -24,7 +24,7 @@ ASKED_FOR = "streaming_torch"
 
 def backends() -> None:
     """Which attention backends run here, and what the others lack."""
-    table = Table("backend", "runs here", "why not")
+    table = Table("backend", "runs here", Column("why not", overflow="fold"))
     for name, reason in available_backends().items():
         table.add_row(name, "no" if reason else "yes", fitted(reason or ""))
     console.print(table)

@@ -68,6 +68,9 @@ def demo(
     text: Annotated[str | None, typer.Option(help="Plain text to read in place of the chat with the pirate.")] = None,
     file: Files = None,
     generate: Generate = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to draw: 0-9, 3,5,7 or all. By default 0-9; all are measured.")
+    ] = None,
     out: Out = Path("llama_attn_demo"),
 ) -> None:
     """See the attention sinks of a real small Llama, SmolLM2-135M-Instruct; with --generate 40 the pirate talks.
@@ -82,7 +85,7 @@ def demo(
         checkpoint = demo_model.demo_checkpoint()
     except ImportError as error:
         fail(str(error))
-    request = Request(texts, *choose(None, "all"), out, generate)
+    request = Request(texts, *choose(layers, "all"), out, generate)
     _measure(plan(checkpoint, None), request, attn="streaming", dtype="float32", device="cpu")
 
 
