@@ -99,11 +99,11 @@ def test_what_cannot_be(arguments, message, checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_without_what_is_drawn():
-    with pytest.raises(ValueError, match="frame: expected the columns"):
-        plot_budget(pandas.DataFrame({"policy": ["h2o"]}))
-    with pytest.raises(ValueError, match="at least one policy"):
-        plot_budget(pandas.DataFrame(columns=["policy", "budget", "layer", "kept", "loss"]))
+def test_budgets_that_nobody_named_are_those_that_fit(checkpoint, tmp_path):
+    result = budget(checkpoint, tmp_path, "--policies", "streaming", "--readers", "4")
+    assert result.exit_code == 0, result.output
+    assert "budgets: 256, 1,024 left out" in result.output
+    assert {*pandas.read_csv(tmp_path / "out" / "budget.csv").budget} == {64}
 
 
 @pytest.mark.smollm2

@@ -77,7 +77,10 @@ def test_links_lead_somewhere(pages, site, tmp_path):
 
 def test_what_pages_are_written_by_is_no_part_of_it(site):
     assert (site / "gallery.html").is_file()
-    assert [path for path in site.rglob("*") if path.suffix == ".py" or path.name == "measured.json"] == []
+    found = [path.relative_to(site) for path in site.rglob("*") if path.suffix == ".py" or path.name == "measured.json"]
+    # The claims are read: README and the benchmarks link them.
+    assert [path for path in found if path.parts[:2] != ("benchmarks", "claims")] == []
+    assert found
 
 
 def test_nothing_is_loaded_from_elsewhere(pages, site):

@@ -121,14 +121,15 @@ def test_budget(frame):
 
 @pytest.mark.parametrize("function", [plot_ablation, plot_budget])
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "message"),
     [
-        (lambda frame: frame.drop(columns="layer"), "expected the columns"),
-        (lambda frame: frame[:0], "expected at least one"),
-        (lambda frame: pandas.concat([frame, frame[:1]]), "once"),
+        (lambda frame: frame.drop(columns="layer"), ValueError, "without ['layer']"),
+        (lambda frame: frame[:0], ValueError, "at least one line"),
+        (lambda frame: pandas.concat([frame, frame[:1]]), ValueError, "layer 2"),
+        (lambda frame: "ablation.csv", TypeError, "pandas.read_csv"),
     ],
 )
-def test_tables_that_are_none(function, change, message, monkeypatch):
+def test_tables_that_are_none(function, change, error, message, monkeypatch):
     columns = {
         "policy": ["h2o"],
         "budget": [4],
@@ -139,5 +140,5 @@ def test_tables_that_are_none(function, change, message, monkeypatch):
         "change": [0.1],
     }
     monkeypatch.setattr(Figure, "__init__", lambda *_, **__: pytest.fail("a figure was made"))
-    with pytest.raises(ValueError, match=re.compile(message)):
+    with pytest.raises(error, match=re.escape(message)):
         function(change(pandas.DataFrame(columns)))

@@ -35,12 +35,16 @@ if TYPE_CHECKING:
 
 # Queries whose weights the policies look at, and tokens that read what was kept.
 WINDOW, MOST_READERS = 64, 512
+BUDGETS = "64,256,1024"
 
 
 def budget(
     model: Model,
     file: Annotated[Path, typer.Option(help="File with plain text.", show_default=False)],
-    budgets: Annotated[str, typer.Option(help="Keys that are kept per KV head, with commas.")] = "64,256,1024",
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Keys that are kept per KV head, with commas.", show_default=f"those of {BUDGETS} that fit"),
+    ] = None,
     policies: Annotated[str, typer.Option(help=f"Some of {', '.join(POLICIES)}.")] = "streaming,h2o,snapkv",
     readers: Annotated[
         int | None,
@@ -62,7 +66,7 @@ def budget(
     it: once whole, which tells how much of its attention lies on the kept keys, and once seeing only these and itself.
     """
     check_loading(attn, dtype, device, adapter)
-    names, sizes = _named(policies), _sizes(budgets)
+    names, sizes = _named(policies), _sizes(budgets or BUDGETS)
     if lacking := missing(TABLES):
         fail(f"--policies: choosing keys needs {', '.join(lacking)}: pip install 'llama_attn[analysis]'")
     chosen = plan(Checkpoint(model, gguf_file), trust_remote_code)
@@ -76,6 +80,9 @@ def budget(
     first = length - last
     if last < 2 or first < 2:
         fail(f"--readers: the text has {length} tokens; {last} readers leave {first} to be kept")
+    if budgets is None and min(sizes) <= first < max(sizes):
+        say(f"budgets: {', '.join(f'{size:,}' for size in sizes if size > first)} left out, of {first:,} tokens")
+        sizes = [size for size in sizes if size <= first]
     if max(sizes) > first:
         fail(
             f"--budgets: expected 1 to {first} keys, since {first} of {length} tokens are read before, got {max(sizes)}"

@@ -52,9 +52,7 @@ Generate = Annotated[
 ]
 Out = Annotated[
     Path,
-    typer.Option(
-        help="Folder for the pictures, report.html and stats.safetensors; those of an older run in it are replaced."
-    ),
+    typer.Option(help="Folder for all that is written; files of an older run in it are replaced."),
 ]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from llama_attn.viz.figures.canvas import colour_bar, entitle, explain_no_data, new_figure
 from llama_attn.viz.figures.grids import grid_size, label_grid
+from llama_attn.viz.figures.tables import check_table
 from llama_attn.viz.style import DIVERGING, heat_map, model_name, written
 
 if TYPE_CHECKING:
@@ -34,16 +35,9 @@ def plot_ablation(frame: pandas.DataFrame, *, ax: Axes | None = None) -> Figure:
 
     Raises:
         ValueError: A column is missing, a head comes twice, or there is no line.
-        TypeError: ``ax`` is something else than axes.
+        TypeError: ``frame`` is no table, or ``ax`` something else than axes.
     """
-    if missing := [name for name in COLUMNS if name not in frame]:
-        raise ValueError(f"frame: expected the columns {list(COLUMNS)}, got {list(frame.columns)} without {missing}")
-    if frame.empty:
-        raise ValueError("frame: expected at least one head, got no line")
-    if (twice := frame[frame.duplicated(["layer", "head"])]).size:
-        raise ValueError(
-            f"frame: expected each head once, got layer {twice.layer.iloc[0]} head {twice['head'].iloc[0]} twice"
-        )
+    check_table(frame, COLUMNS, once=("layer", "head"))
     grid = frame.pivot(index="layer", columns="head", values="change").sort_index().sort_index(axis="columns")
     cells = grid.to_numpy(dtype=float)
     figure, axes = new_figure(grid_size(*cells.shape), ax)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llama_attn.viz.figures.canvas import add_legend, colour_bar, entitle, label_axes
+from llama_attn.viz.figures.tables import check_table
 from llama_attn.viz.style import AMBER, BLUE, GREEN, ORANGE, PINK, empty_figure, heat_map, written
 
 if TYPE_CHECKING:
@@ -24,14 +25,9 @@ def plot_budget(frame: pandas.DataFrame) -> Figure:
 
     Raises:
         ValueError: A column is missing, a policy has one layer twice with the same budget, or there is no line.
+        TypeError: ``frame`` is no table.
     """
-    if missing := [name for name in COLUMNS if name not in frame]:
-        raise ValueError(f"frame: expected the columns {list(COLUMNS)}, got {list(frame.columns)} without {missing}")
-    if frame.empty:
-        raise ValueError("frame: expected at least one policy and budget, got no line")
-    place = ["policy", "budget", "layer"]
-    if (twice := frame[frame.duplicated(place)]).size:
-        raise ValueError(f"frame: expected each of {place} once, got {dict(twice[place].iloc[0])} twice")
+    check_table(frame, COLUMNS, once=("policy", "budget", "layer"))
     policies = list(dict.fromkeys(frame.policy))
     columns = max(2, len(policies))
     figure = empty_figure((3.6 * columns, 6.6))
