@@ -108,3 +108,12 @@ def test_no_queries(kind, engine):
     assert gradients.query.shape == rest[0].shape
     assert (gradients.key == 0).all()
     assert (gradients.value == 0).all()
+
+
+@pytest.mark.parametrize("queries", [1, 23])
+def test_no_rows(queries, engine):
+    """A batch with nothing in it, of a token behind a long cache as well."""
+    call = make_call(queries=queries, before=1500, dtype=torch.float32)
+    none = [tensor[:0] for tensor in (call.query, call.key, call.value)]
+    visibility = Visibility(0, 1500, 1500 + queries, CPU)
+    assert engine.walk(*none, visibility, call.scoring).output.shape == (0, queries, 4, 64)

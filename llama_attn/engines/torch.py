@@ -234,6 +234,8 @@ def _blocks(
     """
     batch, heads, num_queries, channels = query.shape
     groups = len(stacked_key)
+    if not groups:
+        return
     scratch = _scratch(query, visibility, block_rows)
     for start in range(first * block_rows, num_queries, step * block_rows):
         rows = range(start, min(start + block_rows, num_queries))

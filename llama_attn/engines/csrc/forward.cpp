@@ -67,7 +67,8 @@ typename Forward<T>::Scratch Forward<T>::make_scratch() const {
   const int64_t row = std::max({call_.block_keys, rows, Panels<T>::scratch_size(call_.channels)});
   Scratch scratch;
   // Whole lines of the cache, in one piece: of a decoded token's attention, a call for each would be a tenth.
-  T** const places[] = {&scratch.queries, &scratch.scores, &scratch.maxima, &scratch.output, &scratch.row, &scratch.factors};
+  T** const places[] = {&scratch.queries, &scratch.scores, &scratch.maxima,
+                        &scratch.output,  &scratch.row,    &scratch.factors};
   const int64_t sizes[] = {rows * depth_, kept * rows * call_.block_keys, kept * rows, rows * width, row, rows};
   int64_t all = 0;
   for (const int64_t size : sizes) all += round_up(size, kPanel<T>);
@@ -86,7 +87,9 @@ void Forward<T>::run() {
   const int64_t jobs = parts_ > 1 ? heads * parts_ : stripes_.jobs(call_);
   const int64_t threads = std::max<int64_t>(1, std::min(call_.threads, jobs));
   std::vector<Scratch> scratches;
-  for (int64_t i = 0; i < (parts_ > 1 ? jobs : threads); ++i) scratches.push_back(make_scratch());
+  // Parts of one head wait for one another.
+  const int64_t places = parts_ > 1 ? std::max(threads, jobs) : threads;
+  for (int64_t place = 0; place < places; ++place) scratches.push_back(make_scratch());
   // A token waits for the other threads as seldom as can be.
   const bool prepares = packs() || values_.copy != nullptr || kept_ != nullptr;
   int64_t next = 0;
@@ -212,11 +215,9 @@ void Forward<T>::block(const Tile& tile, Span keys, T* scores, Scratch& scratch)
   const int64_t kv_head = tile.batch * call_.kv_heads + tile.kv_head;
   const int64_t value_width = round_up(call_.value_channels, kLanes<T>);
   if (packs())
-    multiply_panels(keys_.at(kv_head, keys.first), call_.channels, width, rows, scratch.queries, depth_, scores,
-                    stride);
+    multiply_panels(keys_.at(kv_head, keys.first), call_.channels, width, rows, scratch.queries, depth_, scores, stride);
   else
-    multiply_keys(call_, kv_head, keys.first, width, rows, scratch.queries, depth_, scores, stride,
-                  scratch.row);
+    multiply_keys(call_, kv_head, keys.first, width, rows, scratch.queries, depth_, scores, stride, scratch.row);
   const Span sinks = sinks_in(keys, tile.batch);
   for (int64_t row = 0; row < rows; ++row) {
     T* mine = scores + row * stride;
