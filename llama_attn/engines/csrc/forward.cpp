@@ -208,6 +208,17 @@ void Forward<T>::merge(int64_t rows, Scratch* parts) const {
   }
 }
 
+// Makes what a row has got so far relative to a larger score, if it is one.
+template <class T>
+void Forward<T>::raise(int64_t row, T larger, Scratch& scratch) const {
+  RowSums<T>& sums = scratch.sums[static_cast<size_t>(row)];
+  if (!(larger > sums.most)) return;
+  const int64_t width = round_up(call_.value_channels, kLanes<T>);
+  const T factor = sums.raise(larger);
+  T* output = scratch.output + row * width;
+  for (int64_t channel = 0; channel < width; ++channel) output[channel] *= factor;
+}
+
 // The scores of one block, their exponentials, and what these add to every row.
 template <class T>
 void Forward<T>::block(const Tile& tile, Span keys, T* scores, Scratch& scratch) const {
@@ -225,12 +236,7 @@ void Forward<T>::block(const Tile& tile, Span keys, T* scores, Scratch& scratch)
     if (call_.softcap != 0) cap(mine, width, static_cast<T>(call_.softcap));
     sight_.apply(tile, row, keys.first, width, mine, scratch.row);
     const T most = largest_of(mine, width);
-    if (most > sums.most) {
-      const T factor = sums.raise(most);
-      if (call_.value.data != nullptr)
-        for (int64_t channel = 0; channel < value_width; ++channel)
-          scratch.output[row * value_width + channel] *= factor;
-    }
+    raise(row, most, scratch);
     const int64_t position = sight_.position(tile.query(row));
     exponentiate_(mine, width, static_cast<T>(position - keys.first), sums);
     if (sinks_ == nullptr) {
@@ -268,11 +274,7 @@ template <class T>
 void Forward<T>::add_learned_sink(const Tile& tile, int64_t row, Scratch& scratch) const {
   RowSums<T>& sums = scratch.sums[static_cast<size_t>(row)];
   const T score = data_of<T>(call_.sinks)[tile.head(row)];
-  const int64_t value_width = round_up(call_.value_channels, kLanes<T>);
-  if (score > sums.most) {
-    const T factor = sums.raise(score);
-    for (int64_t channel = 0; channel < value_width; ++channel) scratch.output[row * value_width + channel] *= factor;
-  }
+  raise(row, score, scratch);
   const T centred = score - sums.most, weight = std::exp(centred);
   // Of a score of −∞, zero times it would be NaN.
   if (weight == 0) return;

@@ -99,6 +99,7 @@ class Forward {
   void block(const Tile& tile, Span keys, T* scores, Scratch& scratch) const;
   void complete(const Tile& tile, int64_t stripe, Scratch* parts) const;
   void merge(int64_t rows, Scratch* parts) const;
+  void raise(int64_t row, T larger, Scratch& scratch) const;
   void add_learned_sink(const Tile& tile, int64_t row, Scratch& scratch) const;
   void finish(const Tile& tile, Scratch& scratch) const;
   void receive(const Tile& tile, int64_t stripe, Scratch& scratch) const;
