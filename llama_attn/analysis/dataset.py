@@ -36,6 +36,16 @@ def as_dataset(source: Source) -> xarray.Dataset:
     return source
 
 
+def check_measured(of: xarray.Dataset | xarray.DataArray, axis: str, label: int) -> None:
+    """Refuse a label that ``axis`` has not.
+
+    Raises:
+        ValueError: It was not measured.
+    """
+    if label not in of[axis].values:
+        raise ValueError(f"{axis}: {label} was not measured; there are {of[axis].values.tolist()}")
+
+
 def require(dataset: xarray.Dataset, *names: str) -> None:
     """Check that ``dataset`` holds the statistics ``names``.
 

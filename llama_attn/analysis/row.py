@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from llama_attn.analysis.dataset import direction_of, real_tokens
+from llama_attn.analysis.dataset import check_measured, direction_of, real_tokens
 
 if TYPE_CHECKING:
     import xarray
@@ -35,8 +35,7 @@ def row_alone(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
         ValueError: The row was not measured.
     """
     rows = dataset["batch"].values
-    if batch not in rows:
-        raise ValueError(f"batch: {batch} was not measured; there are {rows.tolist()}")
+    check_measured(dataset, "batch", batch)
     at = int(np.flatnonzero(rows == batch)[0])
     # Slices, here and below: a copy of a long run takes seconds.
     row = dataset.isel(batch=slice(at, at + 1))

@@ -17,7 +17,7 @@ from llama_attn.analysis.answer import (
     seen_keys,
     seen_of_segments,
 )
-from llama_attn.analysis.dataset import as_dataset, real_tokens, require
+from llama_attn.analysis.dataset import as_dataset, check_measured, real_tokens, require
 from llama_attn.analysis.part import measured_part
 from llama_attn.analysis.uniform import measured_with
 
@@ -76,8 +76,7 @@ def sources(
 
     dataset = as_dataset(ds)
     require_segments(dataset)
-    if batch not in dataset["batch"].values:
-        raise ValueError(f"batch: {batch} was not measured; there are {dataset['batch'].values.tolist()}")
+    check_measured(dataset, "batch", batch)
     names = [str(name) for name in dataset["segment"].values]
     candidates = _among(dataset, names, among)
     if dropped := int(dataset["key"].values[0]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llama_attn.analysis.dataset import real_tokens, require, without_attention
+from llama_attn.analysis.dataset import check_measured, real_tokens, require, without_attention
 from llama_attn.analysis.part import measured_layers, named_layers, named_range
 from llama_attn.analysis.row import row_alone
 from llama_attn.stats.token_text import drawn, readable
@@ -166,8 +166,8 @@ def pick(dataset: xarray.Dataset, *, batch: int, layer: int | None = None, axis:
     Raises:
         ValueError: They were not measured.
     """
-    if layer is not None and layer not in dataset[axis].values:
-        raise ValueError(f"{axis}: {layer} was not measured; there are {dataset[axis].values.tolist()}")
+    if layer is not None:
+        check_measured(dataset, axis, layer)
     # First the row: what is padding shows in all layers together, and positions are the same in every picture of a run.
     row = row_alone(dataset, batch).isel(batch=0)
     return row if layer is None else row.sel({axis: layer})
@@ -181,8 +181,7 @@ def pick_head(values: xarray.DataArray, head: int | None) -> xarray.DataArray:
     """
     if head is None:
         return values.mean("head", skipna=False, keep_attrs=True)
-    if head not in values["head"].values:
-        raise ValueError(f"head: {head} was not measured; there are {values['head'].values.tolist()}")
+    check_measured(values, "head", head)
     return values.sel(head=head)
 
 

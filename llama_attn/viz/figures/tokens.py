@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis import as_dataset, require, sink_positions
+from llama_attn.analysis.dataset import check_measured
 from llama_attn.analysis.row import row_alone
 from llama_attn.viz.figures.along import (
     MOST_POINTS,
@@ -85,9 +86,9 @@ def plot_token_strip(
     require(dataset, *statistics)
     divided = [name for name in statistics if "segment" in dataset[name].dims]
     row = pick(pick_segment(dataset, statistics, segment), layer=layer, batch=batch)
-    if head is not None and head not in dataset["head"].values:
+    if head is not None:
         # The title names it, also where no statistic has heads.
-        raise ValueError(f"head: {head} was not measured; there are {dataset['head'].values.tolist()}")
+        check_measured(dataset, "head", head)
     if "hidden_layer" in row.dims:
         row = row.sel(hidden_layer=layer)
     values = [_along_text(row[name], head) for name in statistics]

@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_attn.analysis import as_dataset, classify_heads, massive_activations, require
 from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed
-from llama_attn.analysis.dataset import direction_of, real_tokens, without_attention
+from llama_attn.analysis.dataset import check_measured, direction_of, real_tokens, without_attention
 from llama_attn.analysis.heads import NEEDED
 from llama_attn.analysis.part import measured_layers, named_layers
 from llama_attn.analysis.row import row_alone
@@ -103,8 +103,7 @@ def report(
         raise ValueError(
             "source: the report shows one text, and cross-attention has two; use the figures of llama_attn.viz"
         )
-    if batch not in dataset["batch"].values:
-        raise ValueError(f"batch: {batch} was not measured; there are {dataset['batch'].values.tolist()}")
+    check_measured(dataset, "batch", batch)
     if not (dataset.visible_queries.sel(batch=batch) > 0).any():
         raise ValueError(f"batch: row {batch} is all padding")
     row = one_row(dataset, batch)
