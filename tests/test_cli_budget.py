@@ -84,6 +84,7 @@ def loss_of(model, ids, first, seen):
     ("arguments", "message"),
     [
         (("--budgets", "0"), "--budgets: expected numbers of keys from 1 up"),
+        (("--budgets", ""), "--budgets: expected numbers of keys from 1 up"),
         (("--budgets", "4,x"), "--budgets: expected numbers of keys from 1 up"),
         (("--budgets", "100000"), "--budgets: expected 1 to"),
         (("--budgets", "1"), "snapkv keeps the last key"),

@@ -66,7 +66,7 @@ def budget(
     it: once whole, which tells how much of its attention lies on the kept keys, and once seeing only these and itself.
     """
     check_loading(attn, dtype, device, adapter)
-    names, sizes = _named(policies), _sizes(budgets or BUDGETS)
+    names, sizes = _named(policies), _sizes(BUDGETS if budgets is None else budgets)
     if lacking := missing(TABLES):
         fail(f"--policies: choosing keys needs {', '.join(lacking)}: pip install 'llama_attn[analysis]'")
     chosen = plan(Checkpoint(model, gguf_file), trust_remote_code)
