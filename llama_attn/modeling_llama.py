@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -173,19 +174,19 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
 
     @_with_argument(upstream.LlamaModel.forward)
     def forward(
-        self, *args: Any, output_attention_stats: StatsArgument = None, **kwargs: Any
+        self, *args: Any, output_attention_stats: StatsArgument | Forward = None, **kwargs: Any
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Upstream's forward with all its arguments, and statistics of every head on request.
 
         Args:
             *args: Passed on to upstream.
-            output_attention_stats: True or a configuration adds ``attention_stats`` to the output.
+            output_attention_stats: True or a configuration adds ``attention_stats`` to the output; the observer of a
+                model around this one takes them itself.
             **kwargs: Passed on to upstream.
 
         Raises:
             ValueError: A request that this call cannot serve.
         """
-        config = AttentionStatsConfig.from_argument(output_attention_stats)
         if is_streaming(self.config._attn_implementation) and kwargs.get(
             "output_attentions", getattr(self.config, "output_attentions", False)
         ):
@@ -193,16 +194,28 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
                 "output_attentions=True: streaming backends never hold the weights; use "
                 'attn_implementation="eager", or output_attention_stats with the statistic "weights_map"'
             )
+        if isinstance(output_attention_stats, Forward):
+            return self._observed(output_attention_stats, *args, **kwargs)
+        config = AttentionStatsConfig.from_argument(output_attention_stats)
         if config is None:
             return super().forward(*args, **kwargs)
         refuse_inside(self)
         tokens = args[0] if args else kwargs.get("input_ids")
         return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
-        with Observed(self.observe(config, Step(tokens=tokens))) as forward:
-            outputs = super().forward(*args, **kwargs, return_dict=True)
-        stats = forward.finish(outputs.last_hidden_state.device)
+        forward = self.observe(config, Step(tokens=tokens))
+        outputs = self._observed(forward, *args, **kwargs, return_dict=True)
+        stats = forward.finish(outputs[0].device)
         outputs = BaseModelOutputWithAttentionStats(**outputs, attention_stats=stats)
         return outputs if return_dict else outputs.to_tuple()
+
+    def _observed(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's forward, and what ``forward`` sees of it."""
+        with Observed(forward):
+            outputs = super().forward(*args, **kwargs)
+        # At once: behind the weights of an output layer nothing that it needs is in the cache any more, which is a
+        # hundredth of the time of a token.
+        forward.finish(outputs[0].device)
+        return outputs
 
     def observe(self, config: AttentionStatsConfig, step: Step, prefix: str = "") -> Forward:
         """An observer of the next forward.
@@ -215,10 +228,14 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
         Raises:
             ValueError: A layer that the model does not have.
         """
-        layers = {
-            layer.self_attn: (index, f"{prefix}layers.{index}.self_attn") for index, layer in enumerate(self.layers)
-        }
-        stack = Stack(f"{prefix}layers.#.self_attn", layers, len(self.layers))
+        attentions = [_attention_of(layer) for layer in self.layers]
+        # Of the last forward, from which most do not differ.
+        stack = None if torch.compiler.is_compiling() else _stacks.get(self)
+        if stack is None or list(stack.layers) != attentions or not stack.name.startswith(f"{prefix}layers."):
+            layers = {module: (index, f"{prefix}layers.{index}.self_attn") for index, module in enumerate(attentions)}
+            stack = Stack(f"{prefix}layers.#.self_attn", layers, len(layers))
+            if not torch.compiler.is_compiling():
+                _stacks[self] = stack
         stack.check(config)
         return Forward(config, stack, self.config._name_or_path, step, must_be_complete=True)
 
@@ -259,14 +276,31 @@ class LlamaForCausalLM(_ChecksBackend, GeneratesAttentionStats, RefusesInPipelin
         refuse_pipeline(self)
         refuse_inside(self)
         tokens = args[0] if args else kwargs.get("input_ids")
-        with Observed(self.observe(config, Step(tokens=tokens))) as forward:
-            outputs = super().forward(*args, **{**kwargs, "return_dict": True})
-        stats = forward.finish(outputs.logits.device)
-        return CausalLMOutputWithAttentionStats(**outputs, attention_stats=stats)
+        forward, kwargs = self.observe(config, Step(tokens=tokens)), {**kwargs, "return_dict": True}
+        if _runs_as_it_is(self.model):
+            outputs = super().forward(*args, **kwargs, output_attention_stats=forward)
+        else:
+            with Observed(forward):
+                outputs = super().forward(*args, **kwargs)
+        return CausalLMOutputWithAttentionStats(**outputs, attention_stats=forward.finish(outputs.logits.device))
 
     def observe(self, config: AttentionStatsConfig, step: Step) -> Forward:
         """An observer of the next forward, see `LlamaModel.observe`."""
         return self.model.observe(config, step, prefix="model.")
+
+
+_stacks: WeakKeyDictionary[LlamaModel, Stack] = WeakKeyDictionary()
+
+
+def _attention_of(layer: Any) -> Any:
+    # A module's own `__getattr__` takes several times as long, and every token asks every layer.
+    found = layer._modules.get("self_attn")
+    return layer.self_attn if found is None else found
+
+
+def _runs_as_it_is(model: nn.Module) -> bool:
+    """Whether a call of ``model`` comes to its own forward, and not to a graph of it or to what somebody put around it."""
+    return isinstance(model, LlamaModel) and model._compiled_call_impl is None and "forward" not in vars(model)
 
 
 def refuse_inside(model: nn.Module) -> None:
@@ -279,7 +313,8 @@ def refuse_inside(model: nn.Module) -> None:
         return
     frame = sys._getframe(1)
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        caller = frame.f_locals.get("self")
+        # To make the locals of a frame takes long.
+        caller = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
         if (
             isinstance(caller, PreTrainedModel)
             and caller is not model

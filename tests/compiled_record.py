@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from any_model import draw, left_padding, state
+from conftest import tiny_model
 from torch._dynamo.utils import counters
 from zoo import ENTRIES
 
@@ -165,3 +166,19 @@ def test_a_change_of_one_of_several_layers_that_are_one_module():
     compiled = torch.compile(model, backend="aot_eager")
     with pytest.raises(ValueError, match="in a compiled model it cannot be seen"), ablate_heads(model, {1: [1]}):
         compiled(IDS)
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "around it"])
+def test_a_graph_of_the_decoder_alone(in_place):
+    """Our class observes it from outside, with one graph for all forwards."""
+    model = tiny_model("sdpa")
+    expected = run(model, output_attention_stats=True).attention_stats
+    if in_place:
+        model.model.compile(backend="aot_eager")
+    else:
+        model.model = torch.compile(model.model, backend="aot_eager")
+    found = []
+    for _ in range(3):
+        assert_same(run(model, output_attention_stats=True).attention_stats, expected)
+        found.append(graphs())
+    assert found[2] == found[0]

@@ -342,3 +342,29 @@ def test_the_stock_code_path_runs_off_and_on(ids, monkeypatch):
     run(model, input_ids=ids, output_attention_stats=EVERYTHING)
     assert len(off) == 3
     assert called == off
+
+
+def test_layers_that_go_between_two_forwards(ids):
+    """What was found out of a model's layers is found out anew once they are others."""
+    model = tiny_model("streaming")
+    asked = {"input_ids": ids, "output_attention_stats": True}
+    before = run(model, **asked).attention_stats
+    inside = run(model.model, **asked).attention_stats
+    assert (before.paths[0], inside.paths[0]) == ("model.layers.0.self_attn", "layers.0.self_attn")
+    del model.model.layers[0]
+    after = run(model, **asked).attention_stats
+    assert after.layers == before.layers[:-1]
+    assert after.num_layers == before.num_layers - 1
+    assert after.paths == before.paths[:-1]
+
+
+def test_a_decoder_whose_call_does_not_come_to_it(ids):
+    """Hooks of accelerate put a forward of their own around a module's; it is observed from outside."""
+    model = tiny_model("sdpa")
+    expected = run(model, input_ids=ids, output_attention_stats=True).attention_stats
+    forward, asked = model.model.forward, []
+    model.model.forward = lambda *args, **kwargs: (asked.append(set(kwargs)), forward(*args, **kwargs))[1]
+    found = run(model, input_ids=ids, output_attention_stats=True).attention_stats
+    assert all("output_attention_stats" not in names for names in asked)
+    assert found.names == expected.names
+    assert all(torch.equal(found[name], expected[name]) for name in found.names)

@@ -43,7 +43,7 @@ def calls(monkeypatch):
     )  # fmt: skip
     scoring = Scoring(0.25, 30.0, torch.randn(1, 4, 6, 9, generator=generator), torch.zeros(4))
     tensors, keep = (inputs.query, inputs.key, inputs.value), torch.ones(2, 1, 9, dtype=torch.bool)
-    native.walk(*tensors, visibility, scoring, Wanted(KNOWN, AttentionStatsConfig(), keep=keep))
+    held.append(native.walk(*tensors, visibility, scoring, Wanted(KNOWN, AttentionStatsConfig(), keep=keep)))
     native.backward(
         torch.zeros(2, 6, 4, 16), *tensors, torch.zeros(2, 6, 4, 16), torch.zeros(2, 4, 6), visibility, scoring
     )

@@ -5,25 +5,37 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_attn.stats.records import SMALL, Raw, Records
+from llama_attn.stats.records import SMALL, Layout, Raw, Records
 
 NAMES = ("entropy", "max_logit")
 
 
-def raw(seed, queries=3, names=NAMES, keys=7):
+def table(seed, rows=1, queries=3, names=NAMES, keys=7):
+    """What some layers measured, one row each of the same tensors."""
     draw = torch.Generator().manual_seed(seed)
-    return Raw(
-        names,
-        torch.randn(len(names), 2, 4, queries, generator=draw),
-        {"received": torch.randn(2, 4, keys, generator=draw)},
+    layout = Layout(names, (2, 4, queries), {"received": (0, (2, 4, keys))})
+    tables = (
+        torch.randn(rows, len(names) * 8 * queries, generator=draw),
+        torch.randn(rows, 8 * keys, generator=draw),
     )
+    return [Raw(tables, row, layout) for row in range(rows)]
+
+
+def raw(seed, **sizes):
+    """What a layer measured, in tensors of its own."""
+    return table(seed, **sizes)[0]
+
+
+def stacked(records, name, layers):
+    return records.stacked([name], layers)[name]
 
 
 def test_it_is_a_mapping():
     one = raw(0)
     assert dict(one).keys() == {*NAMES, "received"}
     assert len(one) == 3
-    assert torch.equal(one["max_logit"], one.rows[1])
+    assert torch.equal(one["max_logit"], one.tables[0][0, 24:].view(2, 4, 3))
+    assert torch.equal(one["received"], one.tables[1].view(2, 4, 7))
     assert "value_norm" not in one
     with pytest.raises(KeyError, match="value_norm"):
         one["value_norm"]
@@ -31,17 +43,27 @@ def test_it_is_a_mapping():
 
 @pytest.mark.parametrize("queries", [3, SMALL], ids=["small", "large"])
 @pytest.mark.parametrize("offload", [None, "cpu"])
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0)], ids=str)
-def test_layers_side_by_side(order, offload, queries):
-    records, raws = Records(3, offload), [raw(layer, queries) for layer in range(3)]
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0), (1, 2)], ids=str)
+def test_layers_side_by_side(order, together, offload, queries):
+    records = Records(3, offload)
+    raws = table(0, 3, queries) if together else [raw(layer, queries=queries) for layer in range(3)]
     for layer in (1, 0, 2):
         records.put(layer, raws[layer])
         assert records.has("entropy", layer)
     for name in raws[0]:
         expected = torch.stack([raws[layer][name] for layer in order])
-        found = records.stacked(name, order)
+        found = stacked(records, name, order)
         assert torch.equal(found, expected)
-        assert found.is_contiguous()
+
+
+def test_layers_of_one_tensor_are_not_copied():
+    records, raws = Records(3, None), table(0, 3)
+    for layer, one in enumerate(raws):
+        records.put(layer, one)
+    for name, which in (("entropy", 0), ("received", 1)):
+        found = stacked(records, name, (0, 1, 2))
+        assert found.untyped_storage().data_ptr() == raws[0].tables[which].untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -54,10 +76,13 @@ def test_layers_that_came_in_other_ways(other):
     records.put(0, first)
     records.put(1, other)
     for name in NAMES:
-        assert torch.equal(records.stacked(name, (0, 1)), torch.stack([first[name], other[name]]))
-    alike = first["received"].shape == other["received"].shape
-    assert (records.stacked("received", (0, 1)) is not None) == alike
-    assert records.stacked("entropy", (0,)) is not None
+        assert torch.equal(stacked(records, name, (0, 1)), torch.stack([first[name], other[name]]))
+    if first["received"].shape == other["received"].shape:
+        assert torch.equal(stacked(records, "received", (0, 1)), torch.stack([first["received"], other["received"]]))
+    else:
+        with pytest.raises(RuntimeError, match=r"received: layers \[0, 1\] report in different shapes"):
+            stacked(records, "received", (0, 1))
+    assert torch.equal(stacked(records, "entropy", (0,))[0], first["entropy"])
 
 
 def test_what_comes_later_counts():
@@ -65,11 +90,11 @@ def test_what_comes_later_counts():
     records, first, second = Records(1, None), raw(0), raw(1)
     records.put(0, first)
     records.put(0, {"key_norm": torch.ones(2, 4)})
-    assert torch.equal(records.stacked("entropy", (0,))[0], first["entropy"])
+    assert torch.equal(stacked(records, "entropy", (0,))[0], first["entropy"])
     assert records.has("key_norm", 0)
     records.put(0, second)
     for name in second:
-        assert torch.equal(records.stacked(name, (0,))[0], second[name]), name
+        assert torch.equal(stacked(records, name, (0,))[0], second[name]), name
 
 
 def test_a_layer_that_is_missing():
@@ -78,12 +103,13 @@ def test_a_layer_that_is_missing():
     assert not records.has("entropy", 1)
     for name in ("entropy", "received"):
         with pytest.raises(RuntimeError, match=rf"{name}: layers \[1\] did not report"):
-            records.stacked(name, (0, 1))
-    assert records.stacked("entropy", (0,)).shape == (1, 2, 4, 3)
+            stacked(records, name, (0, 1))
+    assert stacked(records, "entropy", (0,)).shape == (1, 2, 4, 3)
 
 
 def test_shapes_that_differ():
     records = Records(2, None)
     records.put(0, raw(0))
     records.put(1, raw(1, queries=5))
-    assert records.stacked("entropy", (0, 1)) is None
+    with pytest.raises(RuntimeError, match=r"entropy: layers \[0, 1\] report in different shapes"):
+        stacked(records, "entropy", (0, 1))

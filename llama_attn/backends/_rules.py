@@ -17,6 +17,9 @@ from llama_attn.backends._masks import MaskRequest
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 
+# Arguments with which a layer has its own part in the scores.
+TENSORS_OF_SCORES = ("position_bias", "s_aux", "sinks")
+
 
 @dataclass(eq=False, slots=True)
 class AttentionCall:

@@ -121,8 +121,9 @@ def fused(
     if compiling:
         output, _, raw = walk(engine, query, key, value, visibility, scoring, wanted)
         return cast(Tensor, output), raw
+    # Tensors of forward mode need no gradient: they are let in, to be refused and not to be taken for constants.
     leaves = (query, key, value, scoring.position_bias, scoring.sinks)
-    if _differentiated(leaves):
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _learn(leaves)):
         measured: dict[str, Tensor] = {}
         output = FusedAttention.apply(*leaves, get_engine(engine), visibility, scoring, wanted, measured)
         raw = measured
@@ -132,8 +133,5 @@ def fused(
     return cast(Tensor, output), raw
 
 
-def _differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
-    # Tensors of forward mode need no gradient: they are let in, to be refused and not to be taken for constants.
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _learn(tensors: tuple[Tensor | None, ...]) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

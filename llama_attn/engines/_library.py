@@ -49,7 +49,9 @@ TYPES = {
 }
 FLOATS = frozenset(dtype for dtype in TYPES if dtype.is_floating_point)
 # Packed in one go: ctypes takes twice as long, and a token of a model makes hundreds.
-_PACKED, _ADDRESS = struct.Struct("Pqqqqqqqqq"), struct.Struct("P")
+_PACKED = struct.Struct("Pqqqqqqqqq")
+# Says where the numbers of a tensor lie that is described: ``point(call, OFFSETS[name], address)``.
+point = struct.Struct("P").pack_into
 
 
 class Call(ctypes.Structure):
@@ -88,17 +90,11 @@ class Call(ctypes.Structure):
         extents = (*size, *tensor.stride())
         if (missing := 4 - len(size)) > 0:
             extents = (*size, *(1,) * missing, *tensor.stride(), *(0,) * missing)
-        _PACKED.pack_into(self, _OFFSETS[name], data, kind, *extents)
-
-    def move(self, name: str, tensor: torch.Tensor) -> None:
-        """Say where ``tensor`` lies, of the same dtype, extents and strides as the one that is described."""
-        if data := tensor.data_ptr():
-            _ADDRESS.pack_into(self, _OFFSETS[name], data)
-        else:
-            self.put(name, tensor)
+        _PACKED.pack_into(self, OFFSETS[name], data, kind, *extents)
 
 
-_OFFSETS = {name: getattr(Call, name).offset for name, *_ in Call._fields_}
+# Where each field lies.
+OFFSETS = {name: getattr(Call, name).offset for name, *_ in Call._fields_}
 
 
 def own() -> Path:

@@ -5,8 +5,10 @@ The sources are in csrc/. Wheels bring them compiled; `llama-attn build` compile
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange
@@ -17,7 +19,7 @@ from llama_attn.engines import _library as library
 from llama_attn.engines._walk import Gradients, Walk, check_call, compute_dtype
 from llama_attn.stats.block import HIDDEN_SCORE, Wanted
 from llama_attn.stats.maps import num_distance_bins
-from llama_attn.stats.records import Raw
+from llama_attn.stats.records import Layout, Raw
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.spans import UNSEEN_BIAS
 from llama_attn.stats.table import Statistic
@@ -42,6 +44,9 @@ _PER_QUERY = frozenset(
 _RECEIVED = frozenset({"received", "received_total"})
 _BINNED = ("weight_count", "weight_mass")
 _KNOWN = _PER_QUERY | _RECEIVED | {"distance_histogram", "row_weights", *_BINNED}
+# Where the tensors lie that each layer has of its own.
+_EACH = ("query", "key", "value", "output")
+_OFFSETS, _LOGSUMEXP = [library.OFFSETS[name] for name in _EACH], library.OFFSETS["row_logsumexp"]
 # More tokens than there are, and few enough that sums with them do not overflow.
 _BEYOND = 2**40
 
@@ -99,48 +104,54 @@ def walk(
         *(t is not None and (t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in (query, key, value)),
         scoring, wanted, tile_rows, block_keys, torch.get_num_threads(),
     )  # fmt: skip
-    told = _told.get(visibility)
-    is_new = told is None or told.alike != alike
-    if told is None or is_new:
-        told = _Told.of(alike, query, key, value, visibility, scoring, wanted, tile_rows, block_keys)
+    told: _Told | None = visibility.__dict__.get("_told")
+    if is_new := told is None or told.alike != alike:
+        layers = wanted.layers if told is None and wanted is not None else 1
+        told = _Told.of(alike, query, key, value, visibility, scoring, wanted, tile_rows, block_keys, layers)
     call, output = library.Call.from_buffer_copy(told.call), None
-    wide = compute_dtype(query)
-    written = {name: query.new_empty(shape, dtype=wide) for name, shape in told.written.items()}
-    tensors = {**written, "query": query.resolve_neg(), "key": _known(key, visibility)}
+    logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
+    tensors = [query, key] if value is None else [query, key, value]
+    if not told.as_they_are:
+        # A view may say "times −1" beside its numbers; keys behind the last that the visibility knows are nobody's.
+        tensors = [query.resolve_neg(), *(_known(tensor, visibility) for tensor in tensors[1:])]
     if value is not None:
-        tensors["value"] = _known(value, visibility)
-        output = tensors["output"] = value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    put = call.put if is_new else call.move
-    for name, tensor in tensors.items():
-        put(name, tensor)
+        output = value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        tensors.append(output)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    if is_new or not all(addresses):
+        for name, tensor in zip(_EACH, tensors, strict=False):
+            call.put(name, tensor)
+        call.put("row_logsumexp", logsumexp)
+    else:
+        for at, address in zip(_OFFSETS, addresses, strict=False):
+            library.point(call, at, address)
+        library.point(call, _LOGSUMEXP, logsumexp.data_ptr())
     if is_new and scoring.plain:
-        _told[visibility] = told._replace(call=bytes(call))
+        visibility.__dict__["_told"] = told._replace(call=bytes(call))
+    raw = {} if told.numbers is None else told.numbers.of_next(call)
     library.run("forward", call)
-    others = {name: written[place] for name, place in told.whole.items()}
-    raw = Raw(told.per_query, written["rows"], others) if told.per_query else others
-    return Walk(output, written["row_logsumexp"], raw)
+    return Walk(output, logsumexp, raw)
 
 
 class _Told(NamedTuple):
     """What the calls of several layers say alike.
 
-    The layers of a model make the same call over and over, and to describe it takes as long as a token's attention.
+    The layers of a model make the same call over and over, and to describe it takes as long as a token's attention. The
+    visibility keeps it: one object for all layers with the same mask.
 
     Args:
         alike: What must be equal for that.
         call: The call; the tensors of a layer lie elsewhere in each.
         held: Tensors of all layers, which must outlive the calls.
-        written: Shapes of the tensors that are filled, besides the output.
-        per_query: Statistics with a number for each query, in the order in which they lie in ``rows``.
-        whole: Which of ``written`` the others are.
+        as_they_are: Whether query, key and value are read as they were given.
+        numbers: Where the statistics go; None if none were asked for.
     """
 
     alike: tuple[Any, ...]
     call: bytes
     held: list[Tensor]
-    written: dict[str, tuple[int, ...]]
-    per_query: tuple[str, ...]
-    whole: dict[str, str]
+    as_they_are: bool
+    numbers: _Numbers | None
 
     @classmethod
     def of(
@@ -154,59 +165,115 @@ class _Told(NamedTuple):
         wanted: Wanted | None,
         tile_rows: int,
         block_keys: int,
+        layers: int,
     ) -> _Told:
-        """What such a call says.
+        """What such a call says, and ``layers`` more like it.
 
         Raises:
             ValueError: As `walk`.
         """
         check_call(query, key, value, visibility, scoring)
         call, held = _call(query, key, value, visibility, scoring, tile_rows, block_keys)
-        batch, heads, num_queries, _ = query.shape
-        written: dict[str, tuple[int, ...]] = {"row_logsumexp": (batch, heads, num_queries)}
+        given = [tensor for tensor in (query, key, value) if tensor is not None]
+        as_they_are = key.shape[2] == visibility.num_keys and not any(tensor.is_neg() for tensor in given)
         if wanted is None:
-            return cls(alike, bytes(call), held, written, (), {})
+            return cls(alike, bytes(call), held, as_they_are, None)
         names = [statistic.name for statistic in wanted.statistics]
-        per_query = tuple(name for name in names if name in _PER_QUERY)
-        whole = {name: "received" if name in _RECEIVED else name for name in names if name not in _PER_QUERY}
-        if per_query:
-            written["rows"] = (len(per_query), batch, heads, num_queries)
-        for place, name in enumerate(per_query, start=1):
-            setattr(call, name, place)
-        chosen = range(num_queries) if wanted.rows is None else wanted.rows
-        for name in whole.values():
-            written[name] = (batch, heads, *_extents(name, visibility, len(chosen)))
+        chosen = range(query.shape[2]) if wanted.rows is None else wanted.rows
+        for at, name in enumerate(filter(_PER_QUERY.__contains__, names), start=1):
+            setattr(call, name, at)
+        layout = _laid_out(names, query.shape[:3], visibility, len(chosen))
+        numbers = _Numbers(call, layout, compute_dtype(query), layers)
         if "row_weights" in names:
-            held.append(torch.full((num_queries,), -1))
+            held.append(torch.full((query.shape[2],), -1))
             held[-1][list(chosen)] = torch.arange(len(chosen))
             call.put("row_places", held[-1])
         if "kept_mass" in names:
             if wanted.keep is None:
                 raise ValueError("kept_mass: needs `keep` in the AttentionStatsConfig")
-            held.append(wanted.keep.expand(batch, key.shape[1], -1).contiguous())
+            held.append(wanted.keep.expand(query.shape[0], key.shape[1], -1).contiguous())
             call.put("kept", held[-1])
         call.sink_tokens = min(wanted.config.sink_tokens, _BEYOND)
         call.window = min(wanted.config.window, _BEYOND)
         if "sink_mass" in names and not visibility.plain:
             held.append(visibility.rank.contiguous())
             call.put("rank", held[-1])
-        return cls(alike, bytes(call), held, written, per_query, whole)
+        return cls(alike, bytes(call), held, as_they_are, numbers)
 
 
-# What was told last, for each visibility: one object for all layers with the same mask.
-_told: WeakKeyDictionary[Visibility, _Told] = WeakKeyDictionary()
+class _Numbers:
+    """Where the statistics of a call and of those like it go: a row of two tables for each layer, while they are few.
+
+    Args:
+        call: Is told of what it writes.
+        layout: Where each statistic lies in a row.
+        dtype: Of the numbers.
+        layers: How many layers there will be.
+    """
+
+    def __init__(self, call: library.Call, layout: Layout, dtype: torch.dtype, layers: int) -> None:
+        self._layout, self._dtype, self._next = layout, dtype, itertools.count()
+        written = {"rows": (0, 0, (len(layout.names), *layout.shape))} if layout.names else {}
+        for name, (begin, shape) in layout.others.items():
+            written["received" if name in _RECEIVED else name] = 1, begin, shape
+        for name, (_, _, shape) in written.items():
+            call.put(name, torch.empty(shape, dtype=dtype))
+        # What is empty has no address, and gets none.
+        self._written = [
+            (library.OFFSETS[name], which, begin) for name, (which, begin, shape) in written.items() if 0 not in shape
+        ]
+        self._rows = layers if layout.is_small else 1
+        self._tables: tuple[Tensor, Tensor] | None = self._made(self._rows)
+
+    def _made(self, rows: int) -> tuple[Tensor, Tensor]:
+        per_query, others = (torch.empty(rows, width, dtype=self._dtype) for width in self._layout.widths)
+        return per_query, others
+
+    def of_next(self, call: library.Call) -> Raw:
+        """Where the numbers of the next layer will be; ``call`` is told."""
+        row, tables = next(self._next), self._tables
+        if row >= self._rows - 1:
+            # Who has asked for a row holds its tables.
+            self._tables = None
+        if tables is None:
+            row, tables = 0, self._made(1)
+        for at, which, begin in self._written:
+            table, number = tables[which], row * self._layout.widths[which] + begin
+            library.point(call, at, table.data_ptr() + number * table.element_size())
+        return Raw(tables, row, self._layout)
 
 
 def _known(tensor: Tensor, visibility: Visibility) -> Tensor:
-    """Keys or values less those behind the last that the visibility knows, which are nobody's."""
     tensor = tensor if tensor.shape[2] == visibility.num_keys else tensor[:, :, : visibility.num_keys]
-    # A view may say "times −1" beside its numbers.
     return tensor.resolve_neg()
+
+
+def _laid_out(names: Sequence[str], rows: Sequence[int], visibility: Visibility, chosen: int) -> Layout:
+    """Where statistics lie.
+
+    Args:
+        names: The statistics.
+        rows: Extents of one that has a number for each query, (batch, head, query).
+        visibility: Who sees whom.
+        chosen: How many queries ``row_weights`` is of.
+    """
+    others: dict[str, tuple[int, tuple[int, ...]]] = {}
+    begin, received = 0, None
+    for name in names:
+        if name in _RECEIVED and received is not None:
+            others[name] = received
+        elif name not in _PER_QUERY:
+            shape = (*rows[:2], *_extents(name, visibility, chosen))
+            others[name] = begin, shape
+            begin += math.prod(shape)
+        if name in _RECEIVED:
+            received = others[name]
+    return Layout(tuple(name for name in names if name in _PER_QUERY), tuple(rows), others)
 
 
 def _extents(name: str, visibility: Visibility, chosen: int) -> tuple[int, ...]:
     """Extents of what is filled for a statistic, behind batch and heads."""
-    if name == "received":
+    if name in _RECEIVED:
         return (visibility.num_keys,)
     if name == "distance_histogram":
         return (num_distance_bins(visibility.length),)

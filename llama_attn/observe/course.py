@@ -166,7 +166,7 @@ class Course:
             self.forward.count_call(module, from_zero=self._is_shared)
         self._called.add(module)
         self._last_called = module
-        return self.forward.wants(module)
+        return self.forward.for_call(module) is not None
 
     def place(self, call: AttentionCall) -> None:
         """Count the queries of cross-attention on, if the keys are those of the forward before."""

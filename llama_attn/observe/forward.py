@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_attn.backends._rules import AttentionCall
+from llama_attn.backends._rules import TENSORS_OF_SCORES, AttentionCall
 from llama_attn.backends.registry import Backend
 from llama_attn.engines import assign, choose_engine
 from llama_attn.engines._operator import extent_of, walk
 from llama_attn.observe import projection
 from llama_attn.observe.interface import TRANSFORMERS_OWN, unwatch, watch
+from llama_attn.observe.plan import Plan
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.labelling import Origin, label
@@ -23,7 +24,6 @@ from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.recorder import LAST, Recorder
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.selection import sees_outputs, sees_states
-from llama_attn.stats.sight import Share
 from llama_attn.stats.spans import VECTORS
 from llama_attn.stats.step import Step
 from llama_attn.stats.table import Statistic
@@ -110,8 +110,10 @@ class Forward:
         # Of the first call: where the forward stands among others.
         self.visibility_of_first: Visibility | None = None
         self._visibilities: dict[tuple[Any, ...], tuple[Any, Visibility]] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
         self._traced: tuple[Any, Visibility] | None = None
         self._paths: dict[int, str] = {}
+        self._finished: tuple[torch.device, AttentionStats] | None = None
         # Hidden states that came to a layer whose attention has not been called yet.
         self._entered: dict[int, Tensor] = {}
 
@@ -119,13 +121,9 @@ class Forward:
         """The index of a layer."""
         return self.stack.layers[module][0]
 
-    def wants(self, module: nn.Module) -> bool:
-        """Whether a call of ``module`` is measured: never when the forward is over, or runs again for the backward."""
-        return not self.is_closed and self.layer_of(module) in self.layers and not is_replay()
-
     def for_call(self, module: nn.Module) -> Forward | None:
-        """Itself, if the call that ``module`` makes now is to be measured."""
-        return self if self.wants(module) else None
+        """Itself, if the call that ``module`` makes now is measured: never when it is over, or runs again for the backward."""
+        return self if not self.is_closed and self.stack.layers[module][0] in self.layers and not is_replay() else None
 
     def count_call(self, module: nn.Module, *, from_zero: bool) -> None:
         """Take one more call of a module that a forward calls several times: each is a layer, in the order of calls.
@@ -175,14 +173,30 @@ class Forward:
             return visibility
         return replace(visibility, first_query=before, stop_query=before + call.num_queries)
 
-    def fused(
-        self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
-    ) -> Share | None:
-        """What to measure in the blocks of a streaming backend."""
-        self._started(call, name, visibility)
-        layer = self.layer_of(call.module)
+    def planned(self, call: AttentionCall, name: str, backend: Backend) -> Plan:
+        """How a streaming backend runs the call, and what is measured in its blocks."""
+        options = call.options
+        has_own = any(options.get(name) is not None for name in TENSORS_OF_SCORES)
+        # A graph keeps its lengths open, which a key of a dict would fix.
+        if self.is_traced or has_own or call.sight is not None or self.config.kept is not None:
+            plan = self._plan(call, backend)
+        else:
+            # Found out once for all layers that make the same call.
+            alike = (
+                id(call.mask), call.query.shape, call.key.shape, call.key.device, call.is_causal, backend.name,
+                options.get("scaling"), options.get("softcap"),
+            )  # fmt: skip
+            if (known := self._plans.get(alike)) is None:
+                known = self._plans[alike] = self._plan(call, backend)
+            plan = known
+        self._started(call, name, plan.visibility)
+        return plan
+
+    def _plan(self, call: AttentionCall, backend: Backend) -> Plan:
+        plan = Plan.of(call, backend, self.visibility(call, backend))
+        layer, (visibility, scores, engine, _) = self.layer_of(call.module), plan
         share = self.recorder.fused(layer, call.query, call.key, visibility, scores, engine)
-        return share._replace(is_all=False) if share and self.sees_states else share
+        return plan._replace(share=share._replace(is_all=False) if share and self.sees_states else share)
 
     def put(self, call: AttentionCall, visibility: Visibility, raw: Mapping[str, Tensor], engine: str) -> None:
         """Keep what was measured there."""
@@ -257,6 +271,7 @@ class Forward:
         """Measure nothing more: under gradient checkpointing the layers run again in the backward."""
         self.is_closed = True
         self._visibilities.clear()
+        self._plans.clear()
         self._entered.clear()
 
     def measured(self) -> Measured:
@@ -283,13 +298,15 @@ class Forward:
         )  # fmt: skip
 
     def finish(self, device: torch.device) -> AttentionStats:
-        """Close the forward and label what it measured.
+        """Close the forward and label what it measured; whoever asks again for the same device gets the same.
 
         Args:
             device: Where the numbers end, unless they are offloaded.
         """
-        measured = self.measured()
-        return label(measured, self.config, self.origin, device, segments=self.recorder.segment_names)
+        if self._finished is None or self._finished[0] != device:
+            measured, segments = self.measured(), self.recorder.segment_names
+            self._finished = device, label(measured, self.config, self.origin, device, segments=segments)
+        return self._finished[1]
 
 
 class _Assign:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llama_attn.backends._rules import AttentionCall, is_paged, scoring, unknown_ways
 from llama_attn.backends._streaming import streaming_call
 from llama_attn.backends.registry import Backend, rule_of
-from llama_attn.engines import choose_engine
 from llama_attn.engines._fused import fused
 from llama_attn.observe import compiled
+from llama_attn.observe.plan import Plan
 from llama_attn.observe.requests import Noting, forget, request_of
 from llama_attn.stats.scoring import Scoring
-from llama_attn.stats.sight import Share
 from llama_attn.stats.visibility import Visibility
 
 # The interfaces that models use whose files have none of their own.
 TRANSFORMERS_OWN = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+T = TypeVar("T")
 TENSORS = ("query", "key", "value", "attention_mask")
 
 
@@ -38,10 +38,8 @@ class CallObserver(Protocol):
     def visibility(self, call: AttentionCall, backend: Backend) -> Visibility | None:
         """Who sees whom in the call, the same object for calls that see the same; None to leave it."""
 
-    def fused(
-        self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
-    ) -> Share | None:
-        """What to measure in the blocks of a streaming backend."""
+    def planned(self, call: AttentionCall, name: str, backend: Backend) -> Plan | None:
+        """How a streaming backend runs the call, and what is measured in its blocks; None to leave it."""
 
     def put(self, call: AttentionCall, visibility: Visibility, raw: Mapping[str, Tensor], engine: str) -> None:
         """Keep what was measured there."""
@@ -135,9 +133,11 @@ def watch(
         interfaces: The attention interfaces that these layers use, see `interfaces_of`.
         cross: Those of the layers that attend to another sequence than their own.
     """
+    alone = (observer,)
     for module in modules:
-        _watched[id(module)] = (*_watched.get(id(module), ()), observer)
-        compiled.modules[id(module)] = module
+        at = id(module)
+        _watched[at] = (*_watched[at], observer) if at in _watched else alone
+        compiled.modules[at] = module
     for module in cross:
         _cross[id(module)] = None
     if observer.sees_states:
@@ -149,13 +149,16 @@ def unwatch(modules: Iterable[nn.Module], observer: Observer, interfaces: Iterab
     """Take back what `watch` did."""
     _seeing.pop(id(observer), None)
     for module in modules:
-        left = tuple(other for other in _watched.get(id(module), ()) if other is not observer)
+        at, everyone = id(module), _watched.get(id(module), ())
+        # Of most layers it is the only one: every step of decoding comes by here.
+        left = () if len(everyone) == 1 and everyone[0] is observer else _without(everyone, observer)
         if left:
-            _watched[id(module)] = left
+            _watched[at] = left
         else:
-            _watched.pop(id(module), None)
-            compiled.modules.pop(id(module), None)
-            _forget_cross(module)
+            _watched.pop(at, None)
+            compiled.modules.pop(at, None)
+            if at in _cross:
+                _forget_cross(module)
     _leave_shadows(interfaces)
 
 
@@ -176,13 +179,17 @@ def intervene(
 def stop_intervening(modules: Iterable[nn.Module], intervention: Intervention, interfaces: Iterable[Any]) -> None:
     """Take back what `intervene` did."""
     for module in modules:
-        left = tuple(other for other in _intervening.get(id(module), ()) if other is not intervention)
+        left = _without(_intervening.get(id(module), ()), intervention)
         if left:
             _intervening[id(module)] = left
         else:
             _intervening.pop(id(module), None)
             _forget_cross(module)
     _leave_shadows(interfaces)
+
+
+def _without(everyone: tuple[T, ...], one: T) -> tuple[T, ...]:
+    return tuple(other for other in everyone if other is not one)
 
 
 def _forget_cross(module: nn.Module) -> None:
@@ -285,11 +292,11 @@ def _observe(
     first = observers[0] if observers else None
     if backend.is_streaming:
         call = _changed(changes, streaming_call(module, query, key, value, mask, options, cross), name)
-        visibility = (first and first.visibility(call, backend)) or call.sight or backend.sees(call)
-        scores = scoring(call, visibility.num_keys)
-        prefer: str | None
-        prefer = engine = choose_engine(backend.engine, visibility, scores, query.device)
-        share = first and first.fused(call, name, visibility, scores, engine)
+        plan = first.planned(call, name, backend) if first else None
+        if plan is None:
+            plan = Plan.of(call, backend, call.sight or backend.sees(call))
+        visibility, scores, engine, share = plan
+        prefer: str | None = engine
         wanted, seen, is_all = share or (None, visibility, False)
         output, raw = fused(query, key, value, seen, scores, engine, wanted)
         if first and share:

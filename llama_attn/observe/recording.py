@@ -13,12 +13,12 @@ from llama_attn.backends.registry import Backend
 from llama_attn.observe.course import Course, only
 from llama_attn.observe.forward import Forward, is_replay
 from llama_attn.observe.interface import interfaces_of, unwatch, watch
+from llama_attn.observe.plan import Plan
 from llama_attn.observe.stacks import candidates, is_cross, name_of, stack_of
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.selection import sees_states
-from llama_attn.stats.sight import Share
 from llama_attn.stats.visibility import Visibility
 
 
@@ -196,20 +196,18 @@ class Recording:
             self._refuse(course, error)
             return None
 
-    def fused(
-        self, call: AttentionCall, name: str, visibility: Visibility, scores: Scoring, engine: str
-    ) -> Share | None:
-        """What to measure in the blocks of a streaming backend."""
-        course = self._courses[self._names[call.module]]
-        if course.refusal is not None:
+    def planned(self, call: AttentionCall, name: str, backend: Backend) -> Plan | None:
+        """How a streaming backend runs the call, and what is measured in its blocks; None where that cannot be told."""
+        if self.visibility(call, backend) is None:
             return None
+        course, forward = self._of(call)
         try:
-            share = self._of(call)[1].fused(call, name, visibility, scores, engine)
+            plan = forward.planned(call, name, backend)
         except ValueError as error:
             self._refuse(course, error)
             return None
         # There is more to see in the call.
-        return share and share._replace(is_all=False)
+        return plan._replace(share=plan.share and plan.share._replace(is_all=False))
 
     def put(self, call: AttentionCall, visibility: Visibility, raw: Mapping[str, Tensor], engine: str) -> None:
         """Keep what was measured there."""

@@ -32,6 +32,7 @@ class Wanted:
         token_before: Token id in front of the first key, (batch,), where a cache has dropped it; −1 for padding.
         keep: Which keys are kept, (batch, 1 or kv_head, key).
         rows: Which of the measured queries `row_weights` is of, in order; None for all.
+        layers: How many layers measure the same, so that an engine may lay their numbers side by side.
     """
 
     statistics: Sequence[Statistic]
@@ -42,6 +43,7 @@ class Wanted:
     token_before: Int[Tensor, " batch"] | None = None
     keep: Bool[Tensor, "batch _ key"] | None = None
     rows: Sequence[int] | None = None
+    layers: int = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,7 +107,8 @@ class AttentionStatsConfig:
         if value is None or value is False:
             return None
         if value is True:
-            return cls()
+            # Made once, since every token that is decoded asks anew; a compiled graph does not look into a cache.
+            return cls() if torch.compiler.is_compiling() else _default()
         if isinstance(value, cls):
             return value
         raise ValueError(f"output_attention_stats: expected None, a bool or an AttentionStatsConfig, got {value!r}")
@@ -178,6 +180,11 @@ class AttentionStatsConfig:
                 raise ValueError(f"statistics: expected names, got {names!r}")
             object.__setattr__(config, "statistics", tuple(names))
         return config
+
+
+@cache
+def _default() -> AttentionStatsConfig:
+    return AttentionStatsConfig()
 
 
 def bin_width(num_keys: int, map_size: int) -> int:

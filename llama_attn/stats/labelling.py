@@ -138,6 +138,7 @@ class _Sheet:
         # Where each group's layers lie on the layer axis.
         self.layers = tuple(layers)
         self.places = [[self.layers.index(layer) for layer in group.layers] for group in self.groups]
+        self._in_order = self.places == [list(range(len(self.layers)))]
 
     def _counts(self, group: Group, real_keys: Tensor | None) -> Counts:
         return group.counts(real_keys).to(self.device)
@@ -145,7 +146,7 @@ class _Sheet:
     def of_layers(self, statistic: Statistic) -> Tensor:
         """A statistic of every layer, (layer, …)."""
         parts = [self._finished(statistic, group, at) for at, group in enumerate(self.groups)]
-        if len(parts) == 1 and self.places[0] == list(range(len(self.layers))):
+        if self._in_order:
             return parts[0]
         return self._side_by_side(statistic.dims, parts, torch.nan if statistic.dtype is None else -1)
 

@@ -34,6 +34,8 @@ class HeadShard:
         FSDP shards both along the same axis and puts them together before they are used. Only tensor parallelism
         splits the outputs of the one and the inputs of the other.
         """
+        if not are_distributed():
+            return None
         layers = (getattr(attention, name, None) for name in ("q_proj", "o_proj"))
         weights: list[Any] = [getattr(layer, "weight", None) for layer in layers]
         outputs, inputs = (getattr(weight, "placements", ()) for weight in weights)
@@ -46,7 +48,7 @@ class HeadShard:
     @classmethod
     def is_unknown(cls, attention: Any) -> bool:
         """Whether the weights of a layer that is running are parts, but not by heads as `of_attention` knows them."""
-        if cls.of_attention(attention) is not None or not _shards(attention.parameters()):
+        if not are_distributed() or cls.of_attention(attention) is not None or not _shards(attention.parameters()):
             return False
         # Parts of the layer that FSDP wraps by themselves are put together when they run, and these have not yet.
         units: list[Any] = [part for part in attention.modules() if isinstance(part, FSDPModule)]
@@ -105,6 +107,11 @@ class HeadShard:
     def _by_rank(self, heads: Sequence[int], num_heads: int) -> list[list[int]]:
         held = num_heads // self.size
         return [[head % held for head in heads if head // held == rank] for rank in range(self.size)]
+
+
+def are_distributed() -> bool:
+    """Whether there is anybody to hold another part of a weight."""
+    return distributed.is_initialized()
 
 
 def _shards(weights: Iterable[Any]) -> bool:

@@ -63,7 +63,8 @@ class Recorder:
         self.segment_names: tuple[str, ...] | None = None
         # Visibilities by identity; kept, so that no other takes their place.
         self._sights: dict[int, tuple[Visibility, Sight]] = {}
-        self._groups: dict[tuple[int, int, int], list[int]] = {}
+        # In order.
+        self._groups: dict[tuple[int, int, int], dict[int, None]] = {}
         self.heads_held: dict[int, int] = {}
         # Token ids of all keys, (batch, key), if they are known.
         self.known_tokens: Tensor | None = None
@@ -290,8 +291,8 @@ class Recorder:
         """
         statistics = self._given()
         groups = []
-        for (at, heads, kv_heads), layers in self._groups.items():
-            raw = {}
+        for (at, heads, kv_heads), in_order in self._groups.items():
+            layers, names = tuple(in_order), []
             sight = self._sights[at][1]
             for statistic in statistics:
                 # A step of a run may have no query at a multiple of the stride.
@@ -299,19 +300,12 @@ class Recorder:
                     sight.rows if statistic.needs == "rows" else sight.visibility.num_queries
                 )
                 if statistic.dims[0] == "layer" and is_there:
-                    stacked = self.records.stacked(statistic.name, layers)
-                    if stacked is None:
-                        raise RuntimeError(f"{statistic.name}: layers {layers} report in different shapes")
-                    raw[statistic.name] = stacked
-            groups.append(Group(tuple(layers), (sight.visibility,), raw, heads, kv_heads))
+                    names.append(statistic.name)
+            raw = self.records.stacked(names, layers)
+            groups.append(Group(layers, (sight.visibility,), raw, heads, kv_heads))
         hidden_layers = (*sorted(layer for group in groups for layer in group.layers), LAST)
-        hidden = {}
-        for statistic in statistics:
-            if statistic.dims[0] == "hidden_layer":
-                stacked = self.hidden.stacked(statistic.name, hidden_layers)
-                if stacked is None:
-                    raise RuntimeError(f"{statistic.name}: the layers' hidden states differ in shape")
-                hidden[statistic.name] = stacked
+        of_states = [statistic.name for statistic in statistics if statistic.dims[0] == "hidden_layer"]
+        hidden = self.hidden.stacked(of_states, hidden_layers)
         groups.sort(key=lambda group: group.layers)
         rows = {self._sights[at][1].rows for at, *_ in self._groups}
         if len(rows) > 1:
@@ -320,12 +314,13 @@ class Recorder:
 
     def _given(self) -> tuple[Statistic, ...]:
         """What was wanted, less the norms that the model cannot give."""
-        wanted = {s.name: s for _, sight in self._sights.values() for s in sight.statistics}
+        sights = [sight for _, sight in self._sights.values()]
+        wanted = {s.name: s for sight in sights for s in sight.statistics}
+        if len(sights) > 1:
+            wanted = {name: wanted[name] for name in statistics_table() if name in wanted}
         named = () if self.config.statistics == "all" else self.config.statistics
         given = []
-        for name, statistic in statistics_table().items():
-            if name not in wanted:
-                continue
+        for name, statistic in wanted.items():
             records = self.hidden if statistic.observes in HIDDEN else self.records
             if statistic.observes in (*HIDDEN, "value_output") and not self._is_complete(records, statistic):
                 if name in named:
@@ -353,9 +348,7 @@ class Recorder:
     def _belongs(self, layer: int, visibility: Visibility, heads: tuple[int, int]) -> None:
         """Remember how many heads a layer has, and which others see the same."""
         self.heads_held[layer] = heads[0] * (1 if self.shard is None else self.shard.size)
-        layers = self._groups.setdefault((id(visibility), *heads), [])
-        if layer not in layers:
-            layers.append(layer)
+        self._groups.setdefault((id(visibility), *heads), {})[layer] = None
 
     def _strided(self, tensor: Tensor, axis: int, visibility: Visibility) -> Tensor:
         """The measured queries of ``tensor``, whose ``axis`` holds the tokens of this call."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,34 +14,74 @@ from torch import Tensor
 SMALL = 2**14
 
 
-class Raw(Mapping[str, Tensor]):
-    """What a layer measured, by statistic, where many of them lie in one tensor.
-
-    A step of decoding has so few numbers that taking each statistic out of it costs more than its attention.
+@dataclass(frozen=True)
+class Layout:
+    """Where the statistics of a layer lie in its rows of two tables.
 
     Args:
-        names: Statistics with a number for each query.
-        rows: They, one behind another, (statistic, batch, head, query).
-        others: The other statistics.
+        names: Those with a number for each query, which fill the first table one behind another.
+        shape: Of each of them, (batch, head, query).
+        others: Of the others the first number in a row of the second table, and the shape.
     """
 
-    def __init__(self, names: tuple[str, ...], rows: Tensor, others: dict[str, Tensor]) -> None:
-        self.names, self.rows, self.others = names, rows, others
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    others: Mapping[str, tuple[int, tuple[int, ...]]]
+    # Numbers in a row of each table, and whether none of the statistics is worth a place in a block.
+    widths: tuple[int, int] = field(init=False)
+    is_small: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        ends = [begin + math.prod(shape) for begin, shape in self.others.values()]
+        widths = len(self.names) * math.prod(self.shape), max(ends, default=0)
+        object.__setattr__(self, "widths", widths)
+        object.__setattr__(self, "is_small", max(widths) < SMALL)
+
+    def cut(self, rows: Tensor | None, others: Tensor | None) -> dict[str, Tensor]:
+        """The statistics in rows of the tables, (…, number), as (…, batch, head, …); those of a table that is None are left out."""
+        found: dict[str, Tensor] = {}
+        if rows is not None and self.names:
+            before = rows.shape[:-1]
+            apart = rows.view(*before, len(self.names), *self.shape).unbind(len(before))
+            found.update(zip(self.names, apart, strict=True))
+        if others is not None:
+            for name, (begin, shape) in self.others.items():
+                found[name] = others[..., begin : begin + math.prod(shape)].view(*others.shape[:-1], *shape)
+        return found
+
+
+class Raw(Mapping[str, Tensor]):
+    """What a layer measured: a row in each of two tables, which other layers may share.
+
+    A step of decoding has so few numbers that making a tensor for each statistic of each layer, and laying those of
+    all layers side by side, takes longer than its attention.
+
+    Args:
+        tables: (row, number), of statistics with a number for each query, and of the others.
+        row: Which row it is.
+        layout: Where each statistic lies in it.
+    """
+
+    __slots__ = ("_cut", "layout", "row", "tables")
+
+    def __init__(self, tables: tuple[Tensor, Tensor], row: int, layout: Layout) -> None:
+        self.tables, self.row, self.layout = tables, row, layout
+        self._cut: dict[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.rows[self.names.index(name)] if name in self.names else self.others[name]
+        if self._cut is None:
+            self._cut = self.layout.cut(*(table[self.row] for table in self.tables))
+        return self._cut[name]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.names
-        yield from self.others
+        yield from self.layout.names
+        yield from self.layout.others
 
     def __len__(self) -> int:
-        return len(self.names) + len(self.others)
+        return len(self.layout.names) + len(self.layout.others)
 
-    @property
-    def is_small(self) -> bool:
-        """Whether no statistic is worth a place in a block."""
-        return self.rows.numel() < SMALL and all(tensor.numel() < SMALL for tensor in self.others.values())
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout.names or name in self.layout.others
 
 
 class Records:
@@ -60,13 +102,12 @@ class Records:
         self._blocks: dict[str, Tensor] = {}
         # By statistic and layer.
         self._alone: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
-        # By layer, as it came; and the rows of all statistics side by side, (statistic, layer, …), by layers.
+        # By layer, as it came.
         self._raws: dict[int, Raw] = {}
-        self._joined: dict[tuple[int, ...], Tensor] = {}
 
     def put(self, layer: int, raw: Mapping[str, Tensor]) -> None:
         """Keep what was measured in ``layer``."""
-        if self._offload is None and isinstance(raw, Raw) and raw.is_small and layer not in self._raws:
+        if self._offload is None and isinstance(raw, Raw) and raw.layout.is_small and layer not in self._raws:
             self._raws[layer] = raw
             return
         for name, tensor in raw.items():
@@ -95,40 +136,57 @@ class Records:
             or layer in self._places.get(name, ())
         )
 
-    def stacked(self, name: str, layers: Sequence[int]) -> Tensor | None:
-        """What ``layers`` have reported, (layer, …); None if their shapes differ.
+    def stacked(self, names: Sequence[str], layers: Sequence[int]) -> dict[str, Tensor]:
+        """What ``layers`` have reported of each statistic, (layer, …).
 
         Raises:
-            RuntimeError: One of them did not report, so the numbers would be incomplete.
+            RuntimeError: One of them did not report, so the numbers would be incomplete, or in another shape.
         """
-        if (rows := self._rows(name, layers)) is not None:
-            return rows
+        raws = [self._raws[layer] for layer in layers if layer in self._raws]
+        # Looked through once for all statistics.
+        joined = _joined(raws) if raws and len(raws) == len(layers) else {}
+        return {
+            name: joined[name] if name in joined and name not in self._alone else self._gathered(name, layers)
+            for name in names
+        }
+
+    def _gathered(self, name: str, layers: Sequence[int]) -> Tensor:
+        """A statistic of layers that have not all reported in the same way."""
         alone, places = self._alone.get(name, {}), self._places.get(name, {})
         alone = {**{layer: raw[name] for layer, raw in self._raws.items() if name in raw}, **alone}
         if missing := [layer for layer in layers if layer not in alone and layer not in places]:
             raise RuntimeError(f"{name}: layers {missing} did not report")
         if alone:
             parts = [alone[layer] if layer in alone else self._blocks[name][places[layer]] for layer in layers]
-            first = parts[0]
-            alike = all(part.shape == first.shape and part.dtype == first.dtype for part in parts)
-            return torch.stack(parts) if alike else None
+            if (stacked := _stacked(parts)) is None:
+                raise RuntimeError(f"{name}: layers {list(layers)} report in different shapes")
+            return stacked
         wanted = [places[layer] for layer in layers]
         if wanted == list(range(len(wanted))):
             return self._blocks[name][: len(wanted)]
         return self._blocks[name][wanted]
 
-    def _rows(self, name: str, layers: Sequence[int]) -> Tensor | None:
-        """What layers have reported in one tensor with other statistics, all of them alike; None if they did not."""
-        raws = [self._raws.get(layer) for layer in layers]
-        first = raws[0]
-        if first is None or name not in first.names or name in self._alone:
-            return None
-        joined = self._joined.get(tuple(layers))
-        if joined is None:
-            rows = [raw.rows for raw in raws if raw is not None and raw.names == first.names]
-            if len(rows) < len(raws) or any(
-                part.shape != first.rows.shape or part.dtype != first.rows.dtype for part in rows
-            ):
-                return None
-            joined = self._joined[tuple(layers)] = torch.stack(rows, dim=1)
-        return joined[first.names.index(name)]
+
+def _joined(raws: Sequence[Raw]) -> dict[str, Tensor]:
+    """What all of them have in the same shape, (layer, …) by statistic."""
+    layout = raws[0].layout
+    if any(raw.layout is not layout and raw.layout != layout for raw in raws):
+        return {}
+    return layout.cut(_side_by_side(raws, 0), _side_by_side(raws, 1))
+
+
+def _side_by_side(raws: Sequence[Raw], which: int) -> Tensor | None:
+    """Rows of a table, (layer, number); they are one tensor already if they follow one another."""
+    first = raws[0]
+    table, rows = first.tables[which], range(first.row, first.row + len(raws))
+    if all(raw.tables is first.tables for raw in raws) and [raw.row for raw in raws] == list(rows):
+        return table[rows.start : rows.stop]
+    return _stacked([raw.tables[which][raw.row] for raw in raws])
+
+
+def _stacked(parts: list[Tensor]) -> Tensor | None:
+    """Tensors side by side; None if they are not alike."""
+    shape, dtype = parts[0].shape, parts[0].dtype
+    if any(part.shape != shape or part.dtype != dtype for part in parts):
+        return None
+    return torch.stack(parts)

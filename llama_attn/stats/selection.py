@@ -17,8 +17,10 @@ WHERE = {
 
 def named(config: AttentionStatsConfig) -> list[Statistic]:
     """What is asked for by name, and the norms."""
-    names = () if config.statistics == "all" else config.statistics
-    return [s for s in statistics_table().values() if s.name in names or (config.norms and s.is_norm)]
+    table, names = statistics_table(), () if config.statistics == "all" else config.statistics
+    if not config.norms:
+        return [table[name] for name in names if name in table]
+    return [s for s in table.values() if s.name in names or s.is_norm]
 
 
 def sees_states(config: AttentionStatsConfig) -> bool:
@@ -49,11 +51,14 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: 
         **{need: f"`{need}` in the AttentionStatsConfig" for need in ("segments", "rows", "keep")},
         "tokens": "the ids of all tokens: input_ids, not inputs_embeds, and none of them from a cache",
     }
-    chosen = []
+    chosen, everything = [], config.statistics == "all" or config.norms
+    asked = set() if config.statistics == "all" else set(config.statistics)
     for name, statistic in statistics_table().items():
+        if not everything and name not in asked and statistic.needs not in given:
+            continue
         possible = have.get(statistic.needs, False)
         if statistic.is_norm:
-            is_named = config.statistics != "all" and name in config.statistics
+            is_named = name in asked
             if is_named and not alone and not merges(statistic):
                 raise ValueError(
                     f"statistics: {name!r} is a number of one forward, which the steps of generate cannot be merged "
@@ -63,7 +68,7 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: 
         elif statistic.needs in given:
             wanted = True
         else:
-            wanted = name in config.statistics or (config.statistics == "all" and possible)
+            wanted = name in asked or (config.statistics == "all" and possible)
         if wanted and not possible and statistic.needs:
             raise ValueError(f"statistics: {name!r} needs {ways[statistic.needs]}")
         if wanted:

@@ -104,7 +104,7 @@ class Sight:
             raise ValueError(f"keep: expected 1 or {len(layers)} layers, got {keep.shape[0]}")
         on_blocks = [s for s in statistics if not s.is_norm and s.needs != "rows"]
         before = token_before(known, visibility)
-        wanted = Wanted(on_blocks, config, segments, len(names or ()), tokens, before)
+        wanted = Wanted(on_blocks, config, segments, len(names or ()), tokens, before, layers=len(layers))
         rows, runs = _rows(visibility, config, step)
         return cls(
             visibility=measured,

@@ -179,6 +179,8 @@ class Visibility(Spans):
         if self.whole and self.causal:
             # Every step of decoding counts anew, and each operation of torch takes longer there than what it does.
             first, stop = self.first_query + 1, self.num_keys + 1
+            if stop - first == 1:
+                return torch.full((self.batch, 1), first, dtype=torch.int32, device=self.device)
             seen = torch.arange(first, stop, dtype=torch.int32, device=self.device)
             return seen.expand(self.batch, -1).contiguous()
         return torch.where(self.real_queries, self._seen, 0).int()

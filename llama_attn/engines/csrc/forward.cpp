@@ -40,7 +40,7 @@ Forward<T>::Forward(const Call& call)
   if (call.value.data != nullptr) values_.prepare(call, call.value, call.value_channels);
   slot_keys_ = round_up(call.num_keys, kPanel<T>);
   const int64_t slots = call.batch * call.heads * stripes_.count;
-  if (call.received.data != nullptr) received_ = zeros<T>(slots * slot_keys_);
+  if (call.received.data != nullptr && call.num_queries != 1) received_ = zeros<T>(slots * slot_keys_);
   if (call.distance_histogram.data != nullptr) histogram_ = zeros<T>(slots * call.distance_histogram.size[2]);
   if (bins_weights()) numbers_ = zeros<double>(slots * kWeightBins), masses_ = zeros<double>(slots * kWeightBins);
   if (call.kept_mass != 0) kept_ = allocate<T>(call.batch * call.kv_heads * slot_keys_);
@@ -183,9 +183,10 @@ void Forward<T>::complete(const Tile& tile, int64_t stripe, Scratch* parts) cons
       std::copy_n(parts->sums.begin(), tile.rows(), part->sums.begin());
       std::copy_n(parts->factors, tile.rows(), part->factors);
     }
-    if (call_.received.data != nullptr || call_.distance_histogram.data != nullptr) receive(tile, stripe, *part);
+    if (received_ != nullptr || call_.distance_histogram.data != nullptr) receive(tile, stripe, *part);
     if (bins_weights()) bin_weights(tile, stripe, *part);
   }
+  if (call_.received.data != nullptr && received_ == nullptr) write_received(tile, parts);
   if (call_.row_weights.data != nullptr) write_rows(tile, parts);
 }
 
@@ -343,7 +344,7 @@ void Forward<T>::receive(const Tile& tile, int64_t stripe, Scratch& scratch) con
       const int64_t first_row = member * tile.queries, place = head * stripes_.count + stripe;
       for (int64_t i = 0; i < tile.queries; ++i) factors[i] = factor_of(first_row + i, slot, rows, scratch);
       const T* weights = exponentials + first_row * stride;
-      if (call_.received.data != nullptr) {
+      if (received_ != nullptr) {
         T* to = received_.get() + place * slot_keys_ + keys.first;
         // One row of factors times the block.
         multiply<T>(1, width, tile.queries, {factors, 0, 1}, weights, stride, to, 0, true);
@@ -356,32 +357,46 @@ void Forward<T>::receive(const Tile& tile, int64_t stripe, Scratch& scratch) con
   }
 }
 
+// What the keys receive of a query that is alone: its weights.
+template <class T>
+void Forward<T>::write_received(const Tile& tile, const Scratch* parts) const {
+  for (int64_t row = 0; row < tile.rows(); ++row)
+    write_weights(tile, row, parts,
+                  data_of<T>(call_.received) + (tile.batch * call_.heads + tile.head(row)) * call_.num_keys);
+}
+
 // The final weights of the chosen rows; NaN for a row that is padding or sees nothing.
 template <class T>
 void Forward<T>::write_rows(const Tile& tile, const Scratch* parts) const {
-  const int64_t rows = tile.rows(), stride = call_.block_keys, chosen = call_.row_weights.size[2];
-  for (int64_t row = 0; row < rows; ++row) {
+  const int64_t chosen = call_.row_weights.size[2];
+  for (int64_t row = 0; row < tile.rows(); ++row) {
     const int64_t place = data_of<int64_t>(call_.row_places)[tile.query(row)];
     if (place < 0) continue;
     const int64_t head = tile.batch * call_.heads + tile.head(row);
     T* to = data_of<T>(call_.row_weights) + (head * chosen + place) * call_.num_keys;
-    if (!(parts->factors[row] > 0)) {
+    if (parts->factors[row] > 0)
+      write_weights(tile, row, parts, to);
+    else
       std::fill_n(to, call_.num_keys, std::numeric_limits<T>::quiet_NaN());
-      continue;
-    }
-    int64_t done = 0;
-    for (const Scratch* part = parts; part < parts + parts_; ++part) {
-      for (size_t slot = 0; slot < part->blocks.size(); ++slot) {
-        const auto [first, stop] = part->blocks[slot];
-        const T* exponentials = part->scores + (static_cast<int64_t>(slot) * rows + row) * stride;
-        const T factor = factor_of(row, slot, rows, *part);
-        std::fill(to + done, to + first, T{0});
-        for (int64_t key = first; key < stop; ++key) to[key] = factor * exponentials[key - first];
-        done = stop;
-      }
-    }
-    std::fill(to + done, to + call_.num_keys, T{0});
   }
+}
+
+// The final weights of a row, of all keys; zero where blocks were passed over.
+template <class T>
+void Forward<T>::write_weights(const Tile& tile, int64_t row, const Scratch* parts, T* to) const {
+  const int64_t rows = tile.rows(), stride = call_.block_keys;
+  int64_t done = 0;
+  for (const Scratch* part = parts; part < parts + parts_; ++part) {
+    for (size_t slot = 0; slot < part->blocks.size(); ++slot) {
+      const auto [first, stop] = part->blocks[slot];
+      const T* exponentials = part->scores + (static_cast<int64_t>(slot) * rows + row) * stride;
+      const T factor = factor_of(row, slot, rows, *part);
+      std::fill(to + done, to + first, T{0});
+      for (int64_t key = first; key < stop; ++key) to[key] = factor * exponentials[key - first];
+      done = stop;
+    }
+  }
+  std::fill(to + done, to + call_.num_keys, T{0});
 }
 
 // The final weights of one head after the other, so that sums over all its blocks are made once.
@@ -422,7 +437,7 @@ template <class T>
 template <class From>
 void Forward<T>::reduce(const Tensor& to, const Buffer<From>& slots, int64_t slot_size, int64_t size,
                         int64_t head) const {
-  if (to.data == nullptr) return;
+  if (to.data == nullptr || slots == nullptr) return;
   T* totals = data_of<T>(to) + head * size;
   std::fill_n(totals, size, T{0});
   for (int64_t stripe = 0; stripe < stripes_.count; ++stripe) {

@@ -104,7 +104,9 @@ class Forward {
   void finish(const Tile& tile, Scratch& scratch) const;
   void receive(const Tile& tile, int64_t stripe, Scratch& scratch) const;
   static T factor_of(int64_t row, size_t slot, int64_t rows, const Scratch& scratch);
+  void write_received(const Tile& tile, const Scratch* parts) const;
   void write_rows(const Tile& tile, const Scratch* parts) const;
+  void write_weights(const Tile& tile, int64_t row, const Scratch* parts, T* to) const;
   void bin_weights(const Tile& tile, int64_t stripe, Scratch& scratch) const;
   void bin_distances(T factor, const T* weights, Span keys, int64_t position, T* bins) const;
   template <class From>
