@@ -11,7 +11,6 @@ import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -229,13 +228,8 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
             ValueError: A layer that the model does not have.
         """
         attentions = [_attention_of(layer) for layer in self.layers]
-        # Of the last forward, from which most do not differ.
-        stack = None if torch.compiler.is_compiling() else _stacks.get(self)
-        if stack is None or list(stack.layers) != attentions or not stack.name.startswith(f"{prefix}layers."):
-            layers = {module: (index, f"{prefix}layers.{index}.self_attn") for index, module in enumerate(attentions)}
-            stack = Stack(f"{prefix}layers.#.self_attn", layers, len(layers))
-            if not torch.compiler.is_compiling():
-                _stacks[self] = stack
+        layers = {module: (index, f"{prefix}layers.{index}.self_attn") for index, module in enumerate(attentions)}
+        stack = Stack(f"{prefix}layers.#.self_attn", layers, len(attentions))
         stack.check(config)
         return Forward(config, stack, self.config._name_or_path, step, must_be_complete=True)
 
@@ -289,9 +283,6 @@ class LlamaForCausalLM(_ChecksBackend, GeneratesAttentionStats, RefusesInPipelin
         return self.model.observe(config, step, prefix="model.")
 
 
-_stacks: WeakKeyDictionary[LlamaModel, Stack] = WeakKeyDictionary()
-
-
 def _attention_of(layer: Any) -> Any:
     # A module's own `__getattr__` takes several times as long, and every token asks every layer.
     found = layer._modules.get("self_attn")
@@ -314,7 +305,8 @@ def refuse_inside(model: nn.Module) -> None:
     frame = sys._getframe(1)
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
         # To make the locals of a frame takes long.
-        caller = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
+        code = frame.f_code
+        caller = frame.f_locals.get("self") if "self" in (*code.co_varnames, *code.co_freevars) else None
         if (
             isinstance(caller, PreTrainedModel)
             and caller is not model

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import CACHE, tiny_model
@@ -9,6 +12,9 @@ from transformers import DynamicCache, StoppingCriteria
 from transformers.models.llama import modeling_llama as upstream
 
 from llama_attn import AttentionStats, AttentionStatsConfig, chat_segments
+from llama_attn.observe.forward import Observed
+from llama_attn.stats.merge import Run
+from llama_attn.stats.step import Step
 from llama_attn.testing import relative_error
 
 EVERYTHING = AttentionStatsConfig(statistics="all", norms=True, map_size=8, top_k=30)
@@ -239,3 +245,20 @@ def test_smollm2(mode, smollm2, demo_chat):
     assert stats.segments == ("special", "system", "user", "generated")
     torch.testing.assert_close(stats["segment_mass"].sum(-1), torch.ones_like(stats["entropy"]))
     assert stats.with_tokens(tokenizer, on.sequences).tokens[0][0] == "<|im_start|>"
+
+
+def test_a_run_lets_go_of_what_it_has_added(prompt):
+    """Sums over queries of every step would be as much memory as the matrices that nobody holds."""
+    model, config, cache = tiny_model("streaming"), AttentionStatsConfig(), None
+    run, gone = Run(config), []
+    for at in range(4):
+        forward = model.observe(config, Step(first=at, prompt=1))
+        with Observed(forward), torch.no_grad():
+            cache = model(prompt["input_ids"][:, at : at + 1], past_key_values=cache).past_key_values
+        measured = forward.measured()
+        run.add(measured)
+        gone.append(weakref.ref(measured.groups[0].raw["received"]))
+    del forward, measured
+    gc.collect()
+    assert [tensor() for tensor in gone] == [None] * 4
+    assert run.result().groups[0].raw["entropy"].shape[-1] == 4

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from einops import rearrange
@@ -223,24 +224,22 @@ class _Numbers:
             (library.OFFSETS[name], which, begin) for name, (which, begin, shape) in written.items() if 0 not in shape
         ]
         self._rows = layers if layout.is_small else 1
-        self._tables: tuple[Tensor, Tensor] | None = self._made(self._rows)
-
-    def _made(self, rows: int) -> tuple[Tensor, Tensor]:
-        per_query, others = (torch.empty(rows, width, dtype=self._dtype) for width in self._layout.widths)
-        return per_query, others
+        # Alive as long as somebody holds a row: who keeps a visibility does not keep them.
+        self._tables: list[ref[Tensor]] = []
 
     def of_next(self, call: library.Call) -> Raw:
         """Where the numbers of the next layer will be; ``call`` is told."""
-        row, tables = next(self._next), self._tables
-        if row >= self._rows - 1:
-            # Who has asked for a row holds its tables.
-            self._tables = None
-        if tables is None:
-            row, tables = 0, self._made(1)
+        row, tables = next(self._next), [table() for table in self._tables]
+        per_query, others = tables or (None, None)
+        if row >= self._rows or per_query is None or others is None:
+            rows = self._rows if row == 0 else 1
+            per_query, others = (torch.empty(rows, width, dtype=self._dtype) for width in self._layout.widths)
+            self._tables = [ref(per_query), ref(others)] if row == 0 else self._tables
+            row = 0
         for at, which, begin in self._written:
-            table, number = tables[which], row * self._layout.widths[which] + begin
+            table, number = (per_query, others)[which], row * self._layout.widths[which] + begin
             library.point(call, at, table.data_ptr() + number * table.element_size())
-        return Raw(tables, row, self._layout)
+        return Raw((per_query, others), row, self._layout)
 
 
 def _known(tensor: Tensor, visibility: Visibility) -> Tensor:

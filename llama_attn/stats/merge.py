@@ -122,7 +122,7 @@ class Run:
             self._hidden.setdefault(name, []).append(raw)
         groups = list(measured.groups)
         if not self._sums:
-            self._sums, self._rows = groups, [[group] for group in groups]
+            self._sums, self._rows = groups, [[self._kept(group, group.raw)] for group in groups]
             return
         if [group.layers for group in groups] != [group.layers for group in self._sums]:
             groups = self._apart(groups)
@@ -171,14 +171,18 @@ class Run:
         return sorted(alone, key=lambda group: order[group.layers])
 
     def _new_keys(self, before: Group, group: Group) -> Group:
-        """The norms of keys that were not there before."""
+        """What is kept of a group: of the norms of keys those that were not there before."""
         new = group.length - before.length
         raw = dict(group.raw)
         for name, tensor in raw.items():
             statistic = self._statistics[name]
             if statistic.is_norm and "key" in statistic.dims:
                 raw[name] = tensor[..., tensor.shape[-1] - new :]
-        return replace(group, raw=raw)
+        return self._kept(group, raw)
+
+    def _kept(self, group: Group, raw: Mapping[str, Tensor]) -> Group:
+        """A group without its sums over queries, which are added to those before: every step of a run has some."""
+        return replace(group, raw={n: tensor for n, tensor in raw.items() if not _is_sum(self._statistics[n])})
 
     def _added(self, before: Group, group: Group) -> Group:
         raw = dict(before.raw)
@@ -230,7 +234,12 @@ def merges(statistic: Statistic) -> bool:
 def _follow_one_another(statistic: Statistic) -> bool:
     if not merges(statistic):
         raise ValueError(f"{statistic.name}: forwards cannot be merged into one number of the run")
-    return statistic.per_query or statistic.is_norm
+    return not _is_sum(statistic)
+
+
+def _is_sum(statistic: Statistic) -> bool:
+    """Whether it sums over queries."""
+    return not statistic.per_query and not statistic.is_norm
 
 
 def grow(statistic: Statistic, total: Tensor, before: int, now: int, config: AttentionStatsConfig) -> Tensor:

@@ -179,7 +179,7 @@ def _side_by_side(raws: Sequence[Raw], which: int) -> Tensor | None:
     """Rows of a table, (layer, number); they are one tensor already if they follow one another."""
     first = raws[0]
     table, rows = first.tables[which], range(first.row, first.row + len(raws))
-    if all(raw.tables is first.tables for raw in raws) and [raw.row for raw in raws] == list(rows):
+    if all(raw.tables[which] is table for raw in raws) and [raw.row for raw in raws] == list(rows):
         return table[rows.start : rows.stop]
     return _stacked([raw.tables[which][raw.row] for raw in raws])
 
