@@ -227,7 +227,11 @@ class LlamaModel(_ChecksBackend, upstream.LlamaModel):
         Raises:
             ValueError: A layer that the model does not have.
         """
-        attentions = [_attention_of(layer) for layer in self.layers]
+        try:
+            # A module's own `__getattr__` takes several times as long, and every token asks every layer.
+            attentions = [layer._modules["self_attn"] for layer in self.layers]
+        except KeyError:
+            attentions = [layer.self_attn for layer in self.layers]
         layers = {module: (index, f"{prefix}layers.{index}.self_attn") for index, module in enumerate(attentions)}
         stack = Stack(f"{prefix}layers.#.self_attn", layers, len(attentions))
         stack.check(config)
@@ -283,12 +287,6 @@ class LlamaForCausalLM(_ChecksBackend, GeneratesAttentionStats, RefusesInPipelin
         return self.model.observe(config, step, prefix="model.")
 
 
-def _attention_of(layer: Any) -> Any:
-    # A module's own `__getattr__` takes several times as long, and every token asks every layer.
-    found = layer._modules.get("self_attn")
-    return layer.self_attn if found is None else found
-
-
 def _runs_as_it_is(model: nn.Module) -> bool:
     """Whether a call of ``model`` comes to its own forward, and not to a graph of it or to what somebody put around it."""
     return isinstance(model, LlamaModel) and model._compiled_call_impl is None and "forward" not in vars(model)
@@ -306,7 +304,9 @@ def refuse_inside(model: nn.Module) -> None:
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
         # To make the locals of a frame takes long.
         code = frame.f_code
-        caller = frame.f_locals.get("self") if "self" in (*code.co_varnames, *code.co_freevars) else None
+        if "self" not in code.co_varnames and "self" not in code.co_freevars:
+            continue
+        caller = frame.f_locals.get("self")
         if (
             isinstance(caller, PreTrainedModel)
             and caller is not model

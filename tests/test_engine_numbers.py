@@ -69,6 +69,19 @@ def test_scores_that_are_no_numbers(strange, queries, cached, engine):
         engine.backward(torch.ones_like(walk.output), *call[:3], walk.output, walk.logsumexp, *call[3:], **sizes)
 
 
+def test_a_walk_that_nobody_differentiates(engine):
+    """It gives the same without the logsumexp."""
+    call = make_call()
+    wanted = call.wanted(call.known(engine))
+    given = (call.query, call.key, call.value, call.visibility, call.scoring, wanted)
+    whole, without = engine.walk(*given), engine.walk(*given, for_backward=False)
+    assert whole.logsumexp.shape == call.query.shape[:3]
+    assert without.logsumexp is None
+    assert torch.equal(without.output, whole.output)
+    assert list(without.raw) == list(whole.raw)
+    assert all(same(without.raw[name], whole.raw[name]) for name in whole.raw)
+
+
 def test_the_number_of_threads_changes_nothing(engine):
     """But for rounding, and not even that where the same number works as before."""
     inputs = make_inputs(heads=6, kv_heads=3, queries=700, padding="left")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_attn.stats.records import SMALL, Layout, Raw, Records
+from llama_attn.stats.records import SMALL, Layout, Raw, Records, Tables
 
 NAMES = ("entropy", "max_logit")
 
@@ -14,7 +14,7 @@ def table(seed, rows=1, queries=3, names=NAMES, keys=7):
     """What some layers measured, one row each of the same tensors."""
     draw = torch.Generator().manual_seed(seed)
     layout = Layout(names, (2, 4, queries), {"received": (0, (2, 4, keys))})
-    tables = (
+    tables = Tables(
         torch.randn(rows, len(names) * 8 * queries, generator=draw),
         torch.randn(rows, 8 * keys, generator=draw),
     )
@@ -34,8 +34,8 @@ def test_it_is_a_mapping():
     one = raw(0)
     assert dict(one).keys() == {*NAMES, "received"}
     assert len(one) == 3
-    assert torch.equal(one["max_logit"], one.tables[0][0, 24:].view(2, 4, 3))
-    assert torch.equal(one["received"], one.tables[1].view(2, 4, 7))
+    assert torch.equal(one["max_logit"], one.tables.both[0][0, 24:].view(2, 4, 3))
+    assert torch.equal(one["received"], one.tables.both[1].view(2, 4, 7))
     assert "value_norm" not in one
     with pytest.raises(KeyError, match="value_norm"):
         one["value_norm"]
@@ -63,7 +63,7 @@ def test_layers_of_one_tensor_are_not_copied():
         records.put(layer, one)
     for name, which in (("entropy", 0), ("received", 1)):
         found = stacked(records, name, (0, 1, 2))
-        assert found.untyped_storage().data_ptr() == raws[0].tables[which].untyped_storage().data_ptr()
+        assert found.untyped_storage().data_ptr() == raws[0].tables.both[which].untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,6 @@ from llama_attn.backends._masks import MaskRequest
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.visibility import Visibility
 
-# Arguments with which a layer has its own part in the scores.
-TENSORS_OF_SCORES = ("position_bias", "s_aux", "sinks")
-
 
 @dataclass(eq=False, slots=True)
 class AttentionCall:
@@ -235,9 +232,7 @@ def scoring(call: AttentionCall, num_keys: int, ignores: Collection[str] = ()) -
         ignores: Arguments that the backend knows nothing of.
     """
     options = {name: value for name, value in call.options.items() if name not in ignores} if ignores else call.options
-    scale, bias, softcap = options.get("scaling"), options.get("position_bias"), options.get("softcap")
-    sinks = options.get("s_aux")
-    sinks = options.get("sinks") if sinks is None else sinks
+    scale, softcap, (bias, sinks) = options.get("scaling"), options.get("softcap"), _own_scores(options)
     if scale is None:
         scale = call.query.shape[-1] ** -0.5
     if bias is None and sinks is None and softcap is None and not torch.compiler.is_compiling():
@@ -248,6 +243,18 @@ def scoring(call: AttentionCall, num_keys: int, ignores: Collection[str] = ()) -
         position_bias=None if bias is None else bias[..., :num_keys],
         sinks=sinks,
     )
+
+
+def _own_scores(options: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """A position bias, and learned sinks under either of their names."""
+    sinks = options.get("s_aux")
+    return options.get("position_bias"), options.get("sinks") if sinks is None else sinks
+
+
+def has_own_scores(options: Mapping[str, Any]) -> bool:
+    """Whether a layer has a part in the scores that no other may share."""
+    bias, sinks = _own_scores(options)
+    return bias is not None or sinks is not None
 
 
 def is_paged(options: Mapping[str, Any]) -> bool:

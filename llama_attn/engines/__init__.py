@@ -2,7 +2,7 @@
 
 An engine is a module of this package with
 
-- ``walk(query, key, value | None, visibility, scoring, wanted) -> Walk``,
+- ``walk(query, key, value | None, visibility, scoring, wanted, for_backward) -> Walk``,
 - ``backward(grad_output, query, key, value, output, logsumexp, visibility, scoring) -> Gradients``,
 - ``unavailable() -> str | None``: why it does not run here,
 - ``refuses(visibility, scoring) -> str | None``: why it cannot do such a call, and

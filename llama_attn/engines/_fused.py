@@ -37,7 +37,7 @@ class FusedAttention(torch.autograd.Function):
         raw: dict[str, Tensor],
     ) -> Tensor | None:
         """Walk once; ``raw`` is filled with the statistics."""
-        output, logsumexp, measured = _walk(query, key, value, engine, visibility, scoring, wanted)
+        output, logsumexp, measured = _walk(query, key, value, engine, visibility, scoring, wanted, True)
         raw.update(measured)
         ctx.save_for_backward(query, key, value, output, logsumexp, position_bias, sinks)
         ctx.engine, ctx.visibility = engine, visibility
@@ -79,9 +79,10 @@ def _walk(
     visibility: Visibility,
     scoring: Scoring,
     wanted: Wanted | None,
+    for_backward: bool,
 ) -> Walk:
     with full_precision(query.device):
-        result: Walk = engine.walk(query, key, value, visibility, scoring, wanted)
+        result: Walk = engine.walk(query, key, value, visibility, scoring, wanted, for_backward)
     return result
 
 
@@ -129,7 +130,7 @@ def fused(
         raw = measured
     else:
         # An autograd function costs as much as a decoding step's attention.
-        output, _, raw = _walk(query, key, value, get_engine(engine), visibility, scoring, wanted)
+        output, _, raw = _walk(query, key, value, get_engine(engine), visibility, scoring, wanted, False)
     return cast(Tensor, output), raw
 
 

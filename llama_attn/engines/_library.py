@@ -23,7 +23,7 @@ from llama_attn.engines import _compiler
 # What a function returns if there is not enough memory; 0 is success, all else a call that it refuses.
 NO_MEMORY = 1
 # `kAbi` of csrc/call.h.
-ABI = 2
+ABI = 3
 HOW_TO_BUILD = "not built; run `llama-attn build`"
 # The library that `llama-attn build` makes, among the instruction sets that $LLAMA_ATTN_ISA can name.
 NATIVE = "native"

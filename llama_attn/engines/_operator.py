@@ -40,7 +40,8 @@ def walk(
 ) -> Walk:
     """The walk of ``engine``; in a graph that is being compiled it is differentiable."""
     if not torch.compiler.is_compiling():
-        return get_engine(engine).walk(query, key, value, visibility, scoring, wanted)
+        # Nobody differentiates what is only measured.
+        return get_engine(engine).walk(query, key, value, visibility, scoring, wanted, value is not None)
     config = AttentionStatsConfig() if wanted is None else wanted.config
     output, logsumexp, *raw = _walk(
         query,

@@ -19,12 +19,13 @@ class Walk(NamedTuple):
 
     Args:
         output: Attention output, (batch, query, head, channel); ``None`` without values.
-        logsumexp: ln Σ_j exp s_ij of every row, padding and the learned sink included, (batch, head, query).
+        logsumexp: ln Σ_j exp s_ij of every row, padding and the learned sink included, (batch, head, query); ``None`` if
+            no backward needs it.
         raw: Running sums and rows of each statistic, before padding is marked.
     """
 
     output: Float[Tensor, "batch query head channel"] | None
-    logsumexp: Float[Tensor, "batch head query"]
+    logsumexp: Float[Tensor, "batch head query"] | None
     raw: Mapping[str, Tensor]
 
 

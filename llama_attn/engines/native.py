@@ -5,11 +5,7 @@ The sources are in csrc/. Wheels bring them compiled; `llama-attn build` compile
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from einops import rearrange
@@ -17,15 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama_attn.engines import _library as library
+from llama_attn.engines._library import OFFSETS, point
+from llama_attn.engines._native_numbers import BINNED, PER_QUERY, RECEIVED, Numbers, laid_out
 from llama_attn.engines._walk import Gradients, Walk, check_call, compute_dtype
 from llama_attn.stats.block import HIDDEN_SCORE, Wanted
-from llama_attn.stats.maps import num_distance_bins
-from llama_attn.stats.records import Layout, Raw
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.spans import UNSEEN_BIAS
 from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
-from llama_attn.stats.weight_bins import NUM_WEIGHT_BINS
 
 # Query rows of all heads of a group in one tile, and keys in one block: their scores take 96 KiB in float32, which with
 # the keys and values they meet fits the L2 cache of any processor of today. Time changes little around them, see
@@ -35,19 +30,9 @@ BLOCK_KEYS = 512
 # What a panel of keys holds at most: blocks begin with one.
 PANEL_KEYS = 64
 
-# Names are also those of the fields of the C++ call.
-_PER_QUERY = frozenset(
-    {
-        "entropy", "logsumexp", "max_logit", "max_weight", "effective_keys", "sink_mass", "local_mass", "mean_distance",
-        "learned_sink_mass", "kept_mass",
-    }
-)  # fmt: skip
-_RECEIVED = frozenset({"received", "received_total"})
-_BINNED = ("weight_count", "weight_mass")
-_KNOWN = _PER_QUERY | _RECEIVED | {"distance_histogram", "row_weights", *_BINNED}
+_KNOWN = PER_QUERY | RECEIVED | {"distance_histogram", "row_weights", *BINNED}
 # Where the tensors lie that each layer has of its own.
 _EACH = ("query", "key", "value", "output")
-_OFFSETS, _LOGSUMEXP = [library.OFFSETS[name] for name in _EACH], library.OFFSETS["row_logsumexp"]
 # More tokens than there are, and few enough that sums with them do not overflow.
 _BEYOND = 2**40
 
@@ -78,6 +63,7 @@ def walk(
     visibility: Visibility,
     scoring: Scoring,
     wanted: Wanted | None = None,
+    for_backward: bool = True,
     tile_rows: int = TILE_ROWS,
     block_keys: int = BLOCK_KEYS,
 ) -> Walk:
@@ -90,6 +76,7 @@ def walk(
         visibility: Who may see whom.
         scoring: How scores are made.
         wanted: What to measure; ``None`` for the output alone.
+        for_backward: Whether the logsumexp is needed.
         tile_rows: Query rows, of all heads of a group, that are worked on at once.
         block_keys: Keys that are worked on at once, a multiple of `PANEL_KEYS`. The result depends on neither beyond
             rounding, and not at all on the number of threads.
@@ -102,31 +89,33 @@ def walk(
         MemoryError: There is not enough memory.
     """
     alike = (
-        *(t is not None and (t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in (query, key, value)),
-        scoring, wanted, tile_rows, block_keys, torch.get_num_threads(),
+        query.shape, query.stride(), query.dtype, query.is_cpu, query.is_neg(),
+        key.shape, key.stride(), key.dtype, key.is_cpu, key.is_neg(),
+        value is not None and (value.shape, value.stride(), value.dtype, value.is_cpu, value.is_neg()),
+        scoring, wanted, for_backward, tile_rows, block_keys, torch.get_num_threads(),
     )  # fmt: skip
     told: _Told | None = visibility.__dict__.get("_told")
     if is_new := told is None or told.alike != alike:
         layers = wanted.layers if told is None and wanted is not None else 1
         told = _Told.of(alike, query, key, value, visibility, scoring, wanted, tile_rows, block_keys, layers)
-    call, output = library.Call.from_buffer_copy(told.call), None
-    logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
+    call, output, logsumexp = library.Call.from_buffer_copy(told.call), None, None
     tensors = [query, key] if value is None else [query, key, value]
     if not told.as_they_are:
         # A view may say "times −1" beside its numbers; keys behind the last that the visibility knows are nobody's.
         tensors = [query.resolve_neg(), *(_known(tensor, visibility) for tensor in tensors[1:])]
     if value is not None:
-        output = value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        output = value.new_empty(told.extents)
         tensors.append(output)
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    if is_new or not all(addresses):
-        for name, tensor in zip(_EACH, tensors, strict=False):
+    for name, tensor in zip(_EACH, tensors, strict=False):
+        # What is empty has no address.
+        if not is_new and (address := tensor.data_ptr()):
+            point(call, OFFSETS[name], address)
+        else:
             call.put(name, tensor)
+    if for_backward:
+        # Small, and of few calls: written anew for each.
+        logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
         call.put("row_logsumexp", logsumexp)
-    else:
-        for at, address in zip(_OFFSETS, addresses, strict=False):
-            library.point(call, at, address)
-        library.point(call, _LOGSUMEXP, logsumexp.data_ptr())
     if is_new and scoring.plain:
         visibility.__dict__["_told"] = told._replace(call=bytes(call))
     raw = {} if told.numbers is None else told.numbers.of_next(call)
@@ -142,6 +131,7 @@ class _Told(NamedTuple):
 
     Args:
         alike: What must be equal for that.
+        extents: Of the output, (batch, query, head, value_channel).
         call: The call; the tensors of a layer lie elsewhere in each.
         held: Tensors of all layers, which must outlive the calls.
         as_they_are: Whether query, key and value are read as they were given.
@@ -149,10 +139,11 @@ class _Told(NamedTuple):
     """
 
     alike: tuple[Any, ...]
+    extents: tuple[int, ...]
     call: bytes
     held: list[Tensor]
     as_they_are: bool
-    numbers: _Numbers | None
+    numbers: Numbers | None
 
     @classmethod
     def of(
@@ -177,14 +168,15 @@ class _Told(NamedTuple):
         call, held = _call(query, key, value, visibility, scoring, tile_rows, block_keys)
         given = [tensor for tensor in (query, key, value) if tensor is not None]
         as_they_are = key.shape[2] == visibility.num_keys and not any(tensor.is_neg() for tensor in given)
+        extents = query.shape[0], query.shape[2], query.shape[1], 0 if value is None else value.shape[3]
         if wanted is None:
-            return cls(alike, bytes(call), held, as_they_are, None)
+            return cls(alike, extents, bytes(call), held, as_they_are, None)
         names = [statistic.name for statistic in wanted.statistics]
         chosen = range(query.shape[2]) if wanted.rows is None else wanted.rows
-        for at, name in enumerate(filter(_PER_QUERY.__contains__, names), start=1):
+        for at, name in enumerate(filter(PER_QUERY.__contains__, names), start=1):
             setattr(call, name, at)
-        layout = _laid_out(names, query.shape[:3], visibility, len(chosen))
-        numbers = _Numbers(call, layout, compute_dtype(query), layers)
+        layout = laid_out(names, query.shape[:3], visibility, len(chosen))
+        numbers = Numbers(call, layout, compute_dtype(query), layers)
         if "row_weights" in names:
             held.append(torch.full((query.shape[2],), -1))
             held[-1][list(chosen)] = torch.arange(len(chosen))
@@ -199,84 +191,12 @@ class _Told(NamedTuple):
         if "sink_mass" in names and not visibility.plain:
             held.append(visibility.rank.contiguous())
             call.put("rank", held[-1])
-        return cls(alike, bytes(call), held, as_they_are, numbers)
-
-
-class _Numbers:
-    """Where the statistics of a call and of those like it go: a row of two tables for each layer, while they are few.
-
-    Args:
-        call: Is told of what it writes.
-        layout: Where each statistic lies in a row.
-        dtype: Of the numbers.
-        layers: How many layers there will be.
-    """
-
-    def __init__(self, call: library.Call, layout: Layout, dtype: torch.dtype, layers: int) -> None:
-        self._layout, self._dtype, self._next = layout, dtype, itertools.count()
-        written = {"rows": (0, 0, (len(layout.names), *layout.shape))} if layout.names else {}
-        for name, (begin, shape) in layout.others.items():
-            written["received" if name in _RECEIVED else name] = 1, begin, shape
-        for name, (_, _, shape) in written.items():
-            call.put(name, torch.empty(shape, dtype=dtype))
-        # What is empty has no address, and gets none.
-        self._written = [
-            (library.OFFSETS[name], which, begin) for name, (which, begin, shape) in written.items() if 0 not in shape
-        ]
-        self._rows = layers if layout.is_small else 1
-        # Alive as long as somebody holds a row: who keeps a visibility does not keep them.
-        self._tables: list[ref[Tensor]] = []
-
-    def of_next(self, call: library.Call) -> Raw:
-        """Where the numbers of the next layer will be; ``call`` is told."""
-        row, tables = next(self._next), [table() for table in self._tables]
-        per_query, others = tables or (None, None)
-        if row >= self._rows or per_query is None or others is None:
-            rows = self._rows if row == 0 else 1
-            per_query, others = (torch.empty(rows, width, dtype=self._dtype) for width in self._layout.widths)
-            self._tables = [ref(per_query), ref(others)] if row == 0 else self._tables
-            row = 0
-        for at, which, begin in self._written:
-            table, number = (per_query, others)[which], row * self._layout.widths[which] + begin
-            library.point(call, at, table.data_ptr() + number * table.element_size())
-        return Raw((per_query, others), row, self._layout)
+        return cls(alike, extents, bytes(call), held, as_they_are, numbers)
 
 
 def _known(tensor: Tensor, visibility: Visibility) -> Tensor:
     tensor = tensor if tensor.shape[2] == visibility.num_keys else tensor[:, :, : visibility.num_keys]
     return tensor.resolve_neg()
-
-
-def _laid_out(names: Sequence[str], rows: Sequence[int], visibility: Visibility, chosen: int) -> Layout:
-    """Where statistics lie.
-
-    Args:
-        names: The statistics.
-        rows: Extents of one that has a number for each query, (batch, head, query).
-        visibility: Who sees whom.
-        chosen: How many queries ``row_weights`` is of.
-    """
-    others: dict[str, tuple[int, tuple[int, ...]]] = {}
-    begin, received = 0, None
-    for name in names:
-        if name in _RECEIVED and received is not None:
-            others[name] = received
-        elif name not in _PER_QUERY:
-            shape = (*rows[:2], *_extents(name, visibility, chosen))
-            others[name] = begin, shape
-            begin += math.prod(shape)
-        if name in _RECEIVED:
-            received = others[name]
-    return Layout(tuple(name for name in names if name in _PER_QUERY), tuple(rows), others)
-
-
-def _extents(name: str, visibility: Visibility, chosen: int) -> tuple[int, ...]:
-    """Extents of what is filled for a statistic, behind batch and heads."""
-    if name in _RECEIVED:
-        return (visibility.num_keys,)
-    if name == "distance_histogram":
-        return (num_distance_bins(visibility.length),)
-    return (NUM_WEIGHT_BINS,) if name in _BINNED else (chosen, visibility.num_keys)
 
 
 def backward(

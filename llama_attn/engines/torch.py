@@ -64,6 +64,7 @@ def walk(
     visibility: Visibility,
     scoring: Scoring,
     wanted: Wanted | None = None,
+    for_backward: bool = True,
     block_rows: int | None = None,
 ) -> Walk:
     """Attention output and statistics of one layer, one block of query rows at a time.
@@ -75,6 +76,7 @@ def walk(
         visibility: Who may see whom.
         scoring: How scores are made.
         wanted: What to measure; ``None`` for the output alone.
+        for_backward: Whether the logsumexp is needed.
         block_rows: Query rows per block; ``None`` for what fits `BLOCK_BYTES`. The result does not depend on it
             beyond rounding.
 
@@ -147,7 +149,7 @@ def walk(
                 shown = sees & visibility.real_queries[:, None]
                 shown = shown if chosen is None else shown[:, :, list(chosen)]
             taken.masked_fill_(~shown.view(*shown.shape, *[1] * (taken.ndim - shown.ndim)), none)
-    return Walk(output, logsumexp, raw)
+    return Walk(output, logsumexp if for_backward else None, raw)
 
 
 def backward(

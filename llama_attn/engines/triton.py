@@ -67,6 +67,7 @@ def walk(
     visibility: Visibility,
     scoring: Scoring,
     wanted: Wanted | None = None,
+    for_backward: bool = True,
 ) -> Walk:
     """Attention output and statistics of one layer.
 
@@ -77,6 +78,7 @@ def walk(
         visibility: Who may see whom.
         scoring: How scores are made.
         wanted: What to measure; ``None`` for the output alone.
+        for_backward: Whether the logsumexp is needed.
 
     Returns:
         The output in the dtype of ``value``, the logsumexp and the raw statistics in float32.
@@ -111,7 +113,8 @@ def walk(
     if any(name in KEY_STATISTICS for name in names):
         received = _received(query, key, logsumexp, visibility, scoring.scale)
         raw |= {name: received.clone() for name in names if name in KEY_STATISTICS}
-    return Walk(None if output is None else output.transpose(1, 2), logsumexp, raw)
+    output = None if output is None else output.transpose(1, 2)
+    return Walk(output, logsumexp if for_backward else None, raw)
 
 
 def backward(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_attn.backends._rules import TENSORS_OF_SCORES, AttentionCall
+from llama_attn.backends._rules import AttentionCall, has_own_scores
 from llama_attn.backends.registry import Backend
 from llama_attn.engines import assign, choose_engine
 from llama_attn.engines._operator import extent_of, walk
@@ -176,9 +176,8 @@ class Forward:
     def planned(self, call: AttentionCall, name: str, backend: Backend) -> Plan:
         """How a streaming backend runs the call, and what is measured in its blocks."""
         options = call.options
-        has_own = any(options.get(name) is not None for name in TENSORS_OF_SCORES)
         # A graph keeps its lengths open, which a key of a dict would fix.
-        if self.is_traced or has_own or call.sight is not None or self.config.kept is not None:
+        if self.is_traced or call.sight is not None or self.config.kept is not None or has_own_scores(options):
             plan = self._plan(call, backend)
         else:
             # Found out once for all layers that make the same call.

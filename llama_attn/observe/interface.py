@@ -244,8 +244,10 @@ def _shadow(interface: Any) -> None:
                 # Outside a graph that is being compiled nobody can be asked.
                 outside = not all(observer.is_traced for observer in everyone)
                 everyone = tuple(observer for observer in everyone if observer.is_traced)
-            asked = [observer.for_call(module) for observer in everyone]
-            observers = [observer for observer in asked if observer is not None]
+            observers = []
+            for observer in everyone:
+                if (asked := observer.for_call(module)) is not None:
+                    observers.append(asked)
             if not observers and not outside and not changes:
                 return attend(module, *args, **kwargs)
             return _observe(observers, changes, attend, name or "eager", module, args, kwargs, outside)

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from llama_attn.stats.visibility import Visibility
 
 Direction = Literal["causal", "bidirectional", "cross"]
-VECTORS = ("real_queries", "real_keys", "visible_keys", "visible_queries_per_head")
+VECTORS = ("visible_keys", "visible_queries_per_head")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,25 +27,22 @@ class Counts:
         first_query: Slot of the first measured query.
         stride: Distance of the measured queries [token].
         offset: Position of the first key [token].
-        real_queries: Whether each measured query is real, (batch, query).
-        real_keys: Whether each key is real, (batch, key).
         visible_keys: Real keys that each query sees, (batch, query).
         visible_queries_per_head: Real queries that see each key, (batch, head or 1, key).
         length: Positions that bins of maps and of distances are laid out for.
         direction: Which way attention goes.
-        whole: Whether every token is real and every key seen, so that nothing has to be marked.
+        real: Which measured queries, (batch, query), and keys, (batch, key), are real tokens; None if all are, and every
+            key is seen, so that nothing has to be marked.
     """
 
     first_query: int
     stride: int
     offset: int
-    real_queries: Bool[Tensor, "batch query"]
-    real_keys: Bool[Tensor, "batch key"]
     visible_keys: Int[Tensor, "batch query"]
     visible_queries_per_head: Int[Tensor, "batch _ key"]
     length: int
     direction: Direction = "causal"
-    whole: bool = False
+    real: tuple[Bool[Tensor, "batch query"], Bool[Tensor, "batch key"]] | None = None
 
     @classmethod
     def of(cls, visibility: Visibility) -> Counts:
@@ -54,24 +51,39 @@ class Counts:
             first_query=visibility.first_query,
             stride=visibility.stride,
             offset=visibility.offset,
-            real_queries=visibility.real_queries,
-            real_keys=visibility.real_keys,
             visible_keys=visibility.visible_keys,
             visible_queries_per_head=visibility.visible_queries_per_head,
             length=visibility.length,
             direction="cross" if not visibility.aligned else "causal" if visibility.causal else "bidirectional",
-            whole=visibility.whole,
+            # Every step of decoding counts anew.
+            real=None if visibility.whole else (visibility.real_queries, visibility.real_keys),
         )
+
+    @property
+    def real_queries(self) -> Bool[Tensor, "batch query"]:
+        """Whether each measured query is a real token."""
+        return torch.ones_like(self.visible_keys, dtype=torch.bool) if self.real is None else self.real[0]
+
+    @property
+    def real_keys(self) -> Bool[Tensor, "batch key"]:
+        """Whether each key is a real token."""
+        seen = self.visible_queries_per_head[:, 0]
+        return torch.ones_like(seen, dtype=torch.bool) if self.real is None else self.real[1]
+
+    @property
+    def num_queries(self) -> int:
+        """Number of measured queries."""
+        return self.visible_keys.shape[1]
 
     @property
     def batch(self) -> int:
         """Number of rows."""
-        return self.real_keys.shape[0]
+        return self.visible_keys.shape[0]
 
     @property
     def num_keys(self) -> int:
         """Length of the key axis."""
-        return self.real_keys.shape[1]
+        return self.visible_queries_per_head.shape[2]
 
     @property
     def stop_key(self) -> int:
@@ -86,8 +98,7 @@ class Counts:
     @property
     def query_positions(self) -> Int[Tensor, " query"]:
         """Slots of the measured queries."""
-        count = self.real_queries.shape[1]
-        return self.first_query + self.stride * torch.arange(count, device=self.real_queries.device)
+        return self.first_query + self.stride * torch.arange(self.num_queries, device=self.visible_keys.device)
 
     @property
     def visible_queries(self) -> Int[Tensor, "batch key"]:
@@ -103,9 +114,10 @@ class Counts:
 
     def to(self, device: torch.device) -> Counts:
         """The same on ``device``."""
-        if self.real_keys.device == device:
+        if self.visible_keys.device == device:
             return self
-        return replace(self, **{name: getattr(self, name).to(device) for name in VECTORS})
+        real = None if self.real is None else (self.real[0].to(device), self.real[1].to(device))
+        return replace(self, real=real, **{name: getattr(self, name).to(device) for name in VECTORS})
 
     def equals(self, other: Counts) -> bool:
         """Whether both say the same, so that one of them is enough."""
@@ -113,7 +125,8 @@ class Counts:
             return True
         places = (self.first_query, self.stride, self.offset, self.direction)
         return places == (other.first_query, other.stride, other.offset, other.direction) and all(
-            torch.equal(getattr(self, name), getattr(other, name).to(getattr(self, name).device)) for name in VECTORS
+            torch.equal(getattr(self, name), getattr(other, name).to(self.visible_keys.device))
+            for name in (*VECTORS, "real_queries", "real_keys")
         )
 
     def followed_by(self, other: Counts) -> Counts:
@@ -127,15 +140,17 @@ class Counts:
         grown = 0 if cross else other.stop_key - self.stop_key
         # More queries over the same keys of another sequence move on by their number.
         direction = self.direction if self.direction == other.direction else "bidirectional"
+        real = None
+        if self.real is not None or other.real is not None:
+            queries = torch.cat([self.real_queries, other.real_queries], dim=1)
+            # Of a mask that somebody made, those that some query sees: a later one may be the first.
+            real = queries, pad(self.real_keys, (0, grown)) | pad(other.real_keys, (front, 0))
         return replace(
             self,
-            real_queries=torch.cat([self.real_queries, other.real_queries], dim=1),
-            # Of a mask that somebody made, those that some query sees: a later one may be the first.
-            real_keys=pad(self.real_keys, (0, grown)) | pad(other.real_keys, (front, 0)),
             visible_keys=torch.cat([self.visible_keys, other.visible_keys], dim=1),
             visible_queries_per_head=pad(self.visible_queries_per_head, (0, grown))
             + pad(other.visible_queries_per_head, (front, 0)),
             length=max(self.length, other.length),
             direction=direction,
-            whole=self.whole and other.whole,
+            real=real,
         )

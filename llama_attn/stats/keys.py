@@ -15,7 +15,7 @@ KEY_DIMS = ("layer", "batch", "head", "key")
 
 
 def _per_visible_query(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
-    if counts.whole and counts.real_queries.shape[1] == 1:
+    if counts.real is None and counts.num_queries == 1:
         # Each key is seen by the one query, of which decoding makes many.
         return total
     return total / counts.visible_queries_per_head

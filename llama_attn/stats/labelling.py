@@ -120,7 +120,7 @@ class _Sheet:
         # The layers with most queries stand for the forward; no `max` by a key, which Dynamo does not know.
         self.widest = self.counts[0]
         for counts in self.counts[1:]:
-            if counts.real_queries.shape[1] > self.widest.real_queries.shape[1]:
+            if counts.num_queries > self.widest.num_queries:
                 self.widest = counts
         self.first_key = min([counts.offset for counts in self.counts])
         self.stop_key = max([counts.stop_key for counts in self.counts])
@@ -212,8 +212,7 @@ class _Sheet:
 def mark_padding(statistic: Statistic, tensor: Tensor, counts: Counts) -> Tensor:
     """Put NaN, or −1 in integer statistics, where there is no real token."""
     dims = statistic.dims
-    if counts.whole:
-        # Every token is real, and every key is seen by the last query.
+    if counts.real is None:
         return tensor
     if "query" in dims:
         real = counts.real_queries

@@ -45,9 +45,24 @@ class Layout:
             apart = rows.view(*before, len(self.names), *self.shape).unbind(len(before))
             found.update(zip(self.names, apart, strict=True))
         if others is not None:
+            before = others.shape[:-1]
             for name, (begin, shape) in self.others.items():
-                found[name] = others[..., begin : begin + math.prod(shape)].view(*others.shape[:-1], *shape)
+                found[name] = others.narrow(-1, begin, math.prod(shape)).view(*before, *shape)
         return found
+
+
+class Tables:
+    """Numbers of several layers, which have a row each.
+
+    Args:
+        per_query: Statistics with a number for each query, (row, number).
+        others: The others, (row, number).
+    """
+
+    __slots__ = ("__weakref__", "both")
+
+    def __init__(self, per_query: Tensor, others: Tensor) -> None:
+        self.both = per_query, others
 
 
 class Raw(Mapping[str, Tensor]):
@@ -57,20 +72,20 @@ class Raw(Mapping[str, Tensor]):
     all layers side by side, takes longer than its attention.
 
     Args:
-        tables: (row, number), of statistics with a number for each query, and of the others.
+        tables: They.
         row: Which row it is.
         layout: Where each statistic lies in it.
     """
 
     __slots__ = ("_cut", "layout", "row", "tables")
 
-    def __init__(self, tables: tuple[Tensor, Tensor], row: int, layout: Layout) -> None:
+    def __init__(self, tables: Tables, row: int, layout: Layout) -> None:
         self.tables, self.row, self.layout = tables, row, layout
         self._cut: dict[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         if self._cut is None:
-            self._cut = self.layout.cut(*(table[self.row] for table in self.tables))
+            self._cut = self.layout.cut(*(table[self.row] for table in self.tables.both))
         return self._cut[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -178,10 +193,10 @@ def _joined(raws: Sequence[Raw]) -> dict[str, Tensor]:
 def _side_by_side(raws: Sequence[Raw], which: int) -> Tensor | None:
     """Rows of a table, (layer, number); they are one tensor already if they follow one another."""
     first = raws[0]
-    table, rows = first.tables[which], range(first.row, first.row + len(raws))
-    if all(raw.tables[which] is table for raw in raws) and [raw.row for raw in raws] == list(rows):
-        return table[rows.start : rows.stop]
-    return _stacked([raw.tables[which][raw.row] for raw in raws])
+    table, rows = first.tables.both[which], range(first.row, first.row + len(raws))
+    if all(raw.tables is first.tables for raw in raws) and [raw.row for raw in raws] == list(rows):
+        return table if len(table) == len(rows) else table[rows.start : rows.stop]
+    return _stacked([raw.tables.both[which][raw.row] for raw in raws])
 
 
 def _stacked(parts: list[Tensor]) -> Tensor | None:

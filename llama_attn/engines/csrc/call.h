@@ -6,7 +6,7 @@
 namespace llama_attn {
 
 // What fields mean, to be raised when that changes; engines/_library.py has the same number.
-constexpr int64_t kAbi = 2;
+constexpr int64_t kAbi = 3;
 
 enum class Type : int64_t { kFloat64, kFloat32, kBFloat16, kFloat16, kBool, kInt32, kInt64 };
 
@@ -52,7 +52,8 @@ struct Call {
 
   // In the type of the computation from here on, contiguous but for the gradients.
   Tensor sinks;          // a learned score of every head that has no key, (head)
-  Tensor row_logsumexp;  // ln Σ_j exp s_ij of every row, also of one that sees nothing, (batch, head, query)
+  // ln Σ_j exp s_ij of every row, also of one that sees nothing, (batch, head, query); a forward may go without.
+  Tensor row_logsumexp;
 
   // What is measured.
   Tensor rows;                // (statistic, batch, head, query)

@@ -124,7 +124,8 @@ void check(const Call& call, bool backward) {
         refuse("first_key, stop_key: expected 0 ≤ first ≤ stop ≤ %lld, got %lld and %lld",
                static_cast<long long>(keys), static_cast<long long>(first[at]), static_cast<long long>(stop[at]));
   }
-  has("row_logsumexp", call.row_logsumexp, rows, {compute}, Layout::kContiguous);
+  if (backward || call.row_logsumexp.data != nullptr)
+    has("row_logsumexp", call.row_logsumexp, rows, {compute}, Layout::kContiguous);
   if (backward) {
     has("grad_output", call.grad_output, {batch, queries, heads, call.value_channels}, kFloats, Layout::kAny);
     has("grad_query", call.grad_query, {batch, heads, queries, call.channels}, kFloats, Layout::kAny);

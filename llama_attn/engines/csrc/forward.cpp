@@ -306,7 +306,7 @@ void Forward<T>::finish(const Tile& tile, Scratch& scratch) const {
       write(output, begin, output.stride[3], call_.value_channels, scratch.output + row * value_width, inverse);
     }
     scratch.factors[row] = sight_.real_row(tile, row) ? inverse : T{0};
-    data_of<T>(call_.row_logsumexp)[index] = sums.most + log_total;
+    if (call_.row_logsumexp.data != nullptr) data_of<T>(call_.row_logsumexp)[index] = sums.most + log_total;
     const T none = sees ? T{0} : kNone;
     put(call_, call_.logsumexp, index, sums.most + log_total + none);
     put(call_, call_.entropy, index, log_total - sum<T>(sums.centred) * inverse + none);
