@@ -26,7 +26,7 @@ from llama_attn.backends.registry import check_request, get_backend, is_streamin
 from llama_attn.observe.architecture import refuse_other_architectures
 from llama_attn.observe.forward import Forward, Observed, Stack
 from llama_attn.observe.generation import GeneratesAttentionStats
-from llama_attn.observe.interface import show_states
+from llama_attn.observe.interface import are_seen, show_states
 from llama_attn.observe.outputs import BaseModelOutputWithAttentionStats, CausalLMOutputWithAttentionStats
 from llama_attn.observe.pipelining import RefusesInPipelines, refuse_pipeline
 from llama_attn.stats.config import AttentionStatsConfig
@@ -46,6 +46,8 @@ __all__ = [
 
 StatsArgument = AttentionStatsConfig | bool | None
 Forwards = TypeVar("Forwards", bound=Callable[..., Any])
+# What runs when any module is called.
+_CALL = nn.Module.__call__.__code__
 
 
 def _with_argument(upstreams: Callable[..., Any]) -> Callable[[Forwards], Forwards]:
@@ -144,6 +146,8 @@ class LlamaDecoderLayer(upstream.LlamaDecoderLayer):
         self, hidden_states: Float[Tensor, "batch query hidden"], *args: Any, **kwargs: Any
     ) -> Float[Tensor, "batch query hidden"]:
         """Upstream's forward; an observer is shown the layer's input and output."""
+        if not are_seen():
+            return super().forward(hidden_states, *args, **kwargs)
         show_states(self.self_attn, hidden_states, entering=True)
         output: Tensor = super().forward(hidden_states, *args, **kwargs)
         show_states(self.self_attn, output, entering=False)
@@ -302,9 +306,8 @@ def refuse_inside(model: nn.Module) -> None:
         return
     frame = sys._getframe(1)
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        # To make the locals of a frame takes long.
-        code = frame.f_code
-        if "self" not in code.co_varnames and "self" not in code.co_freevars:
+        # To make the locals of a frame takes long, and whoever would drop them was called, or its forward was.
+        if frame.f_code is not _CALL and frame.f_code.co_name != "forward":
             continue
         caller = frame.f_locals.get("self")
         if (

@@ -401,8 +401,9 @@ def test_classes_that_hold_our_model(cls, ids):
     wrapper = cls(tiny_config()).eval()
     ours = tiny_model().model
     setattr(wrapper, wrapper.base_model_prefix, ours)
-    with pytest.raises(ValueError, match=rf"output_attention_stats: {cls.__name__}.*record\(model\)"):
-        wrapper(ids, output_attention_stats=True)
+    for call in (wrapper, wrapper.forward):
+        with pytest.raises(ValueError, match=rf"output_attention_stats: {cls.__name__}.*record\(model\)"):
+            call(ids, output_attention_stats=True)
     with torch.no_grad():
         expected = ours(ids, output_attention_stats=True).attention_stats
         with record(wrapper) as recording:

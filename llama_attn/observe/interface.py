@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -101,11 +102,14 @@ def watching(module: nn.Module) -> tuple[Observer, ...]:
     return _watched.get(id(module), ())
 
 
+def are_seen() -> bool:
+    """Whether anybody is shown hidden states."""
+    return bool(_seeing)
+
+
 def show_states(module: nn.Module, states: Tensor, *, entering: bool) -> None:
     """Show whoever watches ``module`` what comes into the layer that holds it, or what leaves it."""
     is_outside = False
-    if not _seeing:
-        return
     for observer in _watched.get(id(module), ()):
         if torch.compiler.is_compiling() and not observer.is_traced:
             is_outside = True
@@ -234,27 +238,26 @@ def _shadow(interface: Any) -> None:
 
     def get_interface(name: str | None, default: Callable[..., Any]) -> Callable[..., Any]:
         attend = given(name, default)
-        if not _watched and not _intervening:
-            return attend
-
-        def observed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            everyone, changes = _watched.get(id(module), ()), _intervening.get(id(module), ())
-            outside = False
-            if torch.compiler.is_compiling():
-                # Outside a graph that is being compiled nobody can be asked.
-                outside = not all(observer.is_traced for observer in everyone)
-                everyone = tuple(observer for observer in everyone if observer.is_traced)
-            observers = []
-            for observer in everyone:
-                if (asked := observer.for_call(module)) is not None:
-                    observers.append(asked)
-            if not observers and not outside and not changes:
-                return attend(module, *args, **kwargs)
-            return _observe(observers, changes, attend, name or "eager", module, args, kwargs, outside)
-
-        return observed
+        return partial(_attend, attend, name or "eager") if _watched or _intervening else attend
 
     interface.get_interface = get_interface
+
+
+def _attend(attend: Callable[..., Any], name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the backend, in the sight of those who watch ``module``."""
+    everyone, changes = _watched.get(id(module), ()), _intervening.get(id(module), ())
+    outside = False
+    if torch.compiler.is_compiling():
+        # Outside a graph that is being compiled nobody can be asked.
+        outside = not all(observer.is_traced for observer in everyone)
+        everyone = tuple(observer for observer in everyone if observer.is_traced)
+    observers = []
+    for observer in everyone:
+        if (asked := observer.for_call(module)) is not None:
+            observers.append(asked)
+    if not observers and not outside and not changes:
+        return attend(module, *args, **kwargs)
+    return _observe(observers, changes, attend, name, module, args, kwargs, outside)
 
 
 def _unshadow(interface: Any) -> None:
@@ -283,13 +286,14 @@ def _observe(
     outside: bool,
 ) -> Any:
     """Run the backend, unchanged but for ``changes``, and measure what it was given; ``outside`` of the graph there is somebody too."""
-    options = dict(kwargs)
+    backend = rule_of(name)
+    # Whoever streams takes them as its own.
+    options = kwargs if backend.is_streaming else dict(kwargs)
     if len(args) == len(TENSORS):
         query, key, value, mask = args
     else:
         given = dict(zip(TENSORS, args, strict=False))
         query, key, value, mask = (given[n] if n in given else options.pop(n, None) for n in TENSORS)
-    backend = rule_of(name)
     cross = is_cross(module)
     first = observers[0] if observers else None
     if backend.is_streaming:
