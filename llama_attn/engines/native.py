@@ -98,7 +98,11 @@ def walk(
     if is_new := told is None or told.alike != alike:
         layers = wanted.layers if told is None and wanted is not None else 1
         told = _Told.of(alike, query, key, value, visibility, scoring, wanted, tile_rows, block_keys, layers)
-    call, output, logsumexp = library.Call.from_buffer_copy(told.call), None, None
+    try:
+        call = told.calls.pop()
+    except IndexError:
+        call = library.Call.from_buffer_copy(told.call)
+    output = logsumexp = None
     tensors = [query, key] if value is None else [query, key, value]
     if not told.as_they_are:
         # A view may say "times −1" beside its numbers; keys behind the last that the visibility knows are nobody's.
@@ -117,9 +121,10 @@ def walk(
         logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
         call.put("row_logsumexp", logsumexp)
     if is_new and scoring.plain:
-        visibility.__dict__["_told"] = told._replace(call=bytes(call))
+        told = visibility.__dict__["_told"] = told._replace(call=bytes(call))
     raw = {} if told.numbers is None else told.numbers.of_next(call)
     library.run("forward", call)
+    told.calls.append(call)
     return Walk(output, logsumexp, raw)
 
 
@@ -133,6 +138,7 @@ class _Told(NamedTuple):
         alike: What must be equal for that.
         extents: Of the output, (batch, query, head, value_channel).
         call: The call; the tensors of a layer lie elsewhere in each.
+        calls: Copies of it that nobody makes at the moment; two threads may make one each.
         held: Tensors of all layers, which must outlive the calls.
         as_they_are: Whether query, key and value are read as they were given.
         numbers: Where the statistics go; None if none were asked for.
@@ -141,6 +147,7 @@ class _Told(NamedTuple):
     alike: tuple[Any, ...]
     extents: tuple[int, ...]
     call: bytes
+    calls: list[library.Call]
     held: list[Tensor]
     as_they_are: bool
     numbers: Numbers | None
@@ -170,7 +177,7 @@ class _Told(NamedTuple):
         as_they_are = key.shape[2] == visibility.num_keys and not any(tensor.is_neg() for tensor in given)
         extents = query.shape[0], query.shape[2], query.shape[1], 0 if value is None else value.shape[3]
         if wanted is None:
-            return cls(alike, extents, bytes(call), held, as_they_are, None)
+            return cls(alike, extents, bytes(call), [], held, as_they_are, None)
         names = [statistic.name for statistic in wanted.statistics]
         chosen = range(query.shape[2]) if wanted.rows is None else wanted.rows
         for at, name in enumerate(filter(PER_QUERY.__contains__, names), start=1):
@@ -191,7 +198,7 @@ class _Told(NamedTuple):
         if "sink_mass" in names and not visibility.plain:
             held.append(visibility.rank.contiguous())
             call.put("rank", held[-1])
-        return cls(alike, extents, bytes(call), held, as_they_are, numbers)
+        return cls(alike, extents, bytes(call), [], held, as_they_are, numbers)
 
 
 def _known(tensor: Tensor, visibility: Visibility) -> Tensor:

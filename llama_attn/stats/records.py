@@ -47,7 +47,9 @@ class Layout:
         if others is not None:
             before = others.shape[:-1]
             for name, (begin, shape) in self.others.items():
-                found[name] = others.narrow(-1, begin, math.prod(shape)).view(*before, *shape)
+                size = math.prod(shape)
+                part = others if size == others.shape[-1] else others.narrow(-1, begin, size)
+                found[name] = part.view(*before, *shape)
         return found
 
 
