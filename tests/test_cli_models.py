@@ -493,7 +493,7 @@ def configure(**changes):
         ("llama", cut("tokenizer.json", 100), "cannot load the tokenizer"),
         ("llama", remove("config.json"), "cannot load"),
         ("llama", remove("model.safetensors"), "cannot load"),
-        ("llama", remove("*token*"), "cannot load the tokenizer"),
+        ("llama", remove("*token*"), ", which has no tokenizer.json: "),
         ("bert", remove("*token*"), "cannot load the tokenizer"),
         ("t5", remove("*token*"), "cannot load the tokenizer"),
         ("llama", configure(model_type="parrot"), "cannot load"),

@@ -16,7 +16,7 @@ from test_viz import Tokenizer
 
 from llama_attn import AttentionStats, AttentionStatsConfig, viz
 from llama_attn.analysis import compare
-from llama_attn.cli.saved import _pictures
+from llama_attn.cli.saved import OF_ONE_RUN, _pictures
 
 
 @pytest.fixture
@@ -44,6 +44,7 @@ def test_every_picture_can_be_named(saved):
         "plot_image_rows",
     }
     assert {f"plot_{name.replace('-', '_')}" for name in _pictures("source")} == names
+    assert tuple(_pictures("source")) == OF_ONE_RUN
     for what in _pictures("source"):
         result = invoke("plot", saved / "a.safetensors", "--what", what, "--dpi", 30)
         assert result.exit_code == 0, result.output

@@ -21,12 +21,27 @@ from llama_attn.analysis import compare
 from llama_attn.cli import engine, installation, places
 from llama_attn.cli.loading import plan
 from llama_attn.cli.saved import _table
-from llama_attn.cli.terminal import PlainConsole, fail, number
+from llama_attn.cli.terminal import PlainConsole, fail, first_line, number
 from llama_attn.demo import GGUF_FILE, HUB_ID, Checkpoint
 
 # Markup, emoji, colour, clearing, a title of the window, and right to left.
 HOSTILE = "[bold]b[/] [/INST] [triton] :cat: \x1b[31mred\x1b[2J \x9b31m \x1b]0;owned\x07 \u202eabc"
 HARMLESS = "[bold]b[/] [/INST] [triton] :cat: [31mred[2J 31m ]0;owned abc"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("one line", "one line"),
+        ("\n  first line.\nand another\n", "first line."),
+        ("it announces:\n  the reason\nand more", "it announces: the reason"),
+        ("one of:\n(1) this,\n(2) that or\n(3) another.\nAnd advice", "one of: (1) this, (2) that or (3) another."),
+        ("it ends with a colon:", "it ends with a colon:"),
+        ("", "ValueError"),
+    ],
+)
+def test_what_an_exception_says_first(said, shown):
+    assert first_line(ValueError(said)) == shown
 
 
 def test_strings_are_data_wherever_they_are_printed():

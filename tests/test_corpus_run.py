@@ -322,6 +322,17 @@ def test_merging_runs(checkpoint, words, tmp_path):
     assert result.exit_code == 0, result.output
     assert "texts_a: 25" in result.output
     assert "texts_b: 40" in result.output
+    assert "texts_in_both: 25" in result.output
+    assert "paired" in result.output
+    other = tmp_path / "other.txt"
+    other.write_text("something else\nand more of it\n")
+    invoke("corpus", checkpoint, other, "--out", tmp_path / "other", "--dtype", "float32")
+    unpaired = invoke("compare", files[0], tmp_path / "other" / SUMMARY)
+    assert unpaired.exit_code == 0, unpaired.output
+    assert "texts_in_both: 0" in unpaired.output
+    # Names are whole.
+    assert "mean_distance" in unpaired.output
+    assert "paired" not in unpaired.output
     frame, expected = pandas.read_csv(tmp_path / "all.csv"), compare(one, both)
     assert frame.effect.tolist() == pytest.approx(expected.effect.tolist(), nan_ok=True)
     strongest = expected[expected.statistic == "entropy"].iloc[0]

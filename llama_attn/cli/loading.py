@@ -173,7 +173,8 @@ def load_tokenizer(chosen: Plan) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file, trust_remote_code=chosen.trust)
     except DAMAGED as error:
-        fail(f"cannot load the tokenizer of {name}: {first_line(error)}")
+        lacking = "" if gguf_file or has_file(name, "tokenizer.json") else ", which has no tokenizer.json"
+        fail(f"cannot load the tokenizer of {name}{lacking}: {first_line(error)}")
     # Without files, transformers makes an empty one for some types, to which every word is unknown.
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if gguf_file is None and tokenizer.vocab_files_names and not any(has_file(name, file) for file in files):

@@ -21,8 +21,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMATS = (".png", ".svg", ".pdf")
+# What `_pictures` finds of one run, for the help, which is said before anything that draws is loaded.
+OF_ONE_RUN = (
+    "attention-map", "coverage", "distance-histogram", "head-grid", "head-roles", "hidden-norms", "kv-norms", "layer-heads",
+    "layer-profile", "massive-activations", "model-view", "rows", "sources", "token-strip",
+)  # fmt: skip
 Saved = Annotated[
     Path, typer.Argument(help="What AttentionStats.save wrote, e.g. stats.safetensors.", show_default=False)
+]
+OfEither = Annotated[
+    Path,
+    typer.Argument(
+        help="What AttentionStats.save wrote, or the summary of a corpus, e.g. summary.safetensors.", show_default=False
+    ),
 ]
 Layer = Annotated[int | None, typer.Option(help="Index of the layer.")]
 Head = Annotated[int | None, typer.Option(help="Index of the head; without it, the mean over heads.")]
@@ -33,7 +44,7 @@ Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Dots per inch.")]
 
 def plot(
     file: Saved,
-    what: Annotated[str, typer.Option(help="Which picture; an unknown name lists them.")] = "attention-map",
+    what: Annotated[str, typer.Option(help=f"Which picture: {', '.join(OF_ONE_RUN)}.")] = "attention-map",
     layer: Layer = None,
     head: Head = None,
     batch: Batch = None,
@@ -58,13 +69,7 @@ def plot(
 
 
 def report(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            help="What AttentionStats.save wrote, or the summary of a corpus, e.g. summary.safetensors.",
-            show_default=False,
-        ),
-    ],
+    file: OfEither,
     out: Annotated[Path | None, typer.Option(help="File to write; by default beside FILE.")] = None,
     max_megabytes: Annotated[
         float | None, typer.Option(min=0.1, help="Largest size; what does not fit is pooled.", show_default="12")
@@ -109,12 +114,14 @@ def report(
 
 
 def compare(
-    a: Saved,
-    b: Saved,
+    a: OfEither,
+    b: OfEither,
     top: Annotated[int, typer.Option(min=1, help="How many lines to show.")] = 20,
     statistic: Annotated[str | None, typer.Option(help="Show one statistic only.")] = None,
     out: Annotated[Path | None, typer.Option(help="CSV file for all lines.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture of the differences, .png, .svg or .pdf.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of the differences, .png, .svg or .pdf; not of corpora.")
+    ] = None,
     what: Annotated[
         str, typer.Option(help="What --plot shows: heads by --statistic (head-comparison), or maps (comparison).")
     ] = "head-comparison",
@@ -302,14 +309,16 @@ def _table(frame: pandas.DataFrame) -> Table:
 
 
 def _table_of_corpora(frame: pandas.DataFrame) -> Table:
-    headings = ("statistic", "layer", "head", "mean a", "mean b", "b − a", "95 %", "effect", "paired", "texts")
+    headings = ["statistic", "layer", "head", "mean a", "mean b", "b − a", "95 %", "effect"]
+    # A column with nothing in it would break names in another.
+    if has_pairs := bool((frame.texts > 0).any()):
+        headings.append("paired")
     table = new_table(*headings, fold=headings[0])
     lines: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
     for line in lines:
         numbers = [number(line[name]) for name in ("mean_a", "mean_b", "difference")]
-        effects = [number(line[name]) for name in ("effect", "paired_effect")]
-        reach = f"± {number(line['high'] - line['difference'])}"
-        table.add_row(
-            line["statistic"], str(line["layer"]), str(line["head"]), *numbers, reach, *effects, str(line["texts"])
-        )
+        cells = [line["statistic"], str(line["layer"]), str(line["head"]), *numbers]
+        cells += [f"± {number(line['high'] - line['difference'])}", number(line["effect"])]
+        cells += [number(line["paired_effect"])] if has_pairs else []
+        table.add_row(*cells)
     return table

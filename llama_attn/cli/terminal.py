@@ -47,9 +47,11 @@ def fail(message: str) -> NoReturn:
 
 def first_line(error: BaseException) -> str:
     """What an exception says, short enough for a terminal."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # Some only announce what the next line says.
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Some only announce what the next line says, or break a sentence.
+    while others and first.endswith((":", ",", " or", " and")):
+        first = f"{first} {others.pop(0)}"
+    return first
 
 
 def printable(text: str) -> str:

@@ -32,8 +32,8 @@ def compare(a: CorpusSummary, b: CorpusSummary, *, confidence: float = 0.95) -> 
         root mean square of both standard deviations over texts (standardised mean difference);
         ``texts`` that both have sampled; over these ``paired_difference``, with ``paired_low`` and ``paired_high``, and
         ``paired_effect``, it over the standard deviation of the differences. NaN where there are less than two
-        texts, and effects where nothing varies. ``attrs`` hold ``texts_a``, ``texts_b`` and what is ``only_in_a`` and
-        ``only_in_b``.
+        texts, and effects where nothing varies. ``attrs`` hold ``texts_a``, ``texts_b``, ``texts_in_both`` and what is
+        ``only_in_a`` and ``only_in_b``.
 
     Raises:
         ValueError: They have no statistic, layer and head in common, or the confidence is not in (0, 1).
@@ -69,7 +69,7 @@ def compare(a: CorpusSummary, b: CorpusSummary, *, confidence: float = 0.95) -> 
     strength = frame[["effect", "paired_effect"]].abs().max(axis=1).fillna(-1)
     frame = frame.loc[strength.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
     frame.attrs |= {
-        "texts_a": a.texts, "texts_b": b.texts, "confidence": confidence,
+        "texts_a": a.texts, "texts_b": b.texts, "texts_in_both": len(in_a), "confidence": confidence,
         "only_in_a": [name for name in a.about.scores if name not in names],
         "only_in_b": [name for name in b.about.scores if name not in names],
     }  # fmt: skip
