@@ -19,7 +19,10 @@ constexpr int64_t kMost = int64_t{1} << 48;
 template <class... Values>
 [[noreturn]] void refuse(const char* format, Values... values) {
   char message[sizeof(Call::message)];
-  std::snprintf(message, sizeof(message), format, values...);
+  if constexpr (sizeof...(values) == 0)
+    std::snprintf(message, sizeof(message), "%s", format);
+  else
+    std::snprintf(message, sizeof(message), format, values...);
   throw std::invalid_argument(message);
 }
 

@@ -8,6 +8,13 @@
 
 namespace llama_attn {
 
+// GCC 12 has no other name for it on such machines.
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
+
 inline float from_bfloat16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
@@ -40,7 +47,7 @@ void read(const Tensor& tensor, int64_t offset, int64_t stride, int64_t count, T
     case Type::kFloat64: return read_as<T, double>(tensor.data, offset, stride, count, to, same);
     case Type::kFloat32: return read_as<T, float>(tensor.data, offset, stride, count, to, same);
     case Type::kBFloat16: return read_as<T, uint16_t>(tensor.data, offset, stride, count, to, from_bfloat16);
-    case Type::kFloat16: return read_as<T, _Float16>(tensor.data, offset, stride, count, to, same);
+    case Type::kFloat16: return read_as<T, Half>(tensor.data, offset, stride, count, to, same);
     case Type::kBool: return read_as<T, uint8_t>(tensor.data, offset, stride, count, to, same);
     case Type::kInt32:
     case Type::kInt64: return;
@@ -69,8 +76,7 @@ void write(const Tensor& tensor, int64_t offset, int64_t stride, int64_t count, 
       return write_as<float>(data, offset, stride, count, from, factor, [](T x) { return static_cast<float>(x); });
     case Type::kBFloat16: return write_as<uint16_t>(data, offset, stride, count, from, factor, rounded);
     case Type::kFloat16:
-      return write_as<_Float16>(data, offset, stride, count, from, factor,
-                                [](T x) { return static_cast<_Float16>(x); });
+      return write_as<Half>(data, offset, stride, count, from, factor, [](T x) { return static_cast<Half>(x); });
     case Type::kBool:
     case Type::kInt32:
     case Type::kInt64: return;
