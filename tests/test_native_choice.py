@@ -92,6 +92,17 @@ def test_a_wrong_choice_ends_the_import():
     assert "ValueError: LLAMA_ATTN_ISA: expected one of ['native'" in result.stderr
 
 
+def test_a_torch_that_shows_its_openmp_to_nobody():
+    """As its wheels for ARM do; a flag of theirs for all others is taken away here."""
+    code = (
+        "import ctypes; shown, ctypes.RTLD_GLOBAL = ctypes.RTLD_GLOBAL, ctypes.RTLD_LOCAL; import torch; "
+        "ctypes.RTLD_GLOBAL = shown; from llama_attn.engines import native; print(native.unavailable()); "
+        "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["None", "1"], result.stdout + result.stderr
+
+
 def test_a_library_outlives_torch_and_no_change_of_the_sources(monkeypatch, tmp_path):
     before = library.own(), _compiler.digest("x86-64-v3")
     monkeypatch.setattr(torch, "__version__", "99.0")

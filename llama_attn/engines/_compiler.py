@@ -1,6 +1,6 @@
 """How csrc/ becomes a library: for the processor at hand, or for every processor of an instruction set, in a wheel.
 
-The sources use nothing but the C++ library and OpenMP, so a compiler (GCC 12, clang 15 or newer) is all it takes.
+The sources use nothing but the C++ library and OpenMP, so a compiler (GCC 12, clang 16 or newer) is all it takes.
 hatch_build.py runs this file where there is no torch yet, so it imports nothing that Python does not bring.
 """
 

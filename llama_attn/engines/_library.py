@@ -160,7 +160,7 @@ def load(library: Path) -> ctypes.CDLL:
     if not library.exists():
         raise ImportError(HOW_TO_BUILD)
     try:
-        loaded = ctypes.CDLL(str(library))
+        loaded = _open(library)
         forward, backward = loaded.llama_attn_forward, loaded.llama_attn_backward
         said = [loaded.llama_attn_abi, loaded.llama_attn_call_size]
     except (OSError, AttributeError) as error:
@@ -176,6 +176,24 @@ def load(library: Path) -> ctypes.CDLL:
             "bytes; remove it and run `llama-attn build`"
         )
     return loaded
+
+
+def _open(library: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        # The OpenMP runtime that it lacks is torch's, which its wheels for ARM load without showing it to others.
+        for runtime in _openmp_of_torch():
+            ctypes.CDLL(runtime, mode=os.RTLD_GLOBAL | os.RTLD_NOLOAD)
+        return ctypes.CDLL(str(library))
+
+
+def _openmp_of_torch() -> list[str]:
+    """Where it lies, if this process has loaded it; nothing on systems that do not say."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(errors="replace").splitlines() if maps.exists() else []
+    paths = {line.split(maxsplit=5)[-1] for line in lines}
+    return sorted(path for path in paths if "torch" in path and "gomp" in Path(path).name)
 
 
 def run(function: str, call: Call) -> None:
