@@ -25,11 +25,32 @@ INTRODUCTION = """# Gallery
 
 Every figure by the question that it answers, drawn from SmolLM2-135M-Instruct on the opening of *Moby-Dick* but for one,
 which says so. What the code reads are `AttentionStats`, datasets or saved files: `text` is the opening, `beginning` its
-first 40 tokens, `other` the same with `<|im_start|>` in place of the first token, `repeated` the token `<|im_start|>` and a
-random sequence of 64 tokens, twice. Figures of one pair of axes take `ax=`, and draw there. Grey is "no data": pairs that
-may not see each other, padding, layers that were not measured. This page is written by `docs/make_gallery.py` from the
-files in `docs/gallery`, whose code drew the pictures; numbers that answer the same questions are in
-[analysis.md](analysis.md).
+first 40 tokens, `other` the same with `<|im_start|>` in place of the first token, `repeated` four rows of the token
+`<|im_start|>` and a random sequence of 64 tokens, twice. With `model`, `tokenizer` and `inputs` as on the page of
+[concepts](concepts/index.md):
+
+```python
+import torch
+
+from llama_attn import AttentionStatsConfig
+
+
+def run(ids):
+    with torch.no_grad():
+        outputs = model(ids, output_attention_stats=AttentionStatsConfig(statistics="all", norms=True))
+    return outputs.attention_stats.with_tokens(tokenizer, ids)
+
+
+ids, start = inputs["input_ids"], tokenizer.bos_token_id
+text, beginning = run(ids), run(ids[:, :40])
+other = run(torch.cat([torch.tensor([[start]]), ids[:, 1:40]], -1))
+half = torch.randint(100, 48_000, (4, 64), generator=torch.Generator().manual_seed(0))
+repeated = run(torch.cat([torch.full((4, 1), start), half, half], -1))
+```
+
+Figures of one pair of axes take `ax=`, and draw there. Grey is "no data": pairs that may not see each other, padding, layers
+that were not measured. This page is written by `docs/make_gallery.py` from the files in `docs/gallery`, whose code drew the
+pictures; numbers that answer the same questions are in [analysis.md](analysis.md).
 """
 
 

@@ -105,15 +105,9 @@ class Reader:
         return summaries | {"load": lambda: (reader(), Letters())}, {}
 
     def gallery(self):
-        beginning = self.ids[:, : self.runs.BEGINNING]
-        other = beginning.clone()
-        other[0, 0] = self.tokenizer.bos_token_id
-        half = torch.randint(100, 48_000, (1, self.runs.REPEATED), generator=torch.Generator().manual_seed(0))
-        repeated = torch.cat([torch.tensor([[self.tokenizer.bos_token_id]]), half, half], 1)
         self.patch.setattr(self.runs, "ABLATED", 1)
-        return {
-            "text": self.measure(self.ids), "beginning": self.measure(beginning),
-            "other": self.measure(other), "repeated": self.measure(repeated),
+        beginning = self.ids[:, : self.runs.BEGINNING]
+        return self.text()[0] | {
             "budget": self.runs._budget(self.model, self.ids), "ablation": self.runs.ablate(self.model, beginning),
             "pictured": self.runs.measure_picture(), "answer": self.runs._answer(self.model, self.tokenizer),
         }, {}  # fmt: skip
