@@ -14,6 +14,7 @@ from accelerate import cpu_offload
 from any_model import draw, left_padding, state
 from conftest import CACHE, PEFT_LOSES_CACHE
 from transformers import StaticCache, TextGenerationPipeline
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import ENTRIES
 
 from llama_attn import AttentionStatsConfig, record
@@ -310,6 +311,20 @@ def test_a_backward_after_the_block(model):
         loss = model(input_ids=IDS, labels=IDS, attention_mask=PADDING, use_cache=False).loss
     loss.backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(expected, model.parameters(), strict=True))
+
+
+def test_an_attention_function_may_have_options_of_any_name(model):
+    """What runs in its place takes the module by name, too."""
+    attention, states = model.model.layers[0].self_attn, torch.randn(3, 1, 4, 5, 16)
+    given = dict(zip(("query", "key", "value"), states, strict=True)) | {"attention_mask": None, "is_causal": True}
+    options = {"attend": 1, "name": "a name", "outside": True}
+
+    def attend():
+        return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)(module=attention, **given, **options)[0]
+
+    expected = attend()
+    with record(model), torch.no_grad():
+        assert torch.equal(attend(), expected)
 
 
 def test_random_state_is_not_touched():

@@ -243,7 +243,7 @@ def _shadow(interface: Any) -> None:
     interface.get_interface = get_interface
 
 
-def _attend(attend: Callable[..., Any], name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _attend(attend: Callable[..., Any], name: str, /, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the backend, in the sight of those who watch ``module``."""
     everyone, changes = _watched.get(id(module), ()), _intervening.get(id(module), ())
     outside = False
