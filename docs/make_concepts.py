@@ -18,7 +18,7 @@ from PIL import Image
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama_attn import AttentionStats, AttentionStatsConfig, block_keys
-from llama_attn.analysis import classify_heads, head_means, locality, sink_positions, sink_rate
+from llama_attn.analysis import classify_heads, head_means, locality, massive_activations, sink_positions, sink_rate
 from llama_attn.stats.token_text import readable
 from llama_attn.viz import (
     plot_attention_map,
@@ -45,6 +45,8 @@ BEGINNING = 16
 DIFFERENT = (16, (0, 2, 5))
 # By how much all positions are moved.
 MOVED = 1_000
+# A layer that looks nearby and one that does not, and distances that are far [token].
+NEAR, FAR, FAR_AWAY = 11, 20, (63, 126)
 # Tokens at the start of a text that a window leaves visible, and windows [token].
 SINK, WINDOWS = 4, (4, 8, 16, 32, 64, 128)
 
@@ -105,10 +107,11 @@ def rope(runs: Runs) -> Drawn:
     """Wavelengths of the pairs of channels under each scaling, and the scores of two heads by distance."""
     figure = empty_figure(WIDE)
     left, right = figure.subplots(1, 2)
+    factors = {}
     for (name, scaling), colour in zip(SCALINGS.items(), (BLUE, ORANGE, GREEN, PINK), strict=True):
         config = copy.deepcopy(runs.model.config)
         config.rope_parameters = {**config.rope_parameters, **scaling}
-        frequencies, _ = rope_frequencies(config)
+        frequencies, factors[name] = rope_frequencies(config)
         left.semilogy(2 * np.pi / frequencies, color=colour, label=name)
     left.axhline(runs.model.config.max_position_embeddings, color="grey", linestyle="--", linewidth=0.8)
     left.set(xlabel="pair of channels", ylabel="wavelength [token]")
@@ -122,7 +125,10 @@ def rope(runs: Runs) -> Drawn:
     moved = runs.measure(runs.ids, position_ids=torch.arange(runs.ids.shape[1])[None] + MOVED)
     change = np.abs(np.nan_to_num(moved.to_xarray().weights_map.isel(batch=0).values) - runs.weights).max()
     wavelength = 2 * np.pi / runs.model.model.rotary_emb.inv_freq
+    (scaled,) = (name for name, factor in factors.items() if factor != 1)
     return figure, {
+        "a factor besides": f"*{scaled.partition(',')[0]}* also multiplies cosines and sines by {factors[scaled]:.3f}",
+        "its square": f"all scores by {factors[scaled] ** 2:.3f}",
         "a shift changes weights by": f"{float(change):.0e}",
         "wavelengths": f"{float(wavelength[0]):.1f} to {float(wavelength[-1]):,.0f} tokens",
     }
@@ -140,7 +146,7 @@ SCALINGS = {
 
 
 def rope_frequencies(config) -> tuple[np.ndarray, float]:
-    """Angle per token of each pair of channels, as transformers has it, and the factor on the scores' scale."""
+    """Angle per token of each pair of channels, as transformers has it, and the factor on cosines and sines."""
     kind = config.rope_parameters["rope_type"]
     if kind == "default":
         width = config.hidden_size // config.num_attention_heads
@@ -170,9 +176,12 @@ def kv_caching(runs: Runs) -> Drawn:
     left.set_ylabel("layer")
     values = runs.text.value_norm.mean("kv_head").values
     short = np.flatnonzero((values[4:10] < values[4:10].mean(-1, keepdims=True) / 2).all(0))
-    boost = sink_positions(runs.stats).boost.isel(batch=0, key=short, layer=slice(4, 10)).mean(["layer", "head"]).values
+    sinks = sink_positions(runs.stats).isel(batch=0, key=short)
+    boost = sinks.boost.isel(layer=slice(4, 10)).mean(["layer", "head"]).values
+    *first, last = map(str, short[sinks.layer_sink.any("layer").values])
     return figure, {
         "short in layers 4 to 9": ", ".join(f"`{readable(runs.stats.tokens[0][at])}` at {at}" for at in short),
+        "sinks among them": f"at {', '.join(first)} and {last}, are",
         "their attention": f"{boost.min():.1f} to {boost.max():.0f} times",
         "logits with a cache": f"{difference:.0e}",
         "bytes per token": f"{held / runs.ids.shape[1] / 1024:.0f} KiB",
@@ -211,10 +220,17 @@ def attention_sinks(runs: Runs) -> Drawn:
     with block_keys(runs.model, causal[None]):
         then = sink_positions(runs.measure(runs.ids)).share.isel(batch=0).mean(["layer", "head"])
     heir = int(then.values.argmax())
+    massive = massive_activations(runs.stats).isel(batch=0)
+    (token,) = np.flatnonzero(massive.massive.any("hidden_layer"))
+    of_it = massive.isel(query=token)
+    before = of_it.ratio[3:10].values
     return plot_head_grid(runs.stats, statistic="sink_mass"), {
         "sink rate": f"{float(rate):.2f}",
         "share of the first token": f"{float(share):.0%}",
         "its heir": f"`{readable(runs.stats.tokens[0][heir])}`, takes {float(then[heir]):.0%}",
+        "massive": f"layer {int(of_it.appears)} to {int(of_it.disappears) - 1} the state of token {token}",
+        "most": f"{float(of_it.ratio.max()):,.0f} times",
+        "in layers 3 to 9": f"{before.min():.0f} to {before.max():.0f} times",
         "loss": f"{runs.loss():.2f} nat",
         "loss without the first token": f"{runs.loss(causal[None]):.2f} nat",
     }
@@ -224,11 +240,19 @@ def local_and_global(runs: Runs) -> Drawn:
     """One layer that looks nearby, and one that does not."""
     reach = locality(runs.stats).isel(batch=0)
     figure = empty_figure(WIDE)
-    for layer, axes in zip((11, 20), figure.subplots(1, 2, sharey=True), strict=True):
+    for layer, axes in zip((NEAR, FAR), figure.subplots(1, 2, sharey=True), strict=True):
         plot_distance_histogram(runs.stats, layer=layer, ax=axes)
         axes.set_title(f"layer {layer}", fontsize=9)
     local = (reach.reach == "local").sum("head")
+    queries = torch.arange(runs.ids.shape[1])
+    distance = queries[:, None] - queries
+    far = ((distance >= FAR_AWAY[0]) & (distance <= FAR_AWAY[1])).numpy()
+    uniform, layer = far / (queries[:, None].numpy() + 1), (far * runs.weights[FAR]).mean(0)
     return figure, {
+        "far away": f"{layer.sum(-1).mean():.3f} of its attention, where uniform attention has "
+        f"{uniform.sum(-1).mean():.3f}",
+        "on the first token": f"{layer[:, 0].mean():.3f} of that is on the first token",
+        "without it": f"{layer[:, 1:].sum(-1).mean():.3f} is left, against {uniform[:, 1:].sum(-1).mean():.3f}",
         "local heads": f"{int(local.sum())} of {reach.reach.size}",
         "layers that have any": f"{int((local > 0).sum())} of {local.size}",
     }
@@ -238,12 +262,15 @@ def layer_wise_evolution(runs: Runs) -> Drawn:
     """Entropy and sink mass from the first layer to the last."""
     figure = empty_figure(WIDE)
     said = {}
-    for name, axes in zip(("entropy", "sink_mass"), figure.subplots(1, 2), strict=True):
+    left, right = figure.subplots(1, 2)
+    for name, axes in (("entropy", left), ("sink_mass", right)):
         plot_layer_profile(runs.stats, statistic=name, ax=axes)
         axes.set_title(name, fontsize=9)
         mean = head_means(runs.text, name).mean("head")
         for word, at in (("least", int(mean.values.argmin())), ("most", int(mean.values.argmax()))):
             said[f"{word} {name}"] = f"{float(mean[at]):.2f} in layer {at}"
+    # It is the same as that on the left, and would hide the bands.
+    right.get_legend().remove()
     return figure, said
 
 
@@ -280,34 +307,53 @@ def sliding_windows(runs: Runs) -> Drawn:
     axes.set_xscale("log", base=2)
     axes.set(xlabel="window [token]", ylabel="loss [nat]", xticks=WINDOWS, xticklabels=WINDOWS)
     axes.legend(frameon=False)
-    at = WINDOWS.index(32)
+    at, twice = WINDOWS.index(32), WINDOWS.index(64)
     return figure, {
         "everything": f"{full:.2f} nat",
+        "64 tokens": f"{plain[twice]:.2f} nat",
         "32 tokens": f"{plain[at]:.2f} nat",
         "32 tokens and the first four": f"{kept[at]:.2f} nat",
     }
 
 
-def backends(runs: Runs) -> Drawn:
-    """Time and memory of the same forward, from what the benchmarks measured."""
+# Engines by the names that the page gives them, and those of the benchmarks.
+ENGINES = {
+    "streaming, C++ engine": "streaming (native), statistics",
+    "streaming, PyTorch engine": "streaming_torch, statistics",
+    "sdpa": "sdpa, statistics",
+}
+
+
+def timed() -> tuple[dict[str, float], dict[str, float]]:
+    """Time of a forward with statistics over that of sdpa without, and memory [MiB], as the benchmarks measured them."""
     rows = [row for entry in json.loads((DOCS / "benchmarks.json").read_text()).values() for row in entry["rows"]]
     shape = "SmolLM2, float32, T 4,096"
     named = {row["case"]: row for row in rows if row["shape"] == shape and "stock sdpa" in row["baseline"]}
-    cases = ("streaming (native), statistics", "streaming_torch, statistics", "sdpa, statistics")
-    ratios = {case: named[case]["value"] / named[case]["baseline_value"] for case in cases}
+    ratios = {engine: named[case]["value"] / named[case]["baseline_value"] for engine, case in ENGINES.items()}
     (eager,) = (row for row in rows if row["shape"] == "30 layers, T 2,048" and "eager" in row["baseline"])
+    return ratios, {"eager, all weights": eager["baseline_value"], "streaming, statistics": eager["value"]}
+
+
+def said_of_backends() -> dict[str, str]:
+    """What the page says of these."""
+    ratios, memory = timed()
+    return {engine: f"| {ratio:.2f}" for engine, ratio in ratios.items()} | {
+        name: f"{mebibytes:,.0f} MiB" for name, mebibytes in memory.items()
+    }
+
+
+def backends(_: Runs) -> Drawn:
+    """Time and memory of the same forward, from what the benchmarks measured."""
+    ratios, memory = timed()
     figure = empty_figure(WIDE)
     left, right = figure.subplots(1, 2)
     left.barh(["sdpa, no statistics", *ratios], [1, *ratios.values()], color=["grey", BLUE, BLUE, BLUE])
     left.invert_yaxis()
-    left.set(xlabel="time of a forward of 4,096 tokens,\nover that of sdpa without statistics")
-    memory = {"eager, all weights": eager["baseline_value"], "streaming, statistics": eager["value"]}
+    left.set(xlabel="time of a forward of 4,096 tokens with\nstatistics, over that of sdpa without")
     right.barh(list(memory), list(memory.values()), color=[ORANGE, BLUE])
     right.invert_yaxis()
     right.set(xlabel="peak memory of a forward\nof 2,048 tokens [MiB]")
-    return figure, {case: f"{ratio:.2f}" for case, ratio in ratios.items()} | {
-        name: f"{value:,.0f} MiB" for name, value in memory.items()
-    }
+    return figure, said_of_backends()
 
 
 CONCEPTS = (

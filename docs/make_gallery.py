@@ -27,7 +27,7 @@ Every figure by the question that it answers, drawn from SmolLM2-135M-Instruct o
 which says so. What the code reads are `AttentionStats`, datasets or saved files: `text` is the opening, `beginning` its
 first 40 tokens, `other` the same with `<|im_start|>` in place of the first token, `repeated` four rows of the token
 `<|im_start|>` and a random sequence of 64 tokens, twice. With `model`, `tokenizer` and `inputs` as on the page of
-[concepts](concepts/index.md):
+[concepts](concepts/index.md#model-and-text):
 
 ```python
 import torch

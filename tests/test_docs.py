@@ -62,6 +62,27 @@ def test_every_number_of_the_benchmarks_was_measured():
     assert (DOCS / "benchmarks.md").read_text() == page(measured), "run python docs/make_benchmarks.py"
 
 
+def test_how_much_longer_the_torch_engine_takes_is_as_measured():
+    measured = json.loads((DOCS / "benchmarks.json").read_text())
+
+    def longer(test, native, torch):
+        rows = {row["case"]: row["value"] for row in measured[test]["rows"]}
+        return f"{rows[torch] / rows[native]:.2f}"
+
+    calls = [
+        longer(
+            f"test_engines.py::test_attention[{model}]", *(f"{x}: output and statistics" for x in ("native", "torch"))
+        )
+        for model in ("SmolLM2", "Llama-3-8B")
+    ]
+    forward = "streaming (native), statistics", "streaming_torch, statistics"
+    whole = longer("test_forward.py::test_smollm2[4096-float32]", *forward)
+    page = " ".join((DOCS / "limits.md").read_text().split())
+    assert (
+        f"{min(calls)} to {max(calls)} times as long, and a forward of SmolLM2 over 4,096 tokens {whole} times" in page
+    )
+
+
 @pytest.mark.smollm2
 def test_the_pictures_call_the_model_as_the_command_line_does(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))

@@ -28,7 +28,10 @@ ROOT = Path(__file__).parent.parent
 # Other tests run them, on what these pages ask for.
 ELSEWHERE = {"docs/recipes.md", "docs/coming_from.md"}
 EVERYTHING = AttentionStatsConfig(statistics="all", norms=True)
-TUTORIALS = [f"docs/tutorials/{path.name}" for path in sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+TUTORIALS, CONCEPTS = (
+    [f"docs/{folder}/{path.name}" for path in sorted((ROOT / "docs" / folder).glob("*.md"))]
+    for folder in ("tutorials", "concepts")
+)
 NUMBER = re.compile(r"(?<![\w.])-?[\d,]*\.?\d+(?:e[+-]\d+)?(?![\w.])")
 # The page on the report names tokens of a text of about this length.
 LONG = 6_300
@@ -37,7 +40,7 @@ LONG = 6_300
 def with_code():
     found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     named = {str(path.relative_to(ROOT)): blocks(path.read_text()) for path in found}
-    return {name: code for name, code in named.items() if code and name not in ELSEWHERE | set(TUTORIALS)}
+    return {name: code for name, code in named.items() if code and name not in ELSEWHERE.union(TUTORIALS, CONCEPTS)}
 
 
 class Reader:
@@ -177,9 +180,9 @@ def assert_says(shown, said):
 
 @pytest.mark.smollm2
 @pytest.mark.usefixtures("restored_registry")
-@pytest.mark.parametrize("name", TUTORIALS)
-def test_every_tutorial_prints_what_it_says(name, a_reader):
-    known = {"model": a_reader.model, "tokenizer": a_reader.tokenizer}
+@pytest.mark.parametrize("name", TUTORIALS + CONCEPTS)
+def test_every_lesson_prints_what_it_says(name, a_reader):
+    known = a_reader.text()[0] if name in CONCEPTS else {"model": a_reader.model, "tokenizer": a_reader.tokenizer}
     # As wide as a page.
     a_reader.patch.setattr(terminal.console, "_width", 120)
     # The commands read the same model, without loading it again.
@@ -191,6 +194,17 @@ def test_every_tutorial_prints_what_it_says(name, a_reader):
             run(code, known) if language == "python" else on_the_command_line(code)
         if said:
             assert_says(shown.getvalue(), said)
+    # What a page begins with gives what the other pages begin with.
+    if name == "docs/concepts/index.md":
+        assert torch.equal(known["inputs"]["input_ids"], a_reader.ids)
+        assert torch.equal(known["model"].lm_head.weight, a_reader.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_every_concept_says_what_its_code_needs_and_shows_what_it_gives(name):
+    page = (ROOT / name).read_text()
+    assert steps(page)[-1][2], "what the block prints stands below it"
+    assert name.endswith("index.md") or "are those of [Concepts](index.md):\n\n```python" in page
 
 
 def test_pages_have_code():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -109,6 +110,12 @@ def test_every_number_of_a_concept_was_measured(name):
     picture = ROOT / "docs" / "images" / "concepts" / f"{name}.png"
     assert f"../images/concepts/{name}.png" in page
     assert 5_000 < picture.stat().st_size < 100_000
+
+
+def test_times_of_a_concept_are_those_of_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    said = runpy.run_path(str(ROOT / "docs" / "make_concepts.py"))["said_of_backends"]()
+    assert SAID["backends"] == said, "run python docs/make_concepts.py"
 
 
 def test_every_concept_has_a_page_and_a_picture():
