@@ -191,7 +191,7 @@ def assert_matches_reference(
 ) -> None:
     """Check the output of a registered backend against float64, masks included, in all of `SITUATIONS`.
 
-    These are: 1 query alone and behind a cache of 20 keys; 7, 17, 33, 63 and 130 queries; groups of 1, 2, 3 and 4 query
+    These are: 1 query alone and behind a cache of 20 keys; 5, 7, 17, 33, 63 and 130 queries; groups of 1, 2, 3 and 4 query
     heads per KV head; padding on the left and on the right, and on the left with a cache of 12 keys; 16 and 24 channels.
     Only real queries are compared: what a backend returns for padding is its own affair.
 
