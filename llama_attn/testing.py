@@ -335,7 +335,7 @@ def _both_forms(
     if statistic.finish is not None:
         streamed = statistic.finish(streamed[None], counts, config)[0]
     forms = (streamed[None].clone(), statistic.textbook(reference)[None].clone())
-    if forms[0].shape != forms[1].shape or forms[0].ndim != len(statistic.dims):
+    if any(form.ndim != len(statistic.dims) for form in forms):
         return forms
     return mark_padding(statistic, forms[0], counts), mark_padding(statistic, forms[1], counts)
 
