@@ -258,7 +258,10 @@ def test_bad_arguments(call, message, everything):
 )
 def test_a_missing_statistic_says_how_to_measure_it(function, missing, everything):
     ds = everything.to_xarray().drop_vars([missing, "hidden_top", "hidden_layer_median"])
-    with pytest.raises(ValueError, match=rf'\[\'{missing}\'\] not measured; .*\(statistics=\(…, "{missing}"\)\)'):
+    with pytest.raises(
+        ValueError,
+        match=rf'\[\'{missing}\'\] not measured; measure with AttentionStatsConfig\(statistics=\(…, "{missing}"\)\)',
+    ):
         function(ds)
     with pytest.raises(TypeError, match=r"expected AttentionStats, xarray\.Dataset or the path"):
         function(tiny_model())

@@ -285,6 +285,13 @@ def test_repr_says_what_is_inside(stats):
     assert "(layer: 2, batch: 2, head: 3, query: 19)  [nat]" in text
 
 
+def test_repr_leaves_out_what_is_not_known(stats):
+    """As of norms alone, or statistics of the user's own of other tensors than attention, which no engine measures."""
+    assert "  measured on backend 'sdpa'\n" in repr(dataclasses.replace(stats, engine="", model=""))
+    assert "  measured by 'torch'\n" in repr(dataclasses.replace(stats, engine="torch", backend="", model=""))
+    assert "''" not in repr(dataclasses.replace(stats, engine="", backend="", model=""))
+
+
 def test_offload_and_float64(ids):
     model = tiny_model(dtype=torch.float64)
     config = AttentionStatsConfig(offload="cpu", norms=True)

@@ -341,9 +341,7 @@ def test_what_was_not_measured():
     stats, segments, _, inputs, _ = measured("gemma", "right")
     with record(model_of("gemma")) as recording, torch.no_grad():
         model_of("gemma")(**inputs)
-    with pytest.raises(
-        ValueError, match=r"row_weights were not measured; run the model with AttentionStatsConfig\(rows="
-    ):
+    with pytest.raises(ValueError, match=r"row_weights were not measured; measure with AttentionStatsConfig\(rows="):
         plot_image_rows(recording.stats, picture(8, 8), segments)
     with pytest.raises(TypeError, match="segments: expected what image_segments returns, got ImageSpan"):
         plot_image_rows(stats, picture(8, 8), segments.images[0][0])

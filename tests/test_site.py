@@ -97,6 +97,37 @@ def test_every_public_name_is_in_the_reference(name, site):
     assert set(importlib.import_module(name).__all__) - documented == set()
 
 
+# What the guides speak of, and what public functions are given or return.
+MEANT = {
+    "llama_attn": (
+        "observe.recording.Recording.stats", "observe.recording.Recording.forwards", "observe.recording.Recording.stacks",
+        "stats.images.ImageSegments", "stats.images.ImageSpan", "stats.labels.Label", "stats.block.Block.weights",
+        "stats.reference.Reference.weights", "observe.training.AttentionStatsCallback", "demo.demo_checkpoint",
+    ),
+    "corpus": (
+        "corpus.summary.About", "corpus.moments.Moments", "corpus.table.Table", "corpus.examples.Strongest",
+        "corpus.examples.Sample", "corpus.datatrove.MeasureAttention",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_what_public_functions_give_is_in_the_reference(name, site):
+    page = Page(site / "reference" / f"{name}.html")
+    assert [path for path in MEANT[name] if f"llama_attn.{path}" not in page.anchors] == []
+    # An observer, of which nobody but the library makes use.
+    assert "llama_attn.LlamaForCausalLM.observe" not in page.anchors
+    assert "llama_attn.Statistic" in page.anchors or name != "llama_attn"
+
+
+def test_headings_of_the_reference_are_public_names(site):
+    for page in ("analysis", "viz"):
+        text = (site / "reference" / f"{page}.html").read_text()
+        headings = re.findall(r'<h2 id="([^"]+)"[^>]*>\s*(.*?)</h2>', text, re.DOTALL)
+        assert len(headings) > 15
+        assert [at for at, heading in headings if "llama_attn." in re.sub(r"<[^>]+>", "", heading)] == []
+
+
 def test_llms_txt_names_every_page(site):
     listed = set(re.findall(r"\]\(([^)]+)\): \S", (site / "llms.txt").read_text()))
     assert listed | {"index.html", "404.html"} == {str(path.relative_to(site)) for path in site.rglob("*.html")}

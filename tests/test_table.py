@@ -130,6 +130,8 @@ def test_bad_registrations():
         ({"dims": ("layer", "batch", "head", "query", "key")}, "a matrix of T × T; see `weights_map`"),
         ({"dims": ("hidden_layer", "batch", "query")}, "if and only if 'entropy' observes hidden states"),
         ({"observes": "hidden"}, "if and only if 'entropy' observes hidden states"),
+        ({"observes": "foo"}, r"observes: expected one of \['block', .*'value_output'\] for 'entropy', got 'foo'"),
+        ({"needs": "token"}, r"needs: expected one of \[None, 'segments', 'tokens', .*\] for 'entropy', got 'token'"),
     ],
 )
 def test_axes_of_a_statistic(changes, message):
@@ -173,6 +175,60 @@ def first_of_block(block):
 def test_the_check_of_a_statistic_can_fail(stream, textbook, dims, message):
     with pytest.raises(AssertionError, match=message):
         assert_statistic_matches(Statistic("own", dims, "-", "-", stream=stream, textbook=textbook))
+
+
+KEY = ("layer", "batch", "head", "key")
+
+
+def squares(block):
+    return block.weights.square().sum(-2)
+
+
+def squares_textbook(reference):
+    return (reference.weights * reference.real_queries[:, None, :, None]).square().sum(-2)
+
+
+def test_the_check_of_a_statistic_says_that_padding_was_counted():
+    own = Statistic("own", KEY, "-", "-", stream=squares, textbook=squares_textbook)
+    assert_statistic_matches(own)
+    hint = "; the difference is of padded rows: leave them out of the textbook form with reference.real_queries$"
+    padded = dataclasses.replace(own, textbook=lambda reference: reference.weights.square().sum(-2))
+    with pytest.raises(AssertionError, match=r"'padding': 'right'}: the streaming form is off by .*" + hint):
+        assert_statistic_matches(padded)
+    other = dataclasses.replace(own, stream=lambda block: block.weights.pow(3).sum(-2), textbook=padded.textbook)
+    with pytest.raises(AssertionError, match=r"above 1.49e-08$"):
+        assert_statistic_matches(other)
+    # Right wherever nothing is padded, and wrong in more than padding where something is.
+    twice = dataclasses.replace(
+        own, textbook=lambda r: padded.textbook(r) * (1 + ~r.real_queries.all(1)[:, None, None])
+    )
+    with pytest.raises(AssertionError, match=r"'padding': 'left'}.*above 1.49e-08$"):
+        assert_statistic_matches(twice)
+
+
+@pytest.mark.usefixtures("restored_registry")
+@pytest.mark.parametrize(
+    ("dims", "stream", "message"),
+    [
+        (
+            QUERY,
+            lambda b: b.weights.sum(-1, keepdim=True),
+            r"\(batch, head, query\) = \(2, \d+, \d+\), got \(2, \d+, \d+, 1\)",
+        ),
+        (QUERY, lambda b: b.weights.sum((1, 3)), r"\(batch, head, query\) = \(2, \d+, \d+\), got \(2, \d+\)"),
+        (KEY[:3], lambda b: b.weights.sum(-1), r"\(batch, head\) = \(2, \d+\), got \(2, \d+, \d+\)"),
+        (KEY, lambda b: b.weights.sum(-2)[..., :-1], r"\(batch, head, key\) = \(2, \d+, \d+\), got \(2, \d+, \d+\)"),
+        ((*QUERY, "rank"), lambda b: b.weights.sum(-1), r"\(batch, head, query, rank\) = \(2, \d+, \d+, any\), got"),
+    ],
+)
+def test_a_streaming_form_with_other_axes(dims, stream, message, ids):
+    own = Statistic("own", dims, "-", "-", stream=stream, textbook=lambda reference: reference.weights)
+    message = f"^'own': expected its streaming form to return {message}"
+    with pytest.raises(ValueError, match=message):
+        assert_statistic_matches(own)
+    register_statistic(own)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        tiny_model()(ids, output_attention_stats=AttentionStatsConfig(statistics="own"))
 
 
 def imports_of(module: str) -> set[str]:

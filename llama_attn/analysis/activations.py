@@ -32,25 +32,27 @@ def massive_activations(ds: Source, magnitude: float = MAGNITUDE, ratio: float =
     Args:
         ds: Statistics with ``hidden_top`` and ``hidden_top_channel``, or ``hidden_max`` and ``hidden_max_channel``;
             and ``hidden_layer_median`` or ``hidden_median``.
-        magnitude: What the magnitude must exceed [activation].
-        ratio: What the magnitude over the median must reach.
+        magnitude: What the magnitude must exceed [activation]; 100 by default.
+        ratio: What the magnitude over the median must reach; 1,000 by default.
 
     Returns:
-        With the axes (hidden_layer, batch, query), where hidden layer i is what enters layer i and the last one
-        the last layer's output:
-        ``massive``: whether the token has a massive activation;
-        ``magnitude`` [activation], ``ratio`` and ``channel`` of its largest activation, massive or not; the channel
-        is −1 where there is no data;
-        ``complete``: whether all its massive activations are listed, which is unknown if all that were measured are
-        massive.
-        With one more axis, rank: ``channels`` and ``magnitudes`` [activation] of its massive activations, largest
-        first, −1 and NaN where there are no more.
-        ``median`` (hidden_layer, batch) [activation].
-        ``appears`` and ``disappears`` (batch, query): the first measured hidden layer where the token is massive,
-        and the first after it has been for the last time; −1 for never.
-        ``sink_heads`` (layer, batch, query) [fraction], if ``received`` of the same tokens was measured: the share
-        of the layer's heads for which the token is a sink (α > 0.3), NaN where too few queries see it to tell, as in
-        `sink_positions`.
+        These variables (hidden_layer, batch, query), where hidden layer i is what enters layer i and the last one the
+        last layer's output; others where they say so.
+
+        - ``massive``: whether the token has a massive activation.
+        - ``magnitude`` [activation], ``ratio`` and ``channel`` of its largest activation, massive or not; the channel
+          is −1 where there is no data.
+        - ``complete``: whether all its massive activations are listed, which is unknown if all that were measured are
+          massive.
+        - ``channels`` and ``magnitudes`` [activation], with one more axis, rank: of its massive activations, largest
+          first, −1 and NaN where there are no more.
+        - ``median`` (hidden_layer, batch) [activation].
+        - ``appears`` and ``disappears`` (batch, query): the first measured hidden layer where the token is massive,
+          and the first after it has been for the last time; −1 for never.
+        - ``sink_heads`` (layer, batch, query) [fraction], if ``received`` of the same tokens was measured: the share
+          of the layer's heads for which the token is a sink (α > 0.3), NaN where too few queries see it to tell, as in
+          `sink_positions`.
+
         ``attrs["part"]``: what was measured of the model, if not all of it.
 
     Raises:

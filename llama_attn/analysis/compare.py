@@ -48,18 +48,25 @@ def compare(a: Source, b: Source) -> pandas.DataFrame:
 
     Returns:
         One line per statistic, layer (hidden layer for the residual stream) and head (KV head for norms of keys and
-        values; none where the statistic has no heads): ``statistic, layer, head``; ``mean_a, mean_b`` and
-        ``difference`` = mean_b − mean_a over the aligned tokens [the statistic's unit]; ``matched``, the mean
-        difference at matched positions; ``effect``, the root mean square of the token-by-token difference at matched
-        positions over the standard deviation of the statistic, taken over all layers, heads and aligned tokens of both
-        runs, or over its rounding error where that is larger [ratio]; ``largest``, the token-by-token difference of
-        largest magnitude, with its ``batch``, its ``position`` in a, counted from the first token of the row's own
-        text, and its ``token``. Sorted by effect; lines without data come last.
+        values; none where the statistic has no heads), sorted by effect; lines without data come last. The columns are
 
-        ``attrs``: ``aligned``, ``tokens_a`` and ``tokens_b``, how many real tokens both texts have in common, a has
-        and b has; ``moved``, how many of those in common stand at different positions; ``summary``, this in words;
-        ``warning``, why it is too little, or ``""``; ``left_out``, a list of what was not compared, and why;
-        ``part_a`` and ``part_b``, what was measured of the models, if not all of them.
+        - ``statistic``, ``layer``, ``head``;
+        - ``mean_a``, ``mean_b`` and ``difference``, mean_b − mean_a, over the aligned tokens [the statistic's unit];
+        - ``matched``, the mean difference at matched positions;
+        - ``effect``, the root mean square of the token-by-token difference at matched positions over the standard
+          deviation of the statistic, taken over all layers, heads and aligned tokens of both runs, or over its rounding
+          error where that is larger [ratio];
+        - ``largest``, the token-by-token difference of largest magnitude, with its ``batch``, its ``position`` in a,
+          counted from the first token of the row's own text, and its ``token``.
+
+        ``attrs`` hold
+
+        - ``aligned``, ``tokens_a`` and ``tokens_b``, how many real tokens both texts have in common, a has and b has;
+        - ``moved``, how many of those in common stand at different positions;
+        - ``summary``, this in words;
+        - ``warning``, why it is too little, or ``""``;
+        - ``left_out``, a list of what was not compared, and why;
+        - ``part_a`` and ``part_b``, what was measured of the models, if not all of them.
 
     Warns:
         UserWarning: Fewer than half of the tokens of the shorter text are aligned.

@@ -43,12 +43,17 @@ def coverage(ds: Source, mass: Sequence[float] = MASS) -> xarray.Dataset:
 
     Args:
         ds: Statistics with ``weight_count`` and ``weight_mass``.
-        mass: Shares μ of the attention that goes to keys, each above 0 and up to 1.
+        mass: Shares μ of the attention that goes to keys, each above 0 and up to 1; 0.5, 0.9, 0.95 and 0.99 by default.
 
     Returns:
-        ``least`` and ``most`` (layer, head, mass) [keys]: bounds on k, over the real queries of all rows; NaN where
-        there is no data. ``uniform`` (mass), with ``layer`` in front where the layers see different keys [keys]: k of
-        uniform attention over the same keys. ``attrs["part"]``: what was measured of the model, if not all of it.
+        These variables, in keys.
+
+        - ``least`` and ``most`` (layer, head, mass): bounds on k, over the real queries of all rows; NaN where there is
+          no data.
+        - ``uniform`` (mass), with ``layer`` in front where the layers see different keys: k of uniform attention over
+          the same keys.
+
+        ``attrs["part"]``: what was measured of the model, if not all of it.
 
     Raises:
         ValueError: A statistic was not measured, or a share is not in (0, 1].

@@ -56,8 +56,8 @@ def require(dataset: xarray.Dataset, *names: str) -> None:
     if missing:
         wanted = ", ".join(f'"{name}"' for name in missing)
         raise ValueError(
-            f"source: {missing} not measured; run the model with "
-            f"output_attention_stats=AttentionStatsConfig(statistics=(…, {wanted})); there are {sorted(map(str, dataset.data_vars))}"
+            f"source: {missing} not measured; measure with AttentionStatsConfig(statistics=(…, {wanted})); there are "
+            f"{sorted(map(str, dataset.data_vars))}"
         )
 
 

@@ -25,19 +25,17 @@ def classify_heads(
 
     Scores are means over rows and over the real queries that see more than one key:
 
-    ================== =========================================================================== =========
-    role               score                                                                       threshold
-    ================== =========================================================================== =========
-    first_token_sink   mass on the first tokens, of queries that see them and more                 0.3
-    sink               mass on all tokens that are sinks of some measured layer                    0.3
-    previous_token     mass on the token before the query                                          0.3
-    duplicate_token    mass on earlier copies of the query's token                                 0.3
-    induction          mass on tokens that followed earlier copies of the query's token            0.3
-    local              1 − mean distance / mean distance of uniform attention                      0.5
-    uniform            mean of entropy / ln(number of visible keys)                                0.9
-    streaming          mass on sink and window together, of queries that see other keys too        0.9
-    retrieval          share of the ``needle`` that the head copied into the answer                0.1
-    ================== =========================================================================== =========
+    | role | score | threshold |
+    |---|---|---|
+    | ``first_token_sink`` | mass on the first tokens, of queries that see them and more | 0.3 |
+    | ``sink`` | mass on all tokens that are sinks of some measured layer | 0.3 |
+    | ``previous_token`` | mass on the token before the query | 0.3 |
+    | ``duplicate_token`` | mass on earlier copies of the query's token | 0.3 |
+    | ``induction`` | mass on tokens that followed earlier copies of the query's token | 0.3 |
+    | ``local`` | 1 − mean distance / mean distance of uniform attention | 0.5 |
+    | ``uniform`` | mean of entropy / ln(number of visible keys) | 0.9 |
+    | ``streaming`` | mass on sink and window together, of queries that see other keys too | 0.9 |
+    | ``retrieval`` | share of the ``needle`` that the head copied into the answer | 0.1 |
 
     The sinks of the run are those that `sink_positions` finds, its ``layer_sink`` in any layer, the first token or
     others: a head may rest on several. ``sink`` is known of all measured queries together only: it is NaN for some of

@@ -65,16 +65,12 @@ def keep_mask(
 ) -> xarray.DataArray:
     """Which keys each policy keeps after the measured text: ``budget`` of every row, layer and KV head.
 
-    ============= ==================================================================================================
-    policy        keeps
-    ============= ==================================================================================================
-    ``streaming`` the first ``sink`` and the last keys
-    ``h2o``       the last ``recent`` (default: half of the budget), and those that received most in total
-    ``snapkv``    the last ``recent`` (default: 64), and those that received most from the queries of this window, an
-                  average over 5 neighbours
-    ``tova``      the last key, and those that received most from the last query, on average over all heads
-    ``knorm``     the keys of the smallest norm
-    ============= ==================================================================================================
+    - ``streaming``: the first ``sink`` and the last keys.
+    - ``h2o``: the last ``recent`` (default: half of the budget), and those that received most in total.
+    - ``snapkv``: the last ``recent`` (default: 64), and those that received most from the queries of this window, an
+      average over 5 neighbours.
+    - ``tova``: the last key, and those that received most from the last query, on average over all heads.
+    - ``knorm``: the keys of the smallest norm.
 
     Scores of query heads are averaged over those of a KV head. Of keys with equal scores, lower ones are kept.
     Padding is never kept; a row with fewer real keys than the budget keeps all. The sets are those of kvpress'
@@ -85,9 +81,9 @@ def keep_mask(
         ds: Statistics of a causal text with what the policy chooses by: ``received_total`` for ``h2o``,
             ``row_weights`` of the last 64 queries for ``snapkv`` and of the last one for ``tova``, ``key_norm`` for
             ``knorm``; of all query heads.
-        policy: One of the table.
+        policy: One of these names.
         budget: Keys to keep in every row, layer and KV head.
-        sink: First keys that ``streaming`` keeps, if the budget holds as many.
+        sink: First keys that ``streaming`` keeps, if the budget holds as many; 4 by default.
         recent: Last keys that ``h2o`` and ``snapkv`` keep in any case. For ``snapkv`` also the queries that choose;
             where fewer rows were measured or the text is shorter, and nothing is named, those that there are.
 
@@ -222,9 +218,8 @@ def _check_text(dataset: xarray.Dataset, policy: str) -> None:
         raise ValueError(f"source: expected causal attention, whose cache can be cut, got {direction_of(dataset)}")
     if policy in ROWS and "row_weights" not in dataset:
         raise ValueError(
-            f"source: {policy} needs row_weights, which were not measured; run the model with "
-            f"output_attention_stats=AttentionStatsConfig({ROWS[policy]}); there are "
-            f"{sorted(map(str, dataset.data_vars))}"
+            f"source: {policy} needs row_weights, which were not measured; measure with "
+            f"AttentionStatsConfig({ROWS[policy]}); there are {sorted(map(str, dataset.data_vars))}"
         )
     require(dataset, *NEEDED[policy])
     asked, last = dataset["query"].values, int(dataset["key"].values[-1])

@@ -27,19 +27,21 @@ def locality(ds: Source) -> xarray.Dataset:
             of the attention that is left to keys.
 
     Returns:
-        Per (layer, batch, head), means over the real queries:
-        ``local_mass`` [probability] on distances below the configuration's ``window``;
-        ``mean_distance`` [tokens];
-        ``normalized_entropy`` [ratio], H_i / ln n_i over the queries that have n_i > 1 outcomes, the keys they see
-        and a learned sink: 1 is uniform;
-        ``relative_distance`` [ratio], mean distance over that of uniform attention: 0 looks at itself, 1 is as far
-        as uniform, almost 2 looks at the first token only;
-        ``reach``: ``"local"`` where the relative distance is below 0.5, else ``"global"``, or ``"no data"``, as in
-        cross-attention, which has no distances.
-        Per batch, and per layer where the layers see different keys: ``uniform_local_mass`` and ``uniform_distance``,
-        the same means of uniform attention. Where the text, or what the layer sees of it, is hardly longer than the
-        configuration's ``window``, local mass says little, and the relative distance still does.
-        ``attrs["part"]``: what was measured of the model, if not all of it.
+        These variables (layer, batch, head), means over the real queries.
+
+        - ``local_mass`` [probability]: on distances below the configuration's ``window``.
+        - ``mean_distance`` [tokens].
+        - ``normalized_entropy`` [ratio]: H_i / ln n_i over the queries that have n_i > 1 outcomes, the keys they see
+          and a learned sink: 1 is uniform.
+        - ``relative_distance`` [ratio]: mean distance over that of uniform attention: 0 looks at itself, 1 is as far
+          as uniform, almost 2 looks at the first token only.
+        - ``reach``: ``"local"`` where the relative distance is below 0.5, else ``"global"``, or ``"no data"``, as in
+          cross-attention, which has no distances.
+        - ``uniform_local_mass`` and ``uniform_distance``, (batch), and per layer where the layers see different keys:
+          the same means of uniform attention.
+
+        Where the text, or what the layer sees of it, is hardly longer than the configuration's ``window``, local mass
+        says little, and the relative distance still does. ``attrs["part"]``: what was measured of the model, if not all of it.
 
     Raises:
         ValueError: A statistic was not measured.

@@ -46,10 +46,13 @@ def retrieval_heads(ds: Source, needle: tuple[int, int]) -> xarray.Dataset:
         needle: First position of the needle, and the one behind its last [token].
 
     Returns:
-        ``score`` (layer, batch, head) [fraction]: share of the needle's tokens that the head copied, each counted once;
-        ``steps`` (layer, batch, head): how many generated tokens it copied from the needle, which over the length of
-        the needle is the number that the authors' code adds up;
-        ``retrieval`` (layer, batch, head): whether the score exceeds 0.1.
+        These variables (layer, batch, head).
+
+        - ``score`` [fraction]: share of the needle's tokens that the head copied, each counted once.
+        - ``steps``: how many generated tokens it copied from the needle, which over the length of the needle is the
+          number that the authors' code adds up.
+        - ``retrieval``: whether the score exceeds 0.1.
+
         NaN, 0 and False in layers without data. The last token is not known where it was never fed back, and counts as
         no copy; it mostly is the end of the text. ``attrs`` hold ``needle``, ``threshold`` and ``part``.
 
@@ -109,8 +112,8 @@ def lookback_ratio(
             counts so.
 
     Returns:
-        A ratio (layer, batch, head, query) in [0, 1], of the queries that generated tokens were drawn from: the
-        coordinate ``generated`` is the position of that token. NaN where there is nothing new, as for the first token
+        A ratio (layer, batch, head, query) in [0, 1], of the queries that generated tokens were drawn from, with the
+        position of that token as the coordinate ``generated``. NaN where there is nothing new, as for the first token
         without ``new``, for rows that have ended, and where a query sees nothing of the context. ``attrs["part"]`` as
         in `sink_rate`.
 
@@ -166,14 +169,18 @@ def streaming_heads(ds: Source, threshold: float = STREAMING) -> xarray.Dataset:
 
     Args:
         ds: Statistics of causal attention with ``sink_mass`` and ``local_mass``.
-        threshold: Streaming heads have less than this outside [probability]. 0.1 is a choice: DuoAttention learns its
+        threshold: Streaming heads have less than this outside [probability], 0.1 by default. It is a choice: DuoAttention learns its
             split, by training gates of heads on long texts.
 
     Returns:
-        ``outside`` (layer, head) [probability]: mean over rows and queries; ``uniform`` (layer) [probability], that of
-        uniform attention, where the threshold says little if it is small; ``kind`` (layer, head): ``"streaming"``,
-        ``"retrieval"``, or ``"no data"`` where no query sees a key outside, or it is unknown whether one does, as
-        in `uniform_attention`. ``attrs`` hold ``threshold``, ``sink_tokens``, ``window`` and ``part``.
+        These variables.
+
+        - ``outside`` (layer, head) [probability]: mean over rows and queries.
+        - ``uniform`` (layer) [probability]: that of uniform attention, where the threshold says little if it is small.
+        - ``kind`` (layer, head): ``"streaming"``, ``"retrieval"``, or ``"no data"`` where no query sees a key outside,
+          or it is unknown whether one does, as in `uniform_attention`.
+
+        ``attrs`` hold ``threshold``, ``sink_tokens``, ``window`` and ``part``.
 
     Raises:
         ValueError: A statistic was not measured, attention is not causal, or the threshold is not between 0 and 1.

@@ -31,7 +31,7 @@ def sink_rate(
 
     Args:
         ds: Statistics with ``received``.
-        epsilon: ε, what a sink receives at least [probability].
+        epsilon: ε, what a sink receives at least [probability]; 0.3 by default.
         key: Which key, counted in real keys of the row, so that 0 is the first token also behind left padding.
         by: Keep this axis in place of the mean over all, e.g. ``"layer"`` for one rate per layer.
 
@@ -86,22 +86,26 @@ def sink_positions(ds: Source, epsilon: float = EPSILON, *, fewest_queries: int 
 
     Args:
         ds: Statistics with ``received``.
-        epsilon: What a sink of a head receives at least of the attention of those who see it [probability].
+        epsilon: What a sink of a head receives at least of the attention of those who see it [probability]; 0.3 by
+            default.
         fewest_queries: By how many measured queries a sink must be seen; None for the number above.
 
     Returns:
-        ``sink`` (layer, batch, head, key): whether α_k > ε and enough queries see the key.
-        ``layer_sink`` (layer, batch, key): whether the heads of the layer give it more than c on average, with its
-        own u, and enough queries see it: heads may share several sinks of which none exceeds ε. Never where
-        `uniform_attention` is unknown.
-        ``share`` (layer, batch, head, key) [fraction]: Σ_i A_ik / Q, of all attention what the key takes.
-        ``boost`` (layer, batch, head, key) [ratio]: this over its value under uniform attention; NaN where
-        `uniform_attention` is unknown. In short texts uniform attention alone exceeds ε, with a boost of 1: read both.
-        ``queries`` (batch, key), with ``layer`` in front where the layers differ: how many measured queries see it.
-        ``position`` (layer, batch, head) [token]: the sink with the largest share, −1 where there is none.
-        ``heads`` (batch, key) [fraction]: share of measured heads that have a sink there, of all layers in which
-        some query sees the key.
-        ``attrs`` hold ``epsilon``, row by row ``fewest_queries``, and ``part`` as in `sink_rate`. Token strings stay as coordinates.
+        These variables, with token strings as coordinates.
+
+        - ``sink`` (layer, batch, head, key): whether α_k > ε and enough queries see the key.
+        - ``layer_sink`` (layer, batch, key): whether the heads of the layer give it more than c on average, with its
+          own u, and enough queries see it: heads may share several sinks of which none exceeds ε. Never where
+          `uniform_attention` is unknown.
+        - ``share`` (layer, batch, head, key) [fraction]: Σ_i A_ik / Q, of all attention what the key takes.
+        - ``boost`` (layer, batch, head, key) [ratio]: this over its value under uniform attention; NaN where
+          `uniform_attention` is unknown. In short texts uniform attention alone exceeds ε, with a boost of 1: read both.
+        - ``queries`` (batch, key), with ``layer`` in front where the layers differ: how many measured queries see it.
+        - ``position`` (layer, batch, head) [token]: the sink with the largest share, −1 where there is none.
+        - ``heads`` (batch, key) [fraction]: share of measured heads that have a sink there, of all layers in which
+          some query sees the key.
+
+        ``attrs`` hold ``epsilon``, row by row ``fewest_queries``, and ``part`` as in `sink_rate`.
 
     Raises:
         ValueError: ``received`` was not measured, ε is out of range, or the number is not a positive integer.

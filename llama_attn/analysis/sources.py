@@ -53,18 +53,22 @@ def sources(
 
     Returns:
         One line per generated token and segment, then one per segment for the mean over tokens, whose ``position`` is
-        −1 and whose ``token`` is ``"mean"``:
-        ``position`` of the generated token; ``token``, missing where it is not known, as for the last, which was never
-        fed back; ``segment``; ``tokens``, how many of its tokens the query sees, on average over layers;
-        ``share`` of the attention of the chosen heads, and ``all_heads`` of all; what is missing to 1 lies in no
-        segment, or in a learned sink;
-        ``uniform``, the share of the tokens that the query sees, which is what uniform attention would give;
-        ``relative``, share over uniform: 1 is uniform attention, whatever the length of the segment;
-        ``without_sink``, ``uniform_without_sink`` and ``relative_without_sink``, the same of what does not go to the
-        first ``sink_tokens`` tokens;
-        ``wins``: whether the segment has the largest ``without_sink`` of those ``among`` which one shall win, the first
-        of equal ones, and none where there is no data.
-        ``attrs``: ``exact``, whether the sink was taken out of the weights themselves; ``part``.
+        −1 and whose ``token`` is ``"mean"``. The columns are
+
+        - ``position`` of the generated token;
+        - ``token``, missing where it is not known, as for the last, which was never fed back;
+        - ``segment``;
+        - ``tokens``, how many of its tokens the query sees, on average over layers;
+        - ``share`` of the attention of the chosen heads, and ``all_heads`` of all; what is missing to 1 lies in no
+          segment, or in a learned sink;
+        - ``uniform``, the share of the tokens that the query sees, which is what uniform attention would give;
+        - ``relative``, share over uniform: 1 is uniform attention, whatever the length of the segment;
+        - ``without_sink``, ``uniform_without_sink`` and ``relative_without_sink``, the same of what does not go to the
+          first ``sink_tokens`` tokens;
+        - ``wins``: whether the segment has the largest ``without_sink`` of those ``among`` which one shall win, the
+          first of equal ones, and none where there is no data.
+
+        ``attrs`` hold ``exact``, whether the sink was taken out of the weights themselves, and ``part``.
 
     Raises:
         ValueError: There are no segments, no generated tokens, or no such segment, head or row; or what the sink takes

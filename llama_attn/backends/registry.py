@@ -90,7 +90,7 @@ def register_backend(
     """Make ``attend`` available as ``attn_implementation=name``, statistics included.
 
     Args:
-        name: The name to ask for.
+        name: The name to ask for. One that was registered here before is registered anew.
         attend: An attention function with transformers' signature, ``attend(module, query, key, value,
             attention_mask, scaling=…, dropout=…, **kwargs) -> (output, weights or None)``: query
             (batch, head, query, channel); key, value (batch, kv_head, key, channel); output

@@ -27,12 +27,18 @@ def compare(a: CorpusSummary, b: CorpusSummary, *, confidence: float = 0.95) -> 
         confidence: Of the intervals, which hold for large numbers of texts (they are those of a normal distribution).
 
     Returns:
-        One line per statistic, layer and head that both have, the largest effect first: ``mean_a``, ``mean_b`` over
-        all texts; ``difference``, with ``low`` and ``high`` around it; ``effect``, the difference over the
-        root mean square of both standard deviations over texts (standardised mean difference);
-        ``texts`` that both have sampled; over these ``paired_difference``, with ``paired_low`` and ``paired_high``, and
-        ``paired_effect``, it over the standard deviation of the differences. NaN where there are less than two
-        texts, and effects where nothing varies. ``attrs`` hold ``texts_a``, ``texts_b``, ``texts_in_both`` and what is
+        One line per statistic, layer and head that both have, the largest effect first. The columns are
+
+        - ``statistic``, ``layer``, ``head``;
+        - ``mean_a`` and ``mean_b`` over all texts;
+        - ``difference``, with ``low`` and ``high`` around it;
+        - ``effect``, the difference over the root mean square of both standard deviations over texts (standardised
+          mean difference);
+        - ``texts`` that both have sampled;
+        - ``paired_difference`` over these, with ``paired_low`` and ``paired_high``, and ``paired_effect``, it over the
+          standard deviation of the differences.
+
+        NaN where there are less than two texts, and effects where nothing varies. ``attrs`` hold ``texts_a``, ``texts_b``, ``texts_in_both`` and what is
         ``only_in_a`` and ``only_in_b``.
 
     Raises:

@@ -40,6 +40,12 @@ class MeasureAttention(PipelineStep):
         batch_tokens: Tokens of a batch at most.
         records: Documents that are held at once, so that batches are of similar length.
         examples: Texts that are kept of each head and statistic.
+
+    Examples:
+        >>> from datatrove.executor import LocalPipelineExecutor
+        >>> from datatrove.pipeline.readers import JsonlReader
+        >>> from llama_attn.corpus.datatrove import MeasureAttention
+        >>> LocalPipelineExecutor([JsonlReader("texts"), MeasureAttention("out", load)], tasks=8, workers=2).run()
     """
 
     name, type = "attention statistics", "llama_attn"

@@ -20,7 +20,7 @@ from llama_attn.engines._threads import in_threads
 from llama_attn.engines._walk import Gradients, Walk, check_call, compute_dtype
 from llama_attn.stats.block import HIDDEN_SCORE, Block, Wanted
 from llama_attn.stats.scoring import Scoring
-from llama_attn.stats.table import Statistic
+from llama_attn.stats.table import BUILT_IN, Statistic
 from llama_attn.stats.visibility import Visibility
 
 # Bytes of scores held at once. Small enough that the passes over a block find it in the cache of a CPU, large enough
@@ -268,6 +268,8 @@ def _take(block: Block, raw: dict[str, Tensor], sums: dict[str, Tensor], num_que
     """Let each wanted statistic take what it needs from the block: rows of queries, or sums over them."""
     for statistic in block.wanted.statistics:
         taken = statistic.stream(block)
+        if statistic.name not in BUILT_IN and statistic.name not in raw and statistic.name not in sums:
+            block.check_shape(statistic, taken)
         if statistic.per_query:
             of_all, first = num_queries, block.rows.start
             if statistic.needs == "rows" and (chosen := block.wanted.rows) is not None:

@@ -286,7 +286,7 @@ def record(module: nn.Module, config: AttentionStatsConfig | bool = True, *, sta
             self-attention of the decoder, or the only stack there is.
 
     Returns:
-        A context manager that gives itself: ``recording.stats``, ``recording.forwards``, ``recording.stacks``.
+        A context manager that gives itself, with ``stats``, ``forwards`` and ``stacks``.
 
     Raises:
         ValueError: There is no such stack or layer, the module is already recorded, or, when the block ends, nothing

@@ -54,8 +54,9 @@ class AttentionStatsCallback(TrainerCallback):
     Args:
         trainer: The trainer that the callback is added to.
         every: Measure each so many optimizer steps, besides the first and the last.
-        statistics: Names of what is measured; of ``max_logit`` and ``hidden_max`` the largest number is logged, of the
-            others the mean. Positions and what has axes of bins, ranks or segments has no mean.
+        statistics: Names of what is measured, by default ``entropy``, ``max_logit`` and ``sink_mass``; of ``max_logit``
+            and ``hidden_max`` the largest number is logged, of the others the mean. Positions and what has axes of
+            bins, ranks or segments has no mean.
         entropy_threshold: Warn of layers whose mean entropy is below it [nat]; ``None`` never.
         logit_threshold: Warn of layers whose largest scaled score is above it [logit]; ``None`` never.
         layers: Layer indices to measure; ``None`` for all.
@@ -74,6 +75,7 @@ class AttentionStatsCallback(TrainerCallback):
         logits is that of QK-Clip: Kimi K2, arXiv 2507.20534.
 
     Examples:
+        >>> from llama_attn.observe.training import AttentionStatsCallback
         >>> trainer = Trainer(model, args, train_dataset=dataset)
         >>> trainer.add_callback(AttentionStatsCallback(trainer, every=100))
         >>> trainer.train()

@@ -51,8 +51,8 @@ def chat_segments(
         **template_kwargs: As given to ``apply_chat_template``: ``enable_thinking`` and the like.
 
     Returns:
-        Segment of every token, (batch, key), −1 for padding, and the names. ``special`` is what the template writes:
-        headers with names, a default system prompt, the prompt for generation. The others stand in order of
+        Segment of every token, (batch, key), −1 for padding, and the names. ``special`` is what the template writes,
+        such as headers with names, a default system prompt, the prompt for generation. The others stand in order of
         appearance: roles; ``tool_call`` for what ``tool_calls`` hold; ``tools`` and ``documents``.
         ``AttentionStatsConfig(segments=chat_segments(…))`` takes both.
 

@@ -21,7 +21,7 @@ class AttentionStatsConfig:
     """Which statistics of which heads to measure.
 
     Args:
-        statistics: Names from the table of statistics, or ``"all"`` for everything the call allows.
+        statistics: Names from the table of statistics, or a single name, or ``"all"`` for everything the call allows.
         layers: Layer indices to measure; ``None`` for all.
         heads: Query-head indices to measure; ``None`` for all. KV heads are never filtered.
         sink_tokens: Number of real keys at the start of a sequence that count as the sink [tokens].
@@ -33,7 +33,8 @@ class AttentionStatsConfig:
             `chat_segments` or `image_segments` returns; adds ``segment_mass``.
         query_stride: Measure queries 0, s, 2s … of the row only.
         offload: ``"cpu"`` moves every layer's numbers to the CPU as soon as they exist.
-        engine: Name of the engine that measures; ``None`` leaves the choice to the written rule.
+        engine: ``"native"`` (C++, on the CPU), ``"torch"`` (PyTorch, on any device) or ``"triton"`` (on an NVIDIA GPU);
+            ``None`` takes ``native`` on a CPU that has it, and ``torch`` elsewhere.
         rows: Positions of queries, negative ones from the end of the row, or a slice of positions, or ``"generated"``:
             the last query of the prompt and every token that was fed back; adds ``row_weights``.
         keep: Which keys are kept, bool (batch, key) or (layer, batch, kv_head, key), layers as measured, or what

@@ -51,7 +51,9 @@ def _about(stats: AttentionStats) -> list[str]:
         f"{len(stats.layers)} layers × {len(stats.heads)} heads, batch {stats.batch}, "
         f"{len(stats.queries)} queries, {stats.num_keys} keys, {size / 2**20:.1f} MiB",
         f"layers {_indices(stats.layers)} of {stats.num_layers}, heads {_indices(stats.heads)}{of}",
-        f"measured by {stats.engine!r} on backend {stats.backend!r}"
+        "measured"
+        + (f" by {stats.engine!r}" if stats.engine else "")
+        + (f" on backend {stats.backend!r}" if stats.backend else "")
         + (f" of {printable(stats.model)}" if stats.model else "")
         + ("" if stats.tokens is None else ", with tokens")
         + (", replayed" if stats.replayed else ""),

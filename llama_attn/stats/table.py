@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from llama_attn.stats.reference import Reference
 
 Observed = Literal["block", "hidden", "hidden_real", "key", "value", "value_output"]
+Needed = Literal["segments", "tokens", "rows", "keep"]
 
 # Dimensions that a statistic may have besides layer and batch, in the order in which they appear.
 DIMENSIONS = (
@@ -29,22 +30,41 @@ class Statistic:
 
     Args:
         name: The key in ``AttentionStats``.
-        dims: Names of the axes in the order of `DIMENSIONS`, the layer axis first.
+        dims: Names of the axes, each once and in this order: ``layer`` or, for hidden states, ``hidden_layer``; then
+            ``batch``; then some of ``head``, ``kv_head``, ``query``, ``row``, ``key``, ``query_bin``, ``key_bin``,
+            ``distance_bin``, ``weight_bin``, ``rank``, ``segment``. Not ``query`` and ``key`` together. What is
+            of attention and has ``query``, ``row`` or ``key`` has ``head`` too.
         unit: Unit of the numbers.
         source: Where the definition comes from.
-        stream: The streaming form. For a statistic of attention it takes a ``Block`` of query rows. With a
-            ``query`` axis it returns the block's rows (batch, head, rows, …); without one it returns what the
+        stream: The streaming form. For a statistic of attention it takes a `Block` of query rows. With a
+            ``query`` axis it returns the block's rows (batch, head, row, …); without one it returns what the
             block adds to a running sum whose shape is (batch, head, …), and for keys those of the block.
-            For a norm it takes the observed tensor itself; if it observes ``"hidden_real"``, the states
-            (batch, query, channel), which of them are real tokens (batch, query), and the configuration.
-        textbook: The definition on materialised float64 weights, which the tests compare with.
+            For a norm it takes what ``observes`` says, and returns (batch, …) without the layer axis.
+        textbook: The definition on the materialised float64 weights of a `Reference`, which the tests compare with.
+            It returns the axes behind the layer. Queries that are padding have weights there, which no block has: a
+            sum over queries leaves them out with ``reference.real_queries``.
         meaning: One line for labels and docs.
         default: Whether it belongs to the default set.
-        finish: Turns the finished running sum (…, batch, head, …) into the statistic, e.g. divides it.
+        finish: ``finish(total, counts, config)`` turns the finished running sum, (…, batch, head, …), into the
+            statistic, e.g. divides it by ``counts.visible_queries_per_head``, (batch, 1 or head, key).
         dtype: Integer type of positions and channels, where −1 is "none"; ``None`` for floats, where it is NaN.
         parts: Sizes of axes which the running sum has behind ``head`` and ``finish`` removes.
         observes: What the streaming form is given. Everything but ``"block"`` is a norm (``norms=True``).
-        needs: ``"segments"``, ``"tokens"`` (ids), ``"rows"`` or ``"keep"`` if it cannot be measured without them.
+
+            - ``"block"``: a `Block`.
+            - ``"key"``: keys after RoPE, (batch, kv_head, key, channel).
+            - ``"value"``: values, (batch, kv_head, key, value_channel).
+            - ``"value_output"``: the values, and the weight of the output projection by head, (head, hidden,
+              value_channel).
+            - ``"hidden"``: states of the residual stream, (batch, query, channel); one more layer than there are, whose
+              last is the output.
+            - ``"hidden_real"``: the same states, which of them are real tokens, (batch, query), and the configuration.
+        needs: What it cannot be measured without; None for nothing. A block has it.
+
+            - ``"tokens"``: ids, which are ``block.tokens`` (batch, key) and ``block.row_tokens`` (batch, row).
+            - ``"segments"``: those of the configuration, ``block.wanted.segments`` (batch, all keys).
+            - ``"rows"``: those of the configuration; it has the axis ``row``.
+            - ``"keep"``: that of the configuration, ``block.wanted.keep`` (batch, 1 or kv_head, all keys).
         of_distance: Whether it compares positions of queries and keys, which cross-attention does not have.
     """
 
@@ -60,12 +80,15 @@ class Statistic:
     dtype: torch.dtype | None = None
     parts: tuple[int, ...] = ()
     observes: Observed = "block"
-    needs: Literal["segments", "tokens", "rows", "keep"] | None = None
+    needs: Needed | None = None
     of_distance: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", tuple(self.dims))
         check_dims(self.name, self.dims)
+        for field, known in (("observes", get_args(Observed)), ("needs", (None, *get_args(Needed)))):
+            if (given := getattr(self, field)) not in known:
+                raise ValueError(f"{field}: expected one of {list(known)} for {self.name!r}, got {given!r}")
         if {"query", "key"} <= set(self.dims):
             raise ValueError(f"dims: {self.name!r} of query and key would be a matrix of T × T; see `weights_map`")
         of_states = self.observes.startswith("hidden")

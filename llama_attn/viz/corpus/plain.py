@@ -37,7 +37,7 @@ Json = dict[str, Any]
 
 
 def corpus_json(summary: Source, path: str | os.PathLike[str]) -> Path:
-    """Write the statistics and examples of a corpus as JSON. What is unknown is null; docs/corpus.md has every key.
+    """Write the statistics and examples of a corpus as JSON; what is unknown is null. The page on corpora has every key.
 
     Args:
         summary: A summary, or the path of one.

@@ -41,7 +41,7 @@ def plot_coverage(source: Source, *, mass: Sequence[float] = MASS, ax: Axes | No
 
     Args:
         source: Statistics with ``weight_count`` and ``weight_mass``.
-        mass: Shares of attention, at most six.
+        mass: Shares of attention, at most six; 0.5, 0.9, 0.95 and 0.99 by default.
         ax: Where to draw; None for a figure of its own.
 
     Raises:

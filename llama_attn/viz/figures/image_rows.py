@@ -70,7 +70,7 @@ def plot_image_rows(
     dataset = as_dataset(source)
     if "row_weights" not in dataset:
         raise ValueError(
-            "source: row_weights were not measured; run the model with AttentionStatsConfig(rows=(-1,)) or another "
+            "source: row_weights were not measured; measure with AttentionStatsConfig(rows=(-1,)) or another "
             f"choice of rows; there are {sorted(map(str, dataset.data_vars))}"
         )
     # Segments count padding, which is cut off.

@@ -86,7 +86,7 @@ def plot_rows(
     dataset = as_dataset(source)
     if "row_weights" not in dataset:
         raise ValueError(
-            'source: row_weights were not measured; run the model with AttentionStatsConfig(rows=(-1,)) or rows="generated"; '
+            'source: row_weights were not measured; measure with AttentionStatsConfig(rows=(-1,)) or rows="generated"; '
             f"there are {sorted(map(str, dataset.data_vars))}"
         )
     of_text = pick(dataset, batch=batch, layer=layer)

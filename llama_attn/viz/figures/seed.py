@@ -40,7 +40,7 @@ def save_seed_figures(
     Args:
         stats: Statistics with the map of ``kind`` and ``norms=True``.
         directory: Where to; made if it does not exist.
-        layers: Which layers; those that were not measured are skipped.
+        layers: Which layers, by default 0 to 9; those that were not measured are skipped.
         batch: Row of the batch.
         kind: What the attention map shows.
         partly: Leave out the figures that need a statistic that is missing, in place of an error.
