@@ -70,7 +70,9 @@ def _parameters(command: Callable[..., Any]) -> Iterator[tuple[str, str]]:
         if several:
             notes.append("may be given several times")
         said = f" ({', '.join(notes)})" if notes else ""
-        yield "", f"- {option}{said}: {info.help}"
+        # Lines that --help keeps as they are begin with a backspace.
+        about = " ".join(info.help.replace("\b", "").split())
+        yield "", f"- {option}{said}: {about}"
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def demo(
 ) -> None:
     """See the attention sinks of a real small Llama, SmolLM2-135M-Instruct; with --generate 40 the pirate talks.
 
-    For another model, or a GGUF file of your own, see `llama-attn run` and its --gguf-file.
+    For another model, or a GGUF file of your own (--gguf-file), see `llama-attn run`.
     """
     if text is not None and file:
         fail("give one of --text or --file")

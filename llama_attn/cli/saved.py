@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,8 @@ OF_ONE_RUN = (
     "attention-map", "coverage", "distance-histogram", "head-grid", "head-roles", "hidden-norms", "kv-norms", "layer-heads",
     "layer-profile", "massive-activations", "model-view", "rows", "sources", "token-strip",
 )  # fmt: skip
+# In lines that the help keeps as they are: by itself it would break names behind hyphens.
+WHICH = textwrap.fill(", ".join(OF_ONE_RUN), 48, break_on_hyphens=False)
 Saved = Annotated[
     Path, typer.Argument(help="What AttentionStats.save wrote, e.g. stats.safetensors.", show_default=False)
 ]
@@ -50,7 +53,9 @@ Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Dots per inch.")]
 
 def plot(
     file: Saved,
-    what: Annotated[str, typer.Option(help=f"Which picture: {', '.join(OF_ONE_RUN)}.")] = "attention-map",
+    what: Annotated[
+        str, typer.Option(help=f"Which picture:\n\n\b\n{WHICH}.\n\nEach is shown in docs/gallery.md.")
+    ] = "attention-map",
     layer: Layer = None,
     head: Head = None,
     batch: Batch = None,
