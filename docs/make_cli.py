@@ -59,12 +59,20 @@ def _parameters(command: Callable[..., Any]) -> Iterator[tuple[str, str]]:
         notes = []
         if parameter.default is parameter.empty:
             notes.append("required")
+        elif isinstance(info.show_default, str):
+            notes.append(f"default: {info.show_default}")
         elif info.show_default and parameter.default is not None and parameter.default is not False:
             notes.append(f"default `{parameter.default}`")
+        if info.min is not None or info.max is not None:
+            notes.append(
+                " ".join(f"{word} {end}" for word, end in (("from", info.min), ("to", info.max)) if end is not None)
+            )
         if several:
             notes.append("may be given several times")
         said = f" ({', '.join(notes)})" if notes else ""
-        yield "", f"- {option}{said}: {info.help}"
+        # Lines that --help keeps as they are begin with a backspace.
+        about = " ".join(info.help.replace("\b", "").split())
+        yield "", f"- {option}{said}: {about}"
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def test_some_heads_and_the_sink_alone(files, tmp_path):
         (["--heads", "3"], "--heads: expected all, or layer.head"),
         (["--heads", "1.x"], "--heads: expected all, or layer.head"),
         (["--heads", "7.0"], "there is no attention in layer 7; there is in 0, 1, 2"),
+        (["--heads", "1.0,9.9"], "there is no attention in layer 9; there is in 0, 1, 2"),
         (["--heads", "1.4"], "layer 1 has no head 4; there are 0 to 3"),
         (["--mode", "median"], "--mode: expected zero or mean"),
         (["--attn", "sdpb"], "is not supported; there are"),
@@ -101,6 +102,7 @@ def test_bad_requests(arguments, message, files, tmp_path):
     result = invoke("ablate", folder, *files, *arguments, "--out", out)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+    assert "cannot measure" not in result.output, "it is said once what is wrong"
     assert not out.exists()
 
 
@@ -113,7 +115,7 @@ def test_models_and_texts_without_a_loss(files, tmp_path):
     folder = cli_models.save("llama", tmp_path / "llama")
     result = invoke("ablate", folder, "--file", tmp_path / "short.txt", "--out", tmp_path / "out")
     assert "expected texts of three tokens or more" in " ".join(result.output.split())
-    assert "give at least one text" in invoke("ablate", folder, "--out", tmp_path / "out").output
+    assert "Missing option '--file'" in invoke("ablate", folder, "--out", tmp_path / "out").output
 
 
 def test_the_grid():

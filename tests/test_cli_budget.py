@@ -50,7 +50,7 @@ def test_every_policy_and_budget(checkpoint, tmp_path):
             model(ids[:, :first])
         weights = torch.stack(model(ids, output_attentions=True).attentions)[:, 0, :, first:].double()
         full = loss_of(model, ids, first, torch.ones(length, length, dtype=torch.bool).tril())
-        assert f"{full:.3g} nat" in result.output
+        assert f"last 11 tokens when the 12 readers see all {first} before them: {full:.3g} nat" in result.output
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         for (policy, size), part in frame.groupby(["policy", "budget"]):
             recent = min(64, size // 2) if policy == "snapkv" else None
@@ -90,7 +90,7 @@ def loss_of(model, ids, first, seen):
         (("--budgets", "1"), "snapkv keeps the last key"),
         (("--policies", "fifo"), "--policies: expected some of"),
         (("--policies", ","), "--policies: expected some of"),
-        (("--readers", "100000"), "--readers: the text has"),
+        (("--readers", "100000"), f"--readers: the text has {len(TEXT)} tokens, so expected 2 to {len(TEXT) - 2}, got"),
     ],
 )
 def test_what_cannot_be(arguments, message, checkpoint, tmp_path):
@@ -98,6 +98,14 @@ def test_what_cannot_be(arguments, message, checkpoint, tmp_path):
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_are_too_short(checkpoint, tmp_path):
+    for text, options, least in (("1234567", (), 8), ("123", ("--readers", "2"), 4)):
+        (tmp_path / "text.txt").write_text(text)
+        result = budget(checkpoint, tmp_path, *options)
+        assert result.exit_code == 2
+        assert f"--file: expected a text of {least} tokens or more, got {len(text)}" in result.output
 
 
 def test_budgets_that_nobody_named_are_those_that_fit(checkpoint, tmp_path):

@@ -98,6 +98,21 @@ def test_files_that_are_no_summaries(saved, ids, tmp_path):
     assert invoke("report", tmp_path / "none.safetensors").exit_code == 2
 
 
+def test_a_summary_is_drawn_by_its_report(saved):
+    result = invoke("plot", saved)
+    assert result.exit_code == 2
+    assert f"is the summary of a corpus, which has a report: llama-attn report {saved}" in result.output
+
+
+@pytest.mark.parametrize(
+    "option", [("--plot", "a.png"), ("--what", "comparison"), ("--layer", 1), ("--kind", "logits")]
+)
+def test_pictures_of_comparisons_are_of_runs(option, saved):
+    result = invoke("compare", saved, saved, *option)
+    assert result.exit_code == 2
+    assert f"{option[0]}: it is of two runs, and these are summaries of corpora" in result.output
+
+
 def test_what_is_asked_for_is_what_is_drawn(saved, ids, tmp_path, monkeypatch):
     """A run keeps its own report, with the defaults of the function where nothing is said."""
     tiny_model()(ids, output_attention_stats=True).attention_stats.save(tmp_path / "run.safetensors")

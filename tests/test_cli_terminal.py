@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import warnings
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +13,16 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
+import typer
 from rich.table import Table
 from test_cli import invoke
 from test_cli_saved import saved, words  # noqa: F401 (a fixture)
 
 import llama_attn
 from llama_attn.analysis import compare
-from llama_attn.cli import engine, installation, places
+from llama_attn.cli import app, engine, installation, places
 from llama_attn.cli.loading import plan
-from llama_attn.cli.saved import _table
+from llama_attn.cli.saved import _table, _table_of_corpora
 from llama_attn.cli.terminal import PlainConsole, fail, first_line, number
 from llama_attn.demo import GGUF_FILE, HUB_ID, Checkpoint
 
@@ -120,6 +122,68 @@ def test_names_in_a_comparison_are_data():
     console = PlainConsole(file=io.StringIO(), width=250)
     console.print(_table(longest(HOSTILE)))
     assert HARMLESS in console.file.getvalue()
+
+
+@pytest.mark.parametrize("texts", [0, 43])
+def test_the_table_of_two_corpora_fits_into_80_columns(texts):
+    line = {
+        "statistic": "learned_sink_mass",
+        "layer": 29,
+        "head": 31,
+        "mean_a": -0.00123,
+        "mean_b": 24926.4,
+        "texts": texts,
+    }
+    line |= {"difference": -0.00234, "high": 0.00111, "effect": -0.123, "paired_effect": -0.456}
+    console = PlainConsole(file=io.StringIO(), width=80)
+    console.print(_table_of_corpora(pandas.DataFrame([line])))
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    cells = {*shown.split()}
+    assert {
+        "learned_sink_mass",
+        "statistic",
+        "29",
+        "31",
+        "-0.00123",
+        "24,926",
+        "-0.00234",
+        "±0.00345",
+        "-0.123",
+    } <= cells
+    assert {"paired", "-0.456"} <= cells if texts else not {"paired", "-0.456"} & cells
+
+
+@pytest.mark.parametrize("name", [None, *(command.callback.__name__ for command in app.registered_commands)])
+def test_nothing_in_the_help_is_cut_at_80_columns(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    group = typer.main.get_command(app)
+    shown = invoke(*[name] * (name is not None), "--help").output
+    assert max(map(len, shown.splitlines())) <= 80
+    command = group if name is None else group.commands[name]
+    wanted = [command.help]
+    for option in command.params:
+        wanted += [*option.opts, *option.secondary_opts, option.help]
+        # Nothing, or a flag, has none.
+        wanted += [str(option.default)] if option.default not in (None, False) else []
+    wanted += [group.commands[each].short_help for each in group.commands] if name is None else []
+    for text in wanted:
+        # No word is broken, not even behind a hyphen, since it may be copied.
+        assert " ".join(text.replace("\b", "").split()) in " ".join(shown.split())
+
+
+def test_what_a_command_does_is_the_first_sentence_of_its_help():
+    for name, command in typer.main.get_command(app).commands.items():
+        assert command.help.startswith(command.short_help.partition(" ")[0]), name
+        assert command.short_help.endswith("."), name
+
+
+def test_warnings_of_this_package_are_lines_of_the_command(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert invoke("backends").exit_code == 0
+    own, other = Path(llama_attn.__file__).parent / "cli" / "heads.py", "/somewhere/else.py"
+    assert warnings.formatwarning("too \x1blong", UserWarning, str(own), 3) == "llama-attn: warning: too long\n"
+    assert "/somewhere/else.py:3: UserWarning: too long" in warnings.formatwarning("too long", UserWarning, other, 3)
 
 
 @pytest.mark.parametrize(

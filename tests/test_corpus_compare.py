@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from corpora import CONFIG, measured, model, write
@@ -67,6 +68,14 @@ def test_the_same_texts(one, other):
         error = NORMAL_95 * apart.std(ddof=1) / np.sqrt(40)
         assert line.paired_high - line.paired_difference == pytest.approx(error, rel=1e-6)
         assert line.paired_effect == pytest.approx(apart.mean() / apart.std(ddof=1), rel=1e-6)
+
+
+def test_summaries_are_taken_by_their_files_too(one, other, tmp_path):
+    one.save(tmp_path / "one.safetensors")
+    for first in (tmp_path / "one.safetensors", str(tmp_path / "one.safetensors")):
+        pandas.testing.assert_frame_equal(compare(first, other), compare(one, other))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        compare(one, tmp_path / "none.safetensors")
 
 
 def test_with_itself_there_is_no_effect(one):

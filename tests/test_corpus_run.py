@@ -21,6 +21,7 @@ from corpus_process import measure
 from filelock import FileLock
 from test_cli import invoke
 
+from llama_attn.cli.corpus import _places
 from llama_attn.corpus import CorpusSummary, compare
 from llama_attn.corpus.batches import Reader
 from llama_attn.corpus.hub import HubDataset, is_hub_dataset
@@ -296,10 +297,37 @@ def test_the_command(checkpoint, words, tmp_path):
         other = command("one", "--shard-records", "7", option, value)
         assert other.exit_code == 2
         assert message in other.output
+    size = words.stat().st_size
     words.write_text("other words\n")
     other = command("one", "--shard-records", "7")
     assert other.exit_code == 2
-    assert "files was {'size':" in other.output
+    assert f"one is of other texts: words.txt has 12 bytes, and had {size:,}; choose another --out" in other.output
+    words.write_text("more words..\n"[:12])
+    assert command("two").exit_code == 0
+    words.write_text("some words..\n"[:12])
+    assert "words.txt has another content than it had" in command("two").output
+    words.rename(tmp_path / "others.txt")
+    words = tmp_path / "others.txt"
+    assert "words.txt was among them, and is not now" in command("two").output
+
+
+def test_several_files_of_lines(checkpoint, tmp_path):
+    for name, text in (("a.txt", "the cat\nsat\n"), ("b.txt", "on a mat\n")):
+        (tmp_path / name).write_text(text)
+
+    def command(*files):
+        return invoke("corpus", checkpoint, *(tmp_path / file for file in files), "--out", tmp_path / "out")
+
+    assert "3 texts (lines of 2 files), " in command("a.txt", "b.txt").output
+    (tmp_path / "c.txt").write_text("and more\n")
+    assert "c.txt was not among them, and is now" in command("a.txt", "b.txt", "c.txt").output
+
+
+def test_where_texts_stood():
+    assert _places(["a.txt"]) == ""
+    assert _places(["a.txt", "b.jsonl"]) == " (lines of 2 files)"
+    assert _places(["a.parquet", "b.parquet"]) == " (rows of 2 files)"
+    assert _places(["a.parquet", "owner/name"]) == " (records of 2 files)"
 
 
 def test_merging_runs(checkpoint, words, tmp_path):
@@ -312,6 +340,10 @@ def test_merging_runs(checkpoint, words, tmp_path):
     result = invoke("merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both.safetensors")
     assert result.exit_code == 0, result.output
     assert "40 texts" in result.output
+    in_both = {*written[:25]} & {*written[25:]}
+    said = f"{len(in_both)} are in more than one of FOLDERS" if in_both else "40 texts"
+    assert said in result.output
+    assert ("more than one of FOLDERS" in result.output) == bool(in_both)
     both = CorpusSummary.load(tmp_path / "both.safetensors")
     assert both.files == ("one.txt", "two.txt")
     one = CorpusSummary.load(tmp_path / "one" / SUMMARY)
@@ -341,6 +373,13 @@ def test_merging_runs(checkpoint, words, tmp_path):
     assert other.exit_code == 2
     assert "one.txt is none" in " ".join(other.output.split())
     assert invoke("compare", *files, "--plot", tmp_path / "x.png").exit_code == 2
+    again = invoke("merge", tmp_path / "one", tmp_path / "two" / ".." / "one", "--out", tmp_path / "x")
+    assert again.exit_code == 2
+    assert "one is given twice, and its texts would count twice" in again.output
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    again = invoke("merge", tmp_path / "one", tmp_path / "copy", "--out", tmp_path / "x")
+    of = len({*written[:25]})
+    assert f"warning: of {of} sampled texts {of} are in more than one of FOLDERS, and count each time" in again.output
     assert invoke("merge", tmp_path / "nothing", "--out", tmp_path / "x").exit_code == 2
 
 

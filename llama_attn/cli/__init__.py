@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Annotated
 
 import typer
 
 from llama_attn import __version__
 from llama_attn.cli import ablate, budget, corpus, engine, heads, run, saved
-from llama_attn.cli.terminal import console
+from llama_attn.cli.terminal import console, plain_warning
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# Help as plain text: in the columns of the other kind long names of options are cut where 80 columns are all there is.
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for _command in (
     run.demo, run.run, heads.heads, ablate.ablate, budget.budget, corpus.corpus, corpus.merge, saved.plot, saved.report,
     saved.compare, engine.backends, engine.build,
 ):  # fmt: skip
-    app.command()(_command)
+    app.command(short_help=" ".join(str(inspect.getdoc(_command)).partition("\n\n")[0].split()))(_command)
 
 
 @app.callback(invoke_without_command=True)
 def main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     """Exact statistics of every attention head of a Llama."""
+    warnings.formatwarning = plain_warning
     if version:
         console.print(__version__)
         raise typer.Exit

@@ -20,7 +20,6 @@ from llama_attn.cli.options import (
     Attn,
     Device,
     Dtype,
-    Files,
     GgufFile,
     Model,
     Out,
@@ -50,9 +49,15 @@ EVERY = "all"
 
 def ablate(
     model: Model,
-    file: Files = None,
+    file: Annotated[
+        list[Path], typer.Option(help="File with plain text, no chat template; several are read one by one.")
+    ],
     heads: Annotated[
-        str | None, typer.Option(help="all, or layer.head with commas: 3.1,4.0; 3.all for those of a layer.")
+        str | None,
+        typer.Option(
+            help="all, or layer.head with commas: 3.1,4.0; 3.all for those of a layer.",
+            show_default="all, or none with --sinks",
+        ),
     ] = None,
     sinks: Annotated[bool, typer.Option("--sinks", help="Also hide the first token from all later ones.")] = False,
     mode: Annotated[
@@ -74,8 +79,6 @@ def ablate(
     if mode not in ("zero", "mean"):
         fail(f"--mode: expected zero or mean, got {mode!r}")
     asked = _read_heads(heads if heads is not None or sinks else EVERY)
-    if not file:
-        fail("--file: give at least one text to read")
     if asked != {} and (lacking := missing(TABLES)):
         fail(f"--heads: the table needs {', '.join(lacking)}: pip install 'llama_attn[analysis]'")
     texts = read_texts(None, None, None, None, file, False)

@@ -76,10 +76,12 @@ def budget(
     tokens = tokenize(read_texts(None, None, None, None, [file], False), tokenizer)
     chosen.check_tokens(tokens.rows)
     length = tokens.length
+    if length < (shortest := 8 if readers is None else 4):
+        fail(f"--file: expected a text of {shortest} tokens or more, got {length}")
     last = min(MOST_READERS, length // 4) if readers is None else readers
     first = length - last
-    if last < 2 or first < 2:
-        fail(f"--readers: the text has {length} tokens; {last} readers leave {first} to be kept")
+    if first < 2:
+        fail(f"--readers: the text has {length:,} tokens, so expected 2 to {length - 2}, got {last}")
     if budgets is None and min(sizes) <= first < max(sizes):
         say(f"budgets: {', '.join(f'{size:,}' for size in sizes if size > first)} left out, of {first:,} tokens")
         sizes = [size for size in sizes if size <= first]
@@ -106,7 +108,8 @@ def budget(
         written = _write(frame, out)
     console.print(table_of_budgets(frame))
     say(
-        f"loss of the last {last - 1:,} tokens when they see all {first:,} before them: {number(frame.attrs['full_loss'])} nat"
+        f"loss of the last {last - 1:,} tokens when the {last:,} readers see all {first:,} before them: "
+        f"{number(frame.attrs['full_loss'])} nat"
     )
     say(subject.about(stats))
     say(f"{' and '.join(written)} {'are' if len(written) > 1 else 'is'} in {out}")

@@ -25,6 +25,7 @@ from llama_attn.cli.options import (
     Model,
     TrustRemoteCode,
     check_loading,
+    check_statistics,
     names_of,
 )
 from llama_attn.cli.progress import reading
@@ -110,6 +111,7 @@ def corpus(
     from llama_attn.corpus.run import SKIPPED, SUMMARY, Run
     from llama_attn.corpus.weights import fingerprint
 
+    check_statistics(statistics)
     config = _config(statistics, layers, heads)
     try:
         noted = shard_records or SMALLEST_SHARD
@@ -163,7 +165,7 @@ def corpus(
     if not _speaks():
         return
     say(subject.name)
-    say(f"{_told(summary)}; {SUMMARY} {ending} in {out}")
+    say(f"{_told(summary, _places(summary.files))}; {SUMMARY} {ending} in {out}")
     _report(summary, out / REPORT, out / SUMMARY)
 
 
@@ -191,24 +193,53 @@ def merge(
     from llama_attn.corpus.summary import CorpusSummary
 
     files: list[Path] = []
+    # Which of the folders each file is of.
+    origins: list[Path] = []
     for given in folders:
         parts = sorted((given / PARTS).glob("*.safetensors"))
         found = [given] if given.is_file() else [given / SUMMARY] if (given / SUMMARY).is_file() else parts
         if not found:
             fail(f"FOLDERS: there is no {SUMMARY} and no shard in {given}")
+        if {file.resolve() for file in found} & {file.resolve() for file in files}:
+            fail(f"FOLDERS: {given} is given twice, and its texts would count twice")
         files += found
+        origins += [given] * len(found)
+    known: dict[int, Path] = {}
+    twice: set[int] = set()
+
+    def loaded(file: Path, origin: Path) -> CorpusSummary:
+        """A summary, after a look at which of its sampled texts another folder has too."""
+        summary = CorpusSummary.load(file)
+        for digest in summary.sample.digest.tolist():
+            if known.setdefault(digest, origin) != origin:
+                twice.add(digest)
+        return summary
+
     try:
-        summary = CorpusSummary.merge(CorpusSummary.load(file) for file in files)
+        summary = CorpusSummary.merge(map(loaded, files, origins))
         summary.save(out)
     except (ValueError, OSError) as error:
         fail(first_line(error))
+    if twice:
+        say(
+            f"warning: of {len(known):,} sampled texts {len(twice):,} are in more than one of FOLDERS, and count each time"
+        )
     say(f"{_told(summary)}; merged from {len(files)} {'file' if len(files) == 1 else 'files'} into {out}")
 
 
-def _told(summary: CorpusSummary) -> str:
+def _told(summary: CorpusSummary, places: str = "") -> str:
     cut = f", {summary.cut:,} of them cut to {summary.about.max_tokens:,}" if summary.cut else ""
     skipped = f", {summary.skipped:,} records skipped" if summary.skipped else ""
-    return f"{summary.texts:,} texts{cut}, {summary.tokens:,} tokens{skipped}"
+    return f"{summary.texts:,} texts{places}{cut}, {summary.tokens:,} tokens{skipped}"
+
+
+def _places(files: Sequence[str]) -> str:
+    """Where the texts stood, if not all in one file: whoever gave files may take each of them for a text."""
+    if len(files) < 2:
+        return ""
+    suffixes = {Path(file).suffix for file in files}
+    what = "lines" if suffixes <= {".txt", ".jsonl"} else "rows" if suffixes == {".parquet"} else "records"
+    return f" ({what} of {len(files):,} files)"
 
 
 def _config(statistics: str | None, layers: str, heads: str) -> AttentionStatsConfig:

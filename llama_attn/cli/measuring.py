@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -162,6 +163,9 @@ def refusals(model: nn.Module) -> Iterator[None]:
     """End the command with what a model says that cannot be measured."""
     try:
         yield
+    except typer.Exit:
+        # A RuntimeError too, of a command that has said why it ends.
+        raise
     except REFUSALS as error:
         fail(f"cannot measure {type(model).__name__}: {first_line(error)}")
 

@@ -9,6 +9,7 @@ import torch
 import typer
 
 from llama_attn.backends.registry import get_backend
+from llama_attn.cli.advice import ELSEWHERE
 from llama_attn.cli.loading import DTYPES, check_adapter
 from llama_attn.cli.terminal import fail, first_line
 from llama_attn.stats.config import AttentionStatsConfig
@@ -63,13 +64,24 @@ def check_loading(attn: str, dtype: str, device: str, adapter: Path | None) -> N
     try:
         if attn != "auto":
             get_backend(attn)
-        place = torch.device("cpu" if device == "auto" else device)
-        if place.type == "meta" or (place.type == "cuda" and not torch.cuda.is_available()):
-            raise ValueError(f"--device: {device} is not there; try auto or cpu")
     except (ValueError, ImportError, RuntimeError) as error:
-        fail(first_line(error))
+        fail(f"--attn: {first_line(error)}")
+    try:
+        there = torch.empty(0, device="cpu" if device == "auto" else device).device.type != "meta"
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        # What PyTorch says depends on how it was built.
+        there = False
+    if not there:
+        fail(f"--device: {device} is not there; try auto or cpu")
     if adapter is not None:
         check_adapter(adapter)
+
+
+def check_statistics(statistics: str | None, *, documents: bool = False) -> None:
+    """End the command for statistics that need more than their name."""
+    for name in names_of(statistics):
+        if name in ELSEWHERE and not (documents and name == "segment_mass"):
+            fail(f"--statistics: {name} {ELSEWHERE[name]}")
 
 
 def check_generate(generate: int | None) -> None:

@@ -28,7 +28,7 @@ from llama_attn.cli.options import (
     TrustRemoteCode,
     check_generate,
     check_loading,
-    names_of,
+    check_statistics,
     stats_config,
 )
 from llama_attn.cli.showing import show, table_of_documents
@@ -75,7 +75,7 @@ def demo(
 ) -> None:
     """See the attention sinks of a real small Llama, SmolLM2-135M-Instruct; with --generate 40 the pirate talks.
 
-    For another model, or a GGUF file of your own, see `llama-attn run` and its --gguf-file.
+    For another model, or a GGUF file of your own (--gguf-file), see `llama-attn run`.
     """
     if text is not None and file:
         fail("give one of --text or --file")
@@ -126,8 +126,7 @@ def run(
     check_loading(attn, dtype, device, adapter)
     texts = read_texts(system, user, messages, prompt, file or [], documents)
     request = Request(texts, *choose(layers, measure_layers), out, generate, statistics, kind)
-    if "segment_mass" in names_of(statistics) and not documents:
-        fail("--statistics: segment_mass needs segments; give several --file with --documents")
+    check_statistics(statistics, documents=documents)
     stats_config(statistics, kind)
     chosen = plan(Checkpoint(model, gguf_file), trust_remote_code)
     _measure(chosen, request, attn=attn, dtype=dtype, device=device, adapter=adapter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llama_attn.cli.folder import STATS
 from llama_attn.cli.terminal import check_pictures, console, fail, first_line, new_table, number, say
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.files import complete_file
+from llama_attn.stats.table import statistics_table
 from llama_attn.stats.token_text import readable
 
 if TYPE_CHECKING:
@@ -20,12 +23,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
+# What runs leave in their folders.
+SAVED = ("summary.safetensors", STATS)
+# What a picture of two runs shows if nobody says.
+WHAT_DIFFERS = "head-comparison"
 FORMATS = (".png", ".svg", ".pdf")
 # What `_pictures` finds of one run, for the help, which is said before anything that draws is loaded.
 OF_ONE_RUN = (
     "attention-map", "coverage", "distance-histogram", "head-grid", "head-roles", "hidden-norms", "kv-norms", "layer-heads",
     "layer-profile", "massive-activations", "model-view", "rows", "sources", "token-strip",
 )  # fmt: skip
+# In lines that the help keeps as they are: by itself it would break names behind hyphens.
+WHICH = textwrap.fill(", ".join(OF_ONE_RUN), 48, break_on_hyphens=False)
 Saved = Annotated[
     Path, typer.Argument(help="What AttentionStats.save wrote, e.g. stats.safetensors.", show_default=False)
 ]
@@ -44,7 +53,9 @@ Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Dots per inch.")]
 
 def plot(
     file: Saved,
-    what: Annotated[str, typer.Option(help=f"Which picture: {', '.join(OF_ONE_RUN)}.")] = "attention-map",
+    what: Annotated[
+        str, typer.Option(help=f"Which picture:\n\n\b\n{WHICH}.\n\nEach is shown in docs/gallery.md.")
+    ] = "attention-map",
     layer: Layer = None,
     head: Head = None,
     batch: Batch = None,
@@ -63,9 +74,13 @@ def plot(
     options: dict[str, Any] = {"layer": layer, "head": head, "batch": batch, "kind": kind, "statistic": statistic}
     options["query_slice"] = None if query_slice is None else _slice(query_slice)
     picture, given = _picture(what, _pictures("source"), options)
+    _check_files(file)
     target = file.with_name(f"{file.stem}_{what}.png") if out is None else out
     _check_format("--out", target)
-    _draw(picture, (_load(file),), given, target, dpi)
+    stats = _load(file)
+    if statistic is not None and statistic not in {*stats.names, *statistics_table()}:
+        fail(f"--statistic: unknown {statistic!r}; there are {', '.join(stats.names)}")
+    _draw(picture, (stats,), given, target, dpi)
 
 
 def report(
@@ -91,6 +106,7 @@ def report(
     from llama_attn import viz
     from llama_attn.corpus.store import is_summary
 
+    _check_files(file)
     target = file.with_suffix(".json" if json else ".html") if out is None else out
     if target.suffix != (suffix := ".json" if json else ".html"):
         fail(f"--out: expected a name that ends in {suffix}, got {target.name!r}")
@@ -123,8 +139,12 @@ def compare(
         Path | None, typer.Option(help="Picture of the differences, .png, .svg or .pdf; not of corpora.")
     ] = None,
     what: Annotated[
-        str, typer.Option(help="What --plot shows: heads by --statistic (head-comparison), or maps (comparison).")
-    ] = "head-comparison",
+        str | None,
+        typer.Option(
+            help="What --plot shows: heads by --statistic (head-comparison), or maps (comparison).",
+            show_default=WHAT_DIFFERS,
+        ),
+    ] = None,
     layer: Layer = None,
     head: Head = None,
     batch: Batch = None,
@@ -136,22 +156,24 @@ def compare(
     from llama_attn import analysis
     from llama_attn.corpus.store import is_summary
 
+    _check_files(a, b)
+    options = {"layer": layer, "head": head, "batch": batch, "kind": kind}
     of_corpora = is_summary(a), is_summary(b)
     if of_corpora == (True, True):
-        if plot is not None:
-            fail("--plot: it is of two runs, and these are summaries of corpora; see their reports")
+        for name, value in {"plot": plot, "what": what, **options}.items():
+            if value is not None:
+                fail(f"--{name}: it is of two runs, and these are summaries of corpora; see their reports")
         frame = _compared(a, b)
         _check_statistic(frame, statistic)
         _say_compared(frame, _table_of_corpora, top, statistic, out)
         return
     if any(of_corpora):
         fail(f"{a if of_corpora[0] else b} is the summary of a corpus, and {b if of_corpora[0] else a} is none")
-    options = {"layer": layer, "head": head, "batch": batch, "kind": kind}
-    picture, given = _picture(what, _pictures("a"), options)
+    picture, given = _picture(what or WHAT_DIFFERS, _pictures("a"), options)
     if plot is not None:
         _check_format("--plot", plot)
-    elif given:
-        fail(f"--{next(iter(given))}: it is for the picture; name a file with --plot")
+    elif unused := [*given, *(["what"] if what is not None else [])]:
+        fail(f"--{unused[0]}: it is for the picture; name a file with --plot")
     runs = _load(a), _load(b)
     # What comparing and drawing warn of is printed below.
     with warnings.catch_warnings():
@@ -170,10 +192,10 @@ def compare(
 
 def _compared(a: Path, b: Path) -> pandas.DataFrame:
     """What differs between two corpora."""
-    from llama_attn.corpus import CorpusSummary, compare
+    from llama_attn.corpus import compare
 
     try:
-        return compare(CorpusSummary.load(a), CorpusSummary.load(b))
+        return compare(a, b)
     except ValueError as error:
         fail(first_line(error))
 
@@ -287,7 +309,19 @@ def _draw(
     say(str(target))
 
 
+def _check_files(*files: Path) -> None:
+    """End the command for a folder: what is in it is what is read."""
+    for file in files:
+        if file.is_dir():
+            found = [file / name for name in SAVED if (file / name).is_file()]
+            fail(f"{file} is a folder; " + (f"give {found[0]}" if found else f"there is no {' or '.join(SAVED)} in it"))
+
+
 def _load(file: Path) -> AttentionStats:
+    from llama_attn.corpus.store import is_summary
+
+    if is_summary(file):
+        fail(f"{file} is the summary of a corpus, which has a report: llama-attn report {file}")
     try:
         return AttentionStats.load(file)
     except (OSError, ValueError) as error:
@@ -309,16 +343,19 @@ def _table(frame: pandas.DataFrame) -> Table:
 
 
 def _table_of_corpora(frame: pandas.DataFrame) -> Table:
-    headings = ["statistic", "layer", "head", "mean a", "mean b", "b − a", "95 %", "effect"]
-    # A column with nothing in it would break names in another.
+    apart = "b − a ± 95 %"
+    headings = ["statistic", "layer", "head", "mean a", "mean b", apart, "effect"]
+    # A column with nothing in it would break another.
     if has_pairs := bool((frame.texts > 0).any()):
         headings.append("paired")
-    table = new_table(*headings, fold=headings[0])
+    # Names stay whole; where a line is too long, what stands behind ± has one of its own.
+    table = new_table(*headings, fold=apart)
     lines: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
     for line in lines:
-        numbers = [number(line[name]) for name in ("mean_a", "mean_b", "difference")]
-        cells = [line["statistic"], str(line["layer"]), str(line["head"]), *numbers]
-        cells += [f"± {number(line['high'] - line['difference'])}", number(line["effect"])]
+        means = [number(line[name]) for name in ("mean_a", "mean_b")]
+        cells = [line["statistic"], str(line["layer"]), str(line["head"]), *means]
+        difference = line["difference"]
+        cells += [f"{number(difference)} ±{number(line['high'] - difference)}", number(line["effect"])]
         cells += [number(line["paired_effect"])] if has_pairs else []
         table.add_row(*cells)
     return table

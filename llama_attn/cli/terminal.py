@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -11,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llama_attn.cli.advice import as_commands
 from llama_attn.cli.installation import fitted, pip_line
 
 PICTURES = ("matplotlib", "plotly", "xarray", "pandas")
+FORMAT_WARNING = warnings.formatwarning
 TABLES = ("xarray", "pandas")
 
 
@@ -41,8 +45,17 @@ def say(message: str) -> None:
 
 def fail(message: str) -> NoReturn:
     """End the command with a message on the error stream, on one line, and exit status 2."""
-    PlainConsole(stderr=True).print(f"llama-attn: {fitted(message)}", style="red", soft_wrap=True)
+    PlainConsole(stderr=True).print(f"llama-attn: {as_commands(fitted(message))}", style="red", soft_wrap=True)
     raise typer.Exit(2)
+
+
+def plain_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this package without the place in its source, for `warnings.formatwarning`; others as ever."""
+    if Path(__file__).parent.parent in Path(filename).parents:
+        return f"llama-attn: warning: {printable(str(message))}\n"
+    return FORMAT_WARNING(message, category, filename, lineno, line)
 
 
 def first_line(error: BaseException) -> str:

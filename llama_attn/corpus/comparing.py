@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -9,20 +10,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from llama_attn.corpus.summary import CorpusSummary
+
 if TYPE_CHECKING:
     import pandas
 
-    from llama_attn.corpus.summary import CorpusSummary
 
-
-def compare(a: CorpusSummary, b: CorpusSummary, *, confidence: float = 0.95) -> pandas.DataFrame:
+def compare(
+    a: CorpusSummary | str | os.PathLike[str], b: CorpusSummary | str | os.PathLike[str], *, confidence: float = 0.95
+) -> pandas.DataFrame:
     r"""Differences b − a of every head's statistics, means over texts, with effect sizes and confidence intervals.
 
     Where both have sampled the same texts (the same characters, whatever is put around them), these are compared one by
     one as well, which takes away how much texts differ from each other.
 
     Args:
-        a: Summary of a corpus.
+        a: Summary of a corpus, or the file that it was saved in.
         b: Another: the same model on other texts, or another one (fine-tuned, quantised) on the same.
         confidence: Of the intervals, which hold for large numbers of texts (they are those of a normal distribution).
 
@@ -42,7 +45,9 @@ def compare(a: CorpusSummary, b: CorpusSummary, *, confidence: float = 0.95) -> 
         ``only_in_a`` and ``only_in_b``.
 
     Raises:
-        ValueError: They have no statistic, layer and head in common, or the confidence is not in (0, 1).
+        ValueError: They have no statistic, layer and head in common, the confidence is not in (0, 1), or a file is
+            damaged or holds something else.
+        FileNotFoundError: There is no such file.
 
     Source: Cohen (1988), Statistical power analysis, 2.2 and 2.3 (d, d_z); Welch (1947) (interval).
     """
@@ -50,6 +55,7 @@ def compare(a: CorpusSummary, b: CorpusSummary, *, confidence: float = 0.95) -> 
 
     if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    a, b = (one if isinstance(one, CorpusSummary) else CorpusSummary.load(one) for one in (a, b))
     names = [name for name in a.about.scores if name in b.about.scores]
     layers = [layer for layer in a.about.layers if layer in b.about.layers]
     heads = [head for head in a.about.heads if head in b.about.heads]

@@ -118,6 +118,9 @@ class Run:
             raise ValueError(f"{path}: damaged, so that it cannot be known what the run is of: {error}") from error
         for name in {**known, **manifest}:
             if known.get(name) != manifest.get(name):
+                if name == "files" and isinstance(known.get(name), list):
+                    changed = _changed(known[name], manifest[name])
+                    raise ValueError(f"{self.folder} is of other texts: {changed}; choose another --out")
                 was, now = _difference(known.get(name), manifest.get(name))
                 raise ValueError(
                     f"{self.folder} is of another run: {name} was {was}, and is now {now}; choose another --out"
@@ -245,6 +248,22 @@ def as_lines(skipped: Iterable[Record]) -> str:
     """Records that cannot be read, as JSON lines."""
     entries = ({"file": record.file, "line": record.line, "reason": record.unreadable} for record in skipped)
     return "".join(f"{json.dumps(entry)}\n" for entry in entries)
+
+
+def _changed(was: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> str:
+    """What is different in the files, in words: the first of them."""
+    before, after = ({file["name"]: file for file in files} for files in (was, now))
+    if gone := sorted({*before} - {*after}):
+        return f"{gone[0]} was among them, and is not now"
+    if new := sorted({*after} - {*before}):
+        return f"{new[0]} was not among them, and is now"
+    name = next((name for name, file in after.items() if file != before[name]), None)
+    if name is None:
+        return "they are in another order"
+    for unit, key in (("bytes", "size"), ("records", "records")):
+        if before[name][key] != after[name][key]:
+            return f"{name} has {after[name][key]:,} {unit}, and had {before[name][key]:,}"
+    return f"{name} has another content than it had"
 
 
 def _difference(was: Any, now: Any) -> tuple[Any, Any]:
