@@ -10,8 +10,8 @@ ELSEWHERE = {
     "kept_mass": "needs the keys that are kept; `llama-attn budget` chooses them and tells it",
     "row_weights": "needs rows, which no option names; in Python: AttentionStatsConfig(rows=(-1,))",
 }
-UNMEASURED = re.compile(r"run the model with output_attention_stats=AttentionStatsConfig\(statistics=\(…, ([^)]*)\)\)")
-ROWS = 'run the model with AttentionStatsConfig(rows=(-1,)) or rows="generated"'
+UNMEASURED = re.compile(r"measure with AttentionStatsConfig\(statistics=\(…, ([^)]*)\)\)")
+ROWS = 'measure with AttentionStatsConfig(rows=(-1,)) or rows="generated"'
 SAID = {
     ROWS: "no command measures them; in Python: AttentionStatsConfig(rows=(-1,))",
     "measure with AttentionStatsConfig(segments=…)": (

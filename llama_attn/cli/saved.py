@@ -141,8 +141,8 @@ def compare(
     what: Annotated[
         str | None,
         typer.Option(
-            help="What --plot shows: heads by --statistic (head-comparison), or maps (comparison).",
-            show_default=WHAT_DIFFERS,
+            help=f"What --plot shows: maps (comparison) or, by default, heads by --statistic ({WHAT_DIFFERS}).",
+            show_default=False,
         ),
     ] = None,
     layer: Layer = None,

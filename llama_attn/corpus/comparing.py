@@ -41,8 +41,8 @@ def compare(
         - ``paired_difference`` over these, with ``paired_low`` and ``paired_high``, and ``paired_effect``, it over the
           standard deviation of the differences.
 
-        NaN where there are less than two texts, and effects where nothing varies. ``attrs`` hold ``texts_a``, ``texts_b``, ``texts_in_both`` and what is
-        ``only_in_a`` and ``only_in_b``.
+        NaN where there are less than two texts, and effects where nothing varies. ``attrs`` hold ``texts_a``,
+        ``texts_b``, ``texts_in_both`` and what is ``only_in_a`` and ``only_in_b``.
 
     Raises:
         ValueError: They have no statistic, layer and head in common, the confidence is not in (0, 1), or a file is
