@@ -41,7 +41,8 @@ def locality(ds: Source) -> xarray.Dataset:
           the same means of uniform attention.
 
         Where the text, or what the layer sees of it, is hardly longer than the configuration's ``window``, local mass
-        says little, and the relative distance still does. ``attrs["part"]``: what was measured of the model, if not all of it.
+        says little, and the relative distance still does. ``attrs["part"]``: what was measured of the model, if not all
+        of it.
 
     Raises:
         ValueError: A statistic was not measured.

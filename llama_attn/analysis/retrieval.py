@@ -169,8 +169,8 @@ def streaming_heads(ds: Source, threshold: float = STREAMING) -> xarray.Dataset:
 
     Args:
         ds: Statistics of causal attention with ``sink_mass`` and ``local_mass``.
-        threshold: Streaming heads have less than this outside [probability], 0.1 by default. It is a choice: DuoAttention learns its
-            split, by training gates of heads on long texts.
+        threshold: Streaming heads have less than this outside [probability], 0.1 by default. It is a choice: DuoAttention
+            learns its split, by training gates of heads on long texts.
 
     Returns:
         These variables.
