@@ -74,7 +74,7 @@ class Raw(Mapping[str, Tensor]):
     all layers side by side, takes longer than its attention.
 
     Args:
-        tables: They.
+        tables: Those of all these layers.
         row: Which row it is.
         layout: Where each statistic lies in it.
     """
