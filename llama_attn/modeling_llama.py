@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 StatsArgument = AttentionStatsConfig | bool | None
+"""What is measured: all that a configuration says, the default statistics, or nothing."""
 Forwards = TypeVar("Forwards", bound=Callable[..., Any])
 # What runs when any module is called.
 _CALL = nn.Module.__call__.__code__

@@ -32,6 +32,7 @@ from llama_attn.stats.table import Statistic
 from llama_attn.stats.visibility import Visibility
 
 Padding = Literal["none", "left", "right"]
+"""Where rows that are shorter are filled."""
 
 # What attention meets, as arguments of `make_inputs`: odd sizes, groups of 1, 2, 3 and 4 heads, padding on both sides,
 # and a cache that is already filled.

@@ -133,3 +133,18 @@ def test_tables_and_examples_are_no_paragraphs():
         for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)[:1]
     ]
     assert [module.__name__ for module in modules if re.search(r"^>>>", inspect.getdoc(module), re.MULTILINE)] == []
+
+
+def own_types(function):
+    """Types of this library that a signature names."""
+    annotations = [argument.annotation for argument in function.parameters] + [function.returns]
+    names = [part for each in annotations if isinstance(each, griffe.Expr) for part in each.iterate(flat=True)]
+    return {name.canonical_path for name in names if isinstance(name, griffe.ExprName)} - {"llama_attn"}
+
+
+def test_types_in_signatures_are_in_the_reference():
+    """A reader who meets `Source` in a signature can follow it."""
+    shown = {*NAMED, *(name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M))}
+    types = set().union(*(own_types(function) for function in SIGNATURES.values()))
+    assert {name for name in types if name.startswith("llama_attn.")} - shown == set()
+    assert "llama_attn.analysis.dataset.Source" in types, "the check can fail"

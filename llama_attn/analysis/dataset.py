@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import xarray
 
     Source = AttentionStats | xarray.Dataset | str | os.PathLike[str]
+    """Statistics, as they were measured, labelled, or the path of their file."""
 
 
 def as_dataset(source: Source) -> xarray.Dataset:

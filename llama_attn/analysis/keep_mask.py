@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llama_attn.analysis.dataset import Source
 
 Policy = Literal["streaming", "h2o", "snapkv", "tova", "knorm"]
+"""How the keys that stay in a cache are chosen."""
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 # SnapKV's window of queries [tokens] and the width of its average.
 WINDOW, KERNEL = 64, 5

@@ -16,13 +16,14 @@ from llama_attn.stats.integers import as_integer
 from llama_attn.stats.parallel import HeadShard
 
 Heads = Mapping[int, Iterable[int] | int | Literal["all"]]
+"""Query heads of layers, by the number of the layer."""
 MODES = ("zero", "mean")
 # What attention layers and configurations call the number of their query heads.
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
 class Ablation(Intervening):
-    """What `ablate_heads` gives."""
+    """What `ablate_heads` gives: in its ``with`` block the heads are replaced, behind it they are as before."""
 
     name = "ablate_heads"
 

@@ -23,7 +23,7 @@ SHOWN = 8
 
 
 class Blocking(Intervening):
-    """What `block_keys` gives."""
+    """What `block_keys` gives: in its ``with`` block the tokens are hidden, behind it they are seen as before."""
 
     name = "block_keys"
 

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from llama_attn.stats.visibility import Visibility
 
 Direction = Literal["causal", "bidirectional", "cross"]
+"""What queries may see: keys up to themselves, all keys, or those of another text."""
 VECTORS = ("visible_keys", "visible_queries_per_head")
 
 

@@ -16,6 +16,7 @@ from llama_attn.stats.integers import as_integer
 from llama_attn.stats.token_ids import Row, read_ids, read_rows
 
 Grid = tuple[int, int]
+"""Rows and columns of the patches of a picture."""
 
 TEXT = "text"
 # Processors that stretch every picture to a square, whose tokens, `image_seq_length` of them, lie in it row by row.

@@ -11,6 +11,7 @@ from llama_attn.stats.integers import as_integer
 from llama_attn.stats.segments import GENERATED
 
 Rows = tuple[int, ...] | slice | str
+"""Query positions [token], or ``"generated"``."""
 # Weights of so many bytes are refused unless they are asked for on the CPU.
 MOST_BYTES = 2 * 2**30
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from llama_attn.stats.images import ImageSegments
 
 Segments = Tensor | Sequence[Sequence[str | None]] | tuple[Tensor, Sequence[str]] | ImageSegments
+"""Which part of the text every token belongs to, by number or by name."""
 NumberedSegments = tuple[Tensor, tuple[str, ...]]
 
 GENERATED, SPECIAL = "generated", "special"

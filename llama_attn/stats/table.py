@@ -15,7 +15,9 @@ import torch
 from llama_attn.stats.reference import Reference
 
 Observed = Literal["block", "hidden", "hidden_real", "key", "value", "value_output"]
+"""What a statistic is made from."""
 Needed = Literal["segments", "tokens", "rows", "keep"]
+"""What a statistic needs to be told."""
 
 # Dimensions that a statistic may have besides layer and batch, in the order in which they appear.
 DIMENSIONS = (

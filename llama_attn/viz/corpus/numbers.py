@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import xarray
 
 Source = CorpusSummary | str | os.PathLike[str]
+"""A summary, or the path of its file."""
 DECILES = 10
 # Texts of each decile.
 EACH = 2

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
 
 Scale = Literal["linear", "sqrt", "log"]
+"""What of a weight the colours follow."""
 SCALES: tuple[str, ...] = get_args(Scale)
 # Of a colour bar: parts of its length that ticks at least lie apart.
 APART = 0.05

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import xarray
 
     Positions = int | slice | Iterable[int | slice]
+    """Query positions [token]."""
 
 TOP_KEYS = ("topk_weight", "topk_position")
 # As coarse as lists of keys may become [bins, ranks], and so many stay single where not even these fit.
