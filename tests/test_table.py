@@ -284,7 +284,9 @@ def test_a_finish_that_returns_something_else(ids):
         "own", KEY[:3], "-", "-", stream=lambda block: block.weights.sum((-1, -2)), textbook=lambda reference: None,
         finish=lambda total, counts, config: total[..., None],
     )  # fmt: skip
-    message = r"^'own': expected its finish to return \(layer, batch, head\) = \(\d, 2, \d\) of .*, got \(\d, 2, \d, 1\)"
+    message = (
+        r"^'own': expected its finish to return \(layer, batch, head\) = \(\d, 2, \d\) of .*, got \(\d, 2, \d, 1\)"
+    )
     with pytest.raises(ValueError, match=message):
         assert_statistic_matches(own)
     register_statistic(own)
