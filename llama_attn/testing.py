@@ -25,7 +25,8 @@ from llama_attn.engines import torch as engine
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.counts import Counts
-from llama_attn.stats.labelling import mark_padding
+from llama_attn.stats.labelling import finished, mark_padding
+from llama_attn.stats.norms import measured_norm
 from llama_attn.stats.reference import Reference
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import Statistic
@@ -249,7 +250,7 @@ def assert_statistic_matches(statistic: Statistic, *, bound: float = torch.finfo
 
     Raises:
         AssertionError: The forms differ; the message says in which situation, and by how much.
-        ValueError: The streaming form returns other axes than ``dims`` says.
+        ValueError: The streaming form or ``finish`` returns other axes than ``dims`` says, or another type.
     """
     for situation in MEASURED:
         streamed, expected = _both_forms(statistic, **situation)
@@ -329,13 +330,12 @@ def _both_forms(
             "value": (inputs.value,),
             "value_output": (inputs.value, by_head),
             "hidden": (hidden[:, rows],),
-            "hidden_real": (hidden[:, rows], visibility.real_queries, config),
+            "hidden_real": (hidden[:, rows], visibility.real_queries),
         }
-        streamed = statistic.stream(*observed[statistic.observes])
+        streamed = measured_norm(statistic, config, *observed[statistic.observes])
     counts = Counts.of(visibility)
-    if statistic.finish is not None:
-        streamed = statistic.finish(streamed[None], counts, config)[0]
-    forms = (streamed[None].clone(), statistic.textbook(reference)[None].clone())
+    streamed = finished(statistic, streamed[None], counts, config)
+    forms = (streamed.clone(), statistic.textbook(reference)[None].clone())
     if any(form.ndim != len(statistic.dims) for form in forms):
         return forms
     return mark_padding(statistic, forms[0], counts), mark_padding(statistic, forms[1], counts)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from transformers.distributed import DistributedConfig  # noqa: E402
 
-from llama_attn import AttentionStatsConfig, LlamaForCausalLM, Statistic, register_statistic  # noqa: E402
+from llama_attn import AttentionStatsConfig, LlamaForCausalLM  # noqa: E402
 from llama_attn.corpus.weights import fingerprint  # noqa: E402
 
 EVERYTHING = AttentionStatsConfig(statistics="all", norms=True)
@@ -44,15 +44,6 @@ def assert_same(actual, expected):
         torch.testing.assert_close(
             actual[name], expected[name], rtol=1e-10, atol=1e-10, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
         )
-
-
-def summed(block):
-    return block.weights.sum((1, 3))
-
-
-HEADLESS = Statistic(
-    "headless", ("layer", "batch", "query"), "probability", "-", stream=summed, textbook=lambda reference: None
-)
 
 
 def gradients(model, **arguments):
@@ -105,9 +96,6 @@ def tensor_parallel(directory):
     assert_same(actual, expected)
     with torch.enable_grad():
         assert_observing_leaves_gradients(split, **make_inputs())
-    register_statistic(HEADLESS)
-    with pytest.raises(ValueError, match="'headless' has no head axis"):
-        split(**make_inputs(), output_attention_stats=AttentionStatsConfig(statistics=("headless",)))
 
 
 @torch.no_grad()

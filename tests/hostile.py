@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 
 from llama_attn import AttentionStats, AttentionStatsConfig
 from llama_attn.corpus import CorpusSummary, store
-from llama_attn.stats import container
+from llama_attn.stats import formats
 
 IDS = torch.arange(3, 17).view(2, 7)
 
@@ -51,7 +51,7 @@ class Parts:
         """As a whole file again, with the checksum of what is in it."""
         text = json.dumps(self.ours)
         arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
-        checksum = {"checksum": store._checksum(text, arrays)} if kind == store.FORMAT else {}
+        checksum = {"checksum": store._checksum(text, arrays)} if kind == formats.SUMMARY else {}
         return save(arrays, {kind: text, **checksum})
 
 
@@ -85,7 +85,7 @@ def _saved(stats) -> bytes:
 
 def format_of(data: bytes) -> str:
     """Which of the two kinds of files it is."""
-    return next(name for name in (container.FORMAT, store.FORMAT) if name in outer_of(data)[0]["__metadata__"])
+    return next(name for name in (formats.STATS, formats.SUMMARY) if name in outer_of(data)[0]["__metadata__"])
 
 
 def outer_of(data: bytes) -> tuple[dict, bytes]:
@@ -111,7 +111,7 @@ def with_ours(data: bytes, text: str) -> bytes:
     header, rest = outer_of(data)
     kind = format_of(data)
     header["__metadata__"][kind] = text
-    if kind == store.FORMAT:
+    if kind == formats.SUMMARY:
         header["__metadata__"]["checksum"] = store._checksum(text, load(data))
     return with_outer(header, rest)
 
@@ -137,7 +137,7 @@ def put(value, path, new):
 
 def look_at(path: Path, kind: str):
     """Load a file and do with it what is done first; all that comes of it."""
-    if kind == container.FORMAT:
+    if kind == formats.STATS:
         stats = AttentionStats.load(path)
         dataset = stats.to_xarray()
         part = stats.select(layers=stats.layers[:1], batch=0)

@@ -93,7 +93,7 @@ def test_keys_behind_those_that_the_visibility_knows(engine):
 
 @pytest.mark.parametrize("kind", ["causal", "sinks in a window", "a mask in a window", "soft-cap, bias and sinks"])
 def test_no_queries(kind, engine):
-    """Statistics of keys are sums over nothing, or nothing is said of them."""
+    """Sums are over nothing, and there are no rows."""
     call = make_call(**KINDS.get(kind, {}), dtype=torch.float32)
     if refused(engine, call):
         return
@@ -103,7 +103,7 @@ def test_no_queries(kind, engine):
     rest = (call.query[:, :, :0], call.key, call.value, visibility, call.scoring)
     walk = engine.walk(*rest, call.wanted(call.known(engine)))
     assert walk.output.shape == (2, 0, 4, 64)
-    assert all((walk.raw[name] == 0).all() for name in ("received", "distance_histogram") if name in walk.raw)
+    check_nothing(engine, walk, call, (2, 4), 0)
     gradients = engine.backward(walk.output, *rest[:3], walk.output, walk.logsumexp, *rest[3:])
     assert gradients.query.shape == rest[0].shape
     assert (gradients.key == 0).all()
@@ -116,4 +116,25 @@ def test_no_rows(queries, engine):
     call = make_call(queries=queries, before=1500, dtype=torch.float32)
     none = [tensor[:0] for tensor in (call.query, call.key, call.value)]
     visibility = Visibility(0, 1500, 1500 + queries, CPU)
-    assert engine.walk(*none, visibility, call.scoring).output.shape == (0, queries, 4, 64)
+    wanted = call.wanted(call.known(engine))
+    wanted = replace(wanted, segments=wanted.segments[:0], tokens=wanted.tokens[:0], keep=wanted.keep[:0])
+    walk = engine.walk(*none, visibility, call.scoring, wanted)
+    assert walk.output.shape == (0, queries, 4, 64)
+    check_nothing(engine, walk, call, (0, 4), queries)
+    gradients = engine.backward(walk.output, *none, walk.output, walk.logsumexp, visibility, call.scoring)
+    assert [gradient.shape for gradient in gradients[:3]] == [tensor.shape for tensor in none]
+
+
+def check_nothing(engine, walk, call, batch_and_heads, queries):
+    """Every statistic is there in its own shape, and sums are 0."""
+    keys = call.key.shape[2]
+    sizes = {"query": queries, "row": queries, "key": keys, "rank": 3, "segment": call.wanted().num_segments}
+    sizes |= {"weight_bin": 31, "distance_bin": len(f"{keys:b}")}
+    width = next(width for width in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if -(-keys // width) <= 7)
+    sizes |= dict.fromkeys(("query_bin", "key_bin"), -(-keys // width))
+    assert {*walk.raw} == {statistic.name for statistic in call.known(engine)}
+    for statistic in call.known(engine):
+        raw, last = walk.raw[statistic.name], [sizes[dim] for dim in statistic.dims[3:]]
+        assert raw.shape == (*batch_and_heads, *statistic.parts, *last), statistic.name
+        assert raw.dtype == (statistic.dtype or torch.float32)
+        assert (raw == 0).all()

@@ -95,7 +95,7 @@ ALLOWED_TO_VIZ = {
     "llama_attn.corpus.bins", "llama_attn.corpus.bins.position_starts", "llama_attn.corpus.bins.value_bins",
     "llama_attn.corpus.examples", "llama_attn.corpus.examples.AROUND", "llama_attn.corpus.examples.NO_TOKEN",
     "llama_attn.corpus.moments", "llama_attn.corpus.moments.Moments",
-    "llama_attn.corpus.summary", "llama_attn.corpus.summary.CorpusSummary",
+    "llama_attn.corpus.summary", "llama_attn.corpus.summary.CorpusSummary", "llama_attn.corpus.summary.summary_of",
     "llama_attn.stats.files", "llama_attn.stats.files.complete_file",
     "llama_attn.stats.images", "llama_attn.stats.images.ImageSegments", "llama_attn.stats.images.ImageSpan",
     "llama_attn.stats.shares", "llama_attn.stats.shares.percent",

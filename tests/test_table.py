@@ -127,9 +127,32 @@ def test_bad_registrations():
         ({"dims": ("layer", "batch", "head", "query", "query")}, "dims: expected"),
         ({"dims": ("layer", "hidden_layer", "batch")}, "dims: expected"),
         ({"dims": "layer"}, "dims: expected"),
-        ({"dims": ("layer", "batch", "head", "query", "key")}, "a matrix of T × T; see `weights_map`"),
-        ({"dims": ("hidden_layer", "batch", "query")}, "if and only if 'entropy' observes hidden states"),
-        ({"observes": "hidden"}, "if and only if 'entropy' observes hidden states"),
+        ({"dims": ("batch", "head", "query")}, "dims: expected"),
+        ({"dims": ()}, "dims: expected"),
+        ({"dims": ("layer", "batch", "head", "query", "key")}, "a matrix of T × T, see `weights_map`"),
+        (
+            {"dims": ("layer", "batch", "query")},
+            r"dims: 'entropy' observes 'block': expected \['layer', 'batch', 'head'\], then one of \['', 'query', .*, got "
+            r"\('layer', 'batch', 'query'\); keep the axis of heads, and sum over it in what has been measured",
+        ),
+        ({"dims": ("layer", "batch")}, "keep the axis of heads"),
+        ({"dims": ("layer", "batch", "head", "kv_head", "query")}, "'entropy' observes 'block': expected"),
+        ({"dims": ("layer", "batch", "head", "key", "rank")}, "none behind keys or bins of positions"),
+        ({"dims": ("layer", "batch", "head", "distance_bin", "rank")}, "none behind keys or bins of positions"),
+        ({"dims": ("layer", "batch", "head", "query", "key_bin")}, "'entropy' observes 'block': expected"),
+        ({"dims": ("layer", "batch", "head", "row")}, "'entropy' observes 'block': expected"),
+        ({"dims": ("layer", "batch", "head", "row", "key")}, "needs: expected 'rows' for 'entropy' if"),
+        ({"needs": "rows"}, "needs: expected 'rows' for 'entropy' if and only if it has the axis 'row', got 'rows'"),
+        ({"dims": ("hidden_layer", "batch", "query")}, "'entropy' observes 'block': expected .*'layer', 'batch'"),
+        ({"observes": "hidden"}, r"'entropy' observes 'hidden': expected \['hidden_layer', 'batch'\], .*'query'"),
+        ({"observes": "key"}, r"'entropy' observes 'key': expected \['layer', 'batch'\], .*'kv_head key'"),
+        ({"observes": "value", "dims": ("layer", "batch", "kv_head", "query")}, "'entropy' observes 'value': expected"),
+        ({"observes": "value_output", "dims": ("layer", "batch", "key")}, "'value_output': .*keep the axis of"),
+        ({"observes": "key", "dims": ("layer", "batch", "key"), "needs": "tokens"}, "needs: expected None for"),
+        ({"observes": "key", "dims": ("layer", "batch", "key"), "finish": max}, "finish: expected None for 'entropy'"),
+        ({"parts": (2,), "finish": max}, r"parts: expected \(\) for 'entropy', .* got \(2,\)"),
+        ({"parts": (2,), "dims": ("layer", "batch", "head")}, r"parts: expected \(\) for"),
+        ({"dtype": torch.float16}, r"dtype: expected one of \[None, torch.int8, .* for 'entropy', got torch.float16"),
         ({"observes": "foo"}, r"observes: expected one of \['block', .*'value_output'\] for 'entropy', got 'foo'"),
         ({"needs": "token"}, r"needs: expected one of \[None, 'segments', 'tokens', .*\] for 'entropy', got 'token'"),
     ],
@@ -137,8 +160,12 @@ def test_bad_registrations():
 def test_axes_of_a_statistic(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(statistics_table()["entropy"], **changes)
-    with pytest.raises(TypeError, match="stream: expected a function for 'entropy', got None"):
-        dataclasses.replace(statistics_table()["entropy"], stream=None)
+
+
+@pytest.mark.parametrize("form", ["stream", "textbook", "finish"])
+def test_forms_of_a_statistic(form):
+    with pytest.raises(TypeError, match=f"{form}: expected a function for 'entropy', got 'entropy'"):
+        dataclasses.replace(statistics_table()["entropy"], **{form: "entropy"})
 
 
 @pytest.mark.parametrize("name", [*statistics_table(), "varentropy"])
@@ -206,29 +233,84 @@ def test_the_check_of_a_statistic_says_that_padding_was_counted():
         assert_statistic_matches(twice)
 
 
+SHAPE = r"\(2, \d+, \d+\) of torch.float\d\d"
+ROWS = ("layer", "batch", "head", "row", "key")
+STATES = ("hidden_layer", "batch", "query")
+OF_KEYS = ("layer", "batch", "kv_head", "key")
+
+
 @pytest.mark.usefixtures("restored_registry")
 @pytest.mark.parametrize(
-    ("dims", "stream", "message"),
+    ("given", "message"),
     [
-        (
-            QUERY,
-            lambda b: b.weights.sum(-1, keepdim=True),
-            r"\(batch, head, query\) = \(2, \d+, \d+\), got \(2, \d+, \d+, 1\)",
-        ),
-        (QUERY, lambda b: b.weights.sum((1, 3)), r"\(batch, head, query\) = \(2, \d+, \d+\), got \(2, \d+\)"),
-        (KEY[:3], lambda b: b.weights.sum(-1), r"\(batch, head\) = \(2, \d+\), got \(2, \d+, \d+\)"),
-        (KEY, lambda b: b.weights.sum(-2)[..., :-1], r"\(batch, head, key\) = \(2, \d+, \d+\), got \(2, \d+, \d+\)"),
-        ((*QUERY, "rank"), lambda b: b.weights.sum(-1), r"\(batch, head, query, rank\) = \(2, \d+, \d+, any\), got"),
+        ((QUERY, lambda b: b.weights.sum(-1, keepdim=True)), rf"\(batch, head, query\) = {SHAPE}, got \(2, \d+, \d+, 1\)"),
+        ((QUERY, lambda b: b.weights.sum((1, 3))), rf"\(batch, head, query\) = {SHAPE}, got \(2, \d+\) of"),
+        ((QUERY, lambda b: b.weights.argmax(-1)), rf"\(batch, head, query\) = {SHAPE}, got .* of torch.int64"),
+        ((QUERY, lambda b: b.weights.sum(-1).bfloat16()), rf"\(batch, head, query\) = {SHAPE}, got .* of torch.bfloat16"),
+        ((QUERY, lambda b: b.weights.sum(-1), torch.long), r" of torch.int64, got .* of torch.float"),
+        ((QUERY, lambda b: 1.5), rf"\(batch, head, query\) = {SHAPE}, got 1.5"),
+        ((QUERY, lambda b: None), rf"\(batch, head, query\) = {SHAPE}, got None"),
+        ((KEY[:3], lambda b: b.weights.sum(-1)), r"\(batch, head\) = \(2, \d+\) of .*, got \(2, \d+, \d+\)"),
+        ((KEY, lambda b: b.weights.sum(-2)[..., :-1]), rf"\(batch, head, key\) = {SHAPE}, got \(2, \d+, \d+\)"),
+        (((*QUERY, "rank"), lambda b: b.weights[..., :1]), r"\(batch, head, query, rank\) = \(2, \d+, \d+, [38]\) of"),
+        ((("layer", "batch", "head", "distance_bin"), lambda b: b.weights.new_zeros(*b.row_sum.shape[:2], 9)),
+         r"\(batch, head, distance_bin\) = \(2, \d+, \d\) of"),
+        ((STATES, lambda states: states), rf"\(batch, query\) = \(2, \d+\) of .*, got {SHAPE}"),
+        ((STATES, lambda states: states.norm(dim=-1).half()), r"\(batch, query\) = .*, got .* of torch.float16"),
+        ((STATES, lambda states: 3), r"\(batch, query\) = .*, got 3$"),
+        (((*STATES, "rank"), lambda states: states[..., :1]), r"\(batch, query, rank\) = \(2, \d+, [38]\) of"),
+        ((OF_KEYS, lambda key: key.sum((1, 3)), None, "key"), rf"\(batch, kv_head, key\) = {SHAPE}, got \(2, \d+\) of"),
+        ((OF_KEYS, lambda value: value.argmax(-1), None, "value"), rf"\(batch, kv_head, key\) = {SHAPE}, got .*int64"),
+        ((KEY, lambda value, weight: value.norm(dim=-1), None, "value_output"), rf"\(batch, head, key\) = {SHAPE}, got"),
     ],
-)
-def test_a_streaming_form_with_other_axes(dims, stream, message, ids):
-    own = Statistic("own", dims, "-", "-", stream=stream, textbook=lambda reference: reference.weights)
-    message = f"^'own': expected its streaming form to return {message}"
+)  # fmt: skip
+def test_a_streaming_form_that_returns_something_else(given, message, ids):
+    dims, stream, dtype, observes = (*given, *(None, "block")[len(given) - 2 :])
+    observes = "hidden" if dims[0] == "hidden_layer" else observes
+    own = Statistic(
+        "own", dims, "-", "-", stream=stream, dtype=dtype, observes=observes, textbook=lambda reference: reference.weights,
+    )  # fmt: skip
+    message = f"^'own': expected its streaming form to return .*{message}"
     with pytest.raises(ValueError, match=message):
         assert_statistic_matches(own)
     register_statistic(own)
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         tiny_model()(ids, output_attention_stats=AttentionStatsConfig(statistics="own"))
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_a_finish_that_returns_something_else(ids):
+    own = Statistic(
+        "own", KEY[:3], "-", "-", stream=lambda block: block.weights.sum((-1, -2)), textbook=lambda reference: None,
+        finish=lambda total, counts, config: total[..., None],
+    )  # fmt: skip
+    message = (
+        r"^'own': expected its finish to return \(layer, batch, head\) = \(\d, 2, \d\) of .*, got \(\d, 2, \d, 1\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        assert_statistic_matches(own)
+    register_statistic(own)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        tiny_model()(ids, output_attention_stats=AttentionStatsConfig(statistics="own"))
+
+
+@pytest.mark.usefixtures("restored_registry")
+@pytest.mark.parametrize("backend", ["sdpa", "streaming", "streaming_torch"])
+def test_rows_of_a_users_own(backend, ids, left_padding):
+    """The streaming form gives all rows of its block; those that are wanted are taken from it."""
+    own = Statistic(
+        "squares", ROWS, "probability²", "here", needs="rows", stream=lambda block: block.weights.square(),
+        textbook=lambda r: r.weights.square().masked_fill(~r.real_queries[:, None, :, None], torch.nan),
+    )  # fmt: skip
+    assert_statistic_matches(own)
+    register_statistic(own)
+    config = AttentionStatsConfig(statistics=("entropy",), rows=(3, 12, 13, -1))
+    with torch.no_grad():
+        model = tiny_model(backend, torch.float64)
+        stats = model(ids, attention_mask=left_padding, output_attention_stats=config).attention_stats
+    assert stats["squares"].shape == (3, 2, 6, 4, 37)
+    assert stats["squares"][:, 0, :, 0].isnan().all()
+    torch.testing.assert_close(stats["squares"], stats["row_weights"].square(), equal_nan=True)
 
 
 def imports_of(module: str) -> set[str]:

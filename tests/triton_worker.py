@@ -16,6 +16,7 @@ from oracle import rounding_bound, visible_by_hand
 from test_engine_queries import (  # noqa: F401
     test_keys_behind_those_that_the_visibility_knows,
     test_no_queries,
+    test_no_rows,
     test_only_what_is_wanted,
 )
 from test_engine_scoring import test_every_kind  # noqa: F401

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from llama_attn.stats.formats import HOLDS, STATS, SUMMARY
+
 # Statistics that need more than their name, and how they are measured.
 ELSEWHERE = {
     "segment_mass": "needs segments; give several --file with --documents",
@@ -23,6 +25,8 @@ SAID = {
     'measure "sink_mass", or the rows themselves with AttentionStatsConfig(rows="generated")': (
         "measure with llama-attn run MODEL … --statistics sink_mass"
     ),
+    HOLDS[STATS][1]: "llama-attn plot, report and compare take it",
+    HOLDS[SUMMARY][1]: "llama-attn report, compare and merge take it",
 }
 
 

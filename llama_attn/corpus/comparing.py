@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from llama_attn.corpus.summary import CorpusSummary
+from llama_attn.corpus.summary import CorpusSummary, summary_of
 
 if TYPE_CHECKING:
     import pandas
@@ -55,7 +55,7 @@ def compare(
 
     if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
-    a, b = (one if isinstance(one, CorpusSummary) else CorpusSummary.load(one) for one in (a, b))
+    a, b = summary_of("a", a), summary_of("b", b)
     names = [name for name in a.about.scores if name in b.about.scores]
     layers = [layer for layer in a.about.layers if layer in b.about.layers]
     heads = [head for head in a.about.heads if head in b.about.heads]

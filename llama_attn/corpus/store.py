@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llama_attn.stats.files import complete_file
+from llama_attn.stats.formats import SUMMARY, OtherFileError, existing, header_of
 from llama_attn.stats.token_text import printable
 
 Arrays = dict[str, np.ndarray]
-FORMAT = "llama_attn.CorpusSummary"
 
 
 def write(path: str | os.PathLike[str], header: Mapping[str, Any], arrays: Arrays) -> None:
@@ -29,7 +28,7 @@ def write(path: str | os.PathLike[str], header: Mapping[str, Any], arrays: Array
     text = json.dumps(header)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with complete_file(path) as unfinished:
-        save_file(arrays, unfinished, {FORMAT: text, "checksum": _checksum(text, arrays)})
+        save_file(arrays, unfinished, {SUMMARY: text, "checksum": _checksum(text, arrays)})
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Any, Arrays]:
@@ -39,18 +38,17 @@ def read(path: str | os.PathLike[str]) -> tuple[Any, Arrays]:
         FileNotFoundError: There is no such file.
         ValueError: The file is truncated, damaged, or was not written by `write`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: there is no file {str(path)!r}")
+    path = existing(path)
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if FORMAT not in metadata:
-                raise ValueError("it was not written by CorpusSummary.save")
+            metadata = file.metadata()
+            text = header_of(path, metadata, SUMMARY)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        if _checksum(metadata[FORMAT], arrays) != metadata.get("checksum"):
+        if _checksum(text, arrays) != metadata.get("checksum"):
             raise ValueError("its checksum is not that of its content")
-        header = json.loads(metadata[FORMAT])
+        header = json.loads(text)
+    except OtherFileError:
+        raise
     except RecursionError:
         raise ValueError(damaged(path, "its header is nested too deeply")) from None
     except (SafetensorError, OSError, ValueError, TypeError) as error:
@@ -62,7 +60,7 @@ def is_summary(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that it holds a summary; nothing else of it is read."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return FORMAT in (file.metadata() or {})
+            return SUMMARY in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
 

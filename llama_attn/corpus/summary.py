@@ -131,7 +131,8 @@ class CorpusSummary(HubMixin):
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is truncated, damaged, or was not written by `save`.
+            ValueError: The file is truncated, damaged, or was not written by `save`; of statistics of one run, what takes
+                them.
         """
         header, arrays = store.read(path)
         try:
@@ -256,6 +257,24 @@ class CorpusSummary(HubMixin):
             strongest=replace(self.strongest, file=numbers[self.strongest.file]),
             sample=replace(self.sample, file=numbers[self.sample.file]),
         )
+
+
+def summary_of(name: str, source: CorpusSummary | str | os.PathLike[str]) -> CorpusSummary:
+    """A summary, or the one in a file.
+
+    Args:
+        name: What the argument is called.
+        source: Either.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is neither a summary nor the path of one.
+    """
+    if isinstance(source, CorpusSummary):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"{name}: expected a CorpusSummary or the path of one, got a {type(source).__name__}")
+    return CorpusSummary.load(source)
 
 
 def check_same(one: About, two: About) -> None:

@@ -10,10 +10,9 @@ from weakref import ref
 import torch
 
 from llama_attn.engines._library import OFFSETS, Call, point
-from llama_attn.stats.maps import num_distance_bins
+from llama_attn.stats.extents import Extents
 from llama_attn.stats.records import Layout, Raw, Tables
-from llama_attn.stats.visibility import Visibility
-from llama_attn.stats.weight_bins import NUM_WEIGHT_BINS
+from llama_attn.stats.table import Statistic
 
 # Names are also those of the fields of the C++ call.
 PER_QUERY = frozenset(
@@ -77,33 +76,18 @@ def _nothing() -> None:
     return None
 
 
-def laid_out(names: Sequence[str], rows: Sequence[int], visibility: Visibility, chosen: int) -> Layout:
-    """Where statistics lie.
-
-    Args:
-        names: The statistics.
-        rows: Extents of one that has a number for each query, (batch, head, query).
-        visibility: Who sees whom.
-        chosen: How many queries ``row_weights`` is of.
-    """
+def laid_out(statistics: Sequence[Statistic], extents: Extents) -> Layout:
+    """Where statistics lie that have such axes."""
     others: dict[str, tuple[int, tuple[int, ...]]] = {}
     begin, received = 0, None
-    for name in names:
+    for statistic in statistics:
+        name = statistic.name
         if name in RECEIVED and received is not None:
             others[name] = received
         elif name not in PER_QUERY:
-            shape = (*rows[:2], *_extents(name, visibility, chosen))
-            others[name] = begin, shape
+            others[name] = begin, (shape := extents.shape(statistic))
             begin += math.prod(shape)
         if name in RECEIVED:
             received = others[name]
-    return Layout(tuple(name for name in names if name in PER_QUERY), tuple(rows), others)
-
-
-def _extents(name: str, visibility: Visibility, chosen: int) -> tuple[int, ...]:
-    """Extents of what is filled for a statistic, behind batch and heads."""
-    if name in RECEIVED:
-        return (visibility.num_keys,)
-    if name == "distance_histogram":
-        return (num_distance_bins(visibility.length),)
-    return (NUM_WEIGHT_BINS,) if name in BINNED else (chosen, visibility.num_keys)
+    per_query = tuple(statistic.name for statistic in statistics if statistic.name in PER_QUERY)
+    return Layout(per_query, (extents.batch, extents.heads, extents.queries), others)

@@ -15,13 +15,12 @@ from torch import Tensor
 from llama_attn.engines import get_engine
 from llama_attn.engines._walk import Walk, compute_dtype, full_precision
 from llama_attn.stats.block import Wanted
-from llama_attn.stats.config import AttentionStatsConfig, bin_width
-from llama_attn.stats.maps import num_distance_bins
+from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.extents import Extents
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.spans import VECTORS
 from llama_attn.stats.table import Statistic, statistics_table
 from llama_attn.stats.visibility import Visibility
-from llama_attn.stats.weight_bins import NUM_WEIGHT_BINS
 
 ONCE = (
     "streaming attention can be differentiated once, in backward mode; for second derivatives (create_graph=True, "
@@ -120,24 +119,17 @@ def _(
 ) -> list[Tensor]:
     batch, heads, num_queries, _ = query.shape
     num_keys, dtype = extent[1], compute_dtype(query)
-    length = extent[5] + num_keys
     num_segments, _, _, top_k, map_size, _ = parameters
-    statistics = _statistics(names)
-    sizes = {"query": num_queries, "row": num_queries, "key": num_keys, "rank": top_k, "segment": num_segments}
-    sizes["weight_bin"] = NUM_WEIGHT_BINS
-    dims = {dim for statistic in statistics for dim in statistic.dims}
-    # Only where they are needed: the length of a static cache is a number that the graph does not know.
-    if "key_bin" in dims:
-        sizes["query_bin"] = sizes["key_bin"] = -(-length // bin_width(length, map_size))
-    if "distance_bin" in dims:
-        sizes["distance_bin"] = num_distance_bins(length)
+    extents = Extents(
+        batch=batch, heads=heads, queries=num_queries, rows=num_queries, keys=num_keys, length=extent[5] + num_keys,
+        segments=num_segments, top_k=top_k, map_size=map_size,
+    )  # fmt: skip
     output = query.new_empty(0)
     if value is not None:
         output = value.new_empty(batch, num_queries, heads, value.shape[-1])
     results = [output, query.new_empty(batch, heads, num_queries, dtype=dtype)]
-    for statistic in statistics:
-        shape = (batch, heads, *statistic.parts, *(sizes[dim] for dim in statistic.dims[3:]))
-        results.append(query.new_empty(shape, dtype=statistic.dtype or dtype))
+    for statistic in _statistics(names):
+        results.append(query.new_empty(extents.shape(statistic), dtype=statistic.dtype or dtype))
     return results
 
 

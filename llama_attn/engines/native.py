@@ -17,6 +17,7 @@ from llama_attn.engines._library import OFFSETS, point
 from llama_attn.engines._native_numbers import BINNED, PER_QUERY, RECEIVED, Numbers, laid_out
 from llama_attn.engines._walk import Gradients, Walk, check_call, compute_dtype
 from llama_attn.stats.block import HIDDEN_SCORE, Wanted
+from llama_attn.stats.extents import Extents
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.spans import UNSEEN_BIAS
 from llama_attn.stats.table import Statistic
@@ -182,7 +183,7 @@ class _Told(NamedTuple):
         chosen = range(query.shape[2]) if wanted.rows is None else wanted.rows
         for at, name in enumerate(filter(PER_QUERY.__contains__, names), start=1):
             setattr(call, name, at)
-        layout = laid_out(names, query.shape[:3], visibility, len(chosen))
+        layout = laid_out(wanted.statistics, Extents.of_call(query, visibility, wanted))
         numbers = Numbers(call, layout, compute_dtype(query), layers)
         if "row_weights" in names:
             held.append(torch.full((query.shape[2],), -1))

@@ -19,6 +19,7 @@ from torch import Tensor
 from llama_attn.engines._threads import in_threads
 from llama_attn.engines._walk import Gradients, Walk, check_call, compute_dtype
 from llama_attn.stats.block import HIDDEN_SCORE, Block, Wanted
+from llama_attn.stats.extents import Extents, check_returned
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import BUILT_IN, Statistic
 from llama_attn.stats.visibility import Visibility
@@ -138,10 +139,16 @@ def walk(
     for sums in in_threads(work, workers):
         for name, part in sums.items():
             raw[name] = raw[name] + part if name in raw else part
-    chosen = wanted.rows if wanted else None
-    # A row that sees nothing, or NaN, has no statistics.
-    for statistic in wanted.statistics if wanted else ():
-        if statistic.per_query and num_queries:
+    if wanted is None:
+        return Walk(output, logsumexp if for_backward else None, raw)
+    chosen = wanted.rows
+    for statistic in wanted.statistics:
+        if statistic.name not in raw:
+            # There was no block: a sum over nothing, or no rows.
+            shape = Extents.of_call(query, visibility, wanted).shape(statistic)
+            raw[statistic.name] = logsumexp.new_zeros(shape, dtype=statistic.dtype)
+        # A row that sees nothing, or NaN, has no statistics.
+        if statistic.per_query:
             taken, none = raw[statistic.name], torch.nan if statistic.dtype is None else -1
             # Of padding, keys that its block did not meet would otherwise be zero.
             shown = sees
@@ -267,13 +274,18 @@ def _blocks(
 def _take(block: Block, raw: dict[str, Tensor], sums: dict[str, Tensor], num_queries: int) -> None:
     """Let each wanted statistic take what it needs from the block: rows of queries, or sums over them."""
     for statistic in block.wanted.statistics:
+        of_all, first, chosen = num_queries, block.rows.start, None
+        if statistic.needs == "rows" and (wanted := block.wanted.rows) is not None:
+            of_all, first = len(wanted), bisect_left(wanted, first)
+            if not (chosen := [row - block.rows.start for row in wanted if row in block.rows]):
+                continue
         taken = statistic.stream(block)
-        if statistic.name not in BUILT_IN and statistic.name not in raw and statistic.name not in sums:
-            block.check_shape(statistic, taken)
+        if statistic.name not in BUILT_IN:
+            axes = Extents.of_block(block).axes(statistic)
+            check_returned(statistic, "streaming form", taken, axes, block.scale.dtype)
+        if chosen is not None:
+            taken = taken[:, :, chosen]
         if statistic.per_query:
-            of_all, first = num_queries, block.rows.start
-            if statistic.needs == "rows" and (chosen := block.wanted.rows) is not None:
-                of_all, first = len(chosen), bisect_left(chosen, first)
             if statistic.name not in raw:
                 # Another worker may have been faster.
                 raw.setdefault(statistic.name, _of_all_rows(statistic, taken, of_all, block.visibility.num_keys))

@@ -123,25 +123,6 @@ class Block:
         """Slot of each row [token]."""
         return self.visibility.query_positions[self.rows.start : self.rows.stop]
 
-    def check_shape(self, statistic: Statistic, taken: Tensor) -> None:
-        """Refuse what a streaming form has returned for this block, if it has other axes than its statistic.
-
-        Raises:
-            ValueError: The message has the axes with their sizes, and what came.
-        """
-        batch, heads, rows = self.scale.shape
-        sizes = {"batch": batch, "head": heads, "query": rows, "key": self.num_keys}
-        axes = [(dim, sizes.get(dim)) for dim in statistic.dims[1:]]
-        axes[2:2] = [("part", size) for size in statistic.parts]
-        if taken.ndim != len(axes) or any(
-            size not in (None, got) for (_, size), got in zip(axes, taken.shape, strict=True)
-        ):
-            expected = (str(size or "any") for _, size in axes)
-            raise ValueError(
-                f"{statistic.name!r}: expected its streaming form to return ({', '.join(dim for dim, _ in axes)}) = "
-                f"({', '.join(expected)}), got {tuple(taken.shape)}"
-            )
-
     def distance(self, first: int, stop: int) -> Int[Tensor, "row key"]:
         """How far slots ``first`` … ``stop`` − 1 lie behind each query [token]; |i − j| if it may see later keys."""
         keys = torch.arange(first, stop, device=self.exponentials.device)

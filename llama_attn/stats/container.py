@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.counts import Direction
 from llama_attn.stats.display import as_html, as_text
 from llama_attn.stats.files import complete_file
+from llama_attn.stats.formats import STATS, existing, header_of
 from llama_attn.stats.header import FORMAT_VERSION, check_against_tensors, read_header
 from llama_attn.stats.hub import HubMixin
 from llama_attn.stats.joining import joined
@@ -30,8 +30,6 @@ from llama_attn.stats.weight_bins import NUM_WEIGHT_BINS
 if TYPE_CHECKING:
     import xarray
     from transformers import PreTrainedTokenizerBase
-
-FORMAT = "llama_attn.AttentionStats"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -312,7 +310,7 @@ class AttentionStats(HubMixin):
             for name, t in self.values.items()
         }
         with complete_file(path) as unfinished:
-            save_file(tensors, unfinished, metadata={FORMAT: json.dumps(header)})
+            save_file(tensors, unfinished, metadata={STATS: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttentionStats:
@@ -320,23 +318,20 @@ class AttentionStats(HubMixin):
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is truncated, damaged, or was not written by `save`.
+            ValueError: The file is truncated, damaged, or was not written by `save`; of a summary of a corpus, what takes it.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"path: there is no file {str(path)!r}")
+        path = existing(path)
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if FORMAT not in metadata:
-                    raise ValueError(f"path: {str(path)!r} was not written by AttentionStats.save")
+                header = header_of(path, file.metadata(), STATS)
                 values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ValueError(
-                f"path: {str(path)!r} is not a complete safetensors file ({printable(str(error))})"
+                f"path: {str(path)!r} is not a complete safetensors file, which AttentionStats.save writes "
+                f"({printable(str(error))})"
             ) from error
         try:
-            stats = cls(values, **read_header(metadata[FORMAT], values))
+            stats = cls(values, **read_header(header, values))
             check_against_tensors(stats)
         except ValueError as error:
             raise ValueError(f"path: the header of {str(path)!r} is damaged ({_said(error)})") from None

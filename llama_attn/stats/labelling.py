@@ -11,11 +11,12 @@ from torch import Tensor
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.counts import Counts
+from llama_attn.stats.extents import check_returned
 from llama_attn.stats.labels import SEGMENT_LABELS, VISIBILITY_LABELS, Label
 from llama_attn.stats.merge import Group, Measured, grow
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.segments import segments_of_keys
-from llama_attn.stats.table import Statistic
+from llama_attn.stats.table import BUILT_IN, Statistic
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,7 @@ class _Sheet:
         tensor = (
             grow(statistic, tensor, group.length, self.length, self.config) if "key" not in statistic.dims else tensor
         )
-        if statistic.finish is not None:
-            tensor = statistic.finish(tensor, counts.of_heads(list(self.heads)), self.config)
+        tensor = finished(statistic, tensor, counts.of_heads(list(self.heads)), self.config)
         if statistic.of_distance and counts.direction == "cross":
             return torch.full_like(tensor, torch.nan)
         return mark_padding(statistic, tensor, counts)
@@ -207,6 +207,22 @@ class _Sheet:
                     whole[place][tuple(spans[:-1])] = 0
                 whole[place][tuple(spans)] = part[layer]
         return whole
+
+
+def finished(statistic: Statistic, total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
+    """What a statistic makes of its raw numbers, (layer, batch, …), when all of them are there.
+
+    Raises:
+        ValueError: It has other axes than the statistic says.
+    """
+    if statistic.finish is None:
+        return total
+    made = statistic.finish(total, counts, config)
+    if statistic.name in BUILT_IN:
+        return made
+    behind = 3 + len(statistic.parts)
+    axes = dict(zip(statistic.dims, (*total.shape[:3], *total.shape[behind:]), strict=True))
+    return check_returned(statistic, "finish", made, axes, total.dtype)
 
 
 def mark_padding(statistic: Statistic, tensor: Tensor, counts: Counts) -> Tensor:

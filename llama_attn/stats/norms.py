@@ -7,12 +7,36 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama_attn.stats.config import AttentionStatsConfig
+from llama_attn.stats.extents import check_returned
 from llama_attn.stats.reference import Reference
-from llama_attn.stats.table import Statistic
+from llama_attn.stats.table import BUILT_IN, Statistic
 
 HIDDEN_DIMS = ("hidden_layer", "batch", "query")
 TOP_DIMS = (*HIDDEN_DIMS, "rank")
 SUN = "Sun et al., arXiv 2402.17762 (massive activations)"
+
+
+def measured_norm(statistic: Statistic, config: AttentionStatsConfig, *observed: Tensor) -> Tensor:
+    """What the streaming form of a norm returns.
+
+    Args:
+        statistic: The norm.
+        config: What was asked for.
+        observed: What it observes: hidden states, and which are real if it asks for that; keys; or values, and the weight
+            of the output projection by head if it asks for that.
+
+    Raises:
+        ValueError: It is something else than the statistic says.
+    """
+    of_hidden = statistic.observes == "hidden_real"
+    norms = statistic.stream(*observed, *((config,) if of_hidden else ()))
+    if statistic.name in BUILT_IN:
+        return norms
+    states = observed[0]
+    lengths = {"batch": len(states), "query": states.shape[1], "key": states.shape[-2], "rank": config.top_k}
+    lengths |= {"kv_head": states.shape[1], "head": len(observed[-1])}
+    axes = {dim: lengths[dim] for dim in statistic.dims[1:]}
+    return check_returned(statistic, "streaming form", norms, axes, states.dtype)
 
 
 def _l2(states: Float[Tensor, "*batch channel"]) -> Float[Tensor, "*batch"]:

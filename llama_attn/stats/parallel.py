@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule
 
-from llama_attn.stats.table import Statistic
-
 
 class HeadShard:
     """The heads that this process holds of every layer: heads are dealt out in order, equally many to each rank.
@@ -54,19 +52,6 @@ class HeadShard:
         units: list[Any] = [part for part in attention.modules() if isinstance(part, FSDPModule)]
         own = {id(weight) for unit in units for weight in unit.parameters()}
         return _shards(weight for weight in attention.parameters() if id(weight) not in own)
-
-    def check(self, statistics: Sequence[Statistic]) -> None:
-        """Refuse what cannot be put together from statistics of single heads.
-
-        Raises:
-            ValueError: A statistic of attention without a ``head`` axis.
-        """
-        for statistic in statistics:
-            if statistic.observes in ("block", "value_output") and "head" not in statistic.dims:
-                raise ValueError(
-                    f"statistics: {statistic.name!r} has no head axis, so it cannot be put together from the heads "
-                    f"that {self.size} tensor parallel processes hold; leave it out or give it the axis"
-                )
 
     def local(self, heads: Sequence[int], num_heads: int) -> tuple[int, ...]:
         """Which of its own heads this process measures, so that all of ``heads`` are measured somewhere.

@@ -12,6 +12,7 @@ from torch import Tensor
 from llama_attn.stats.block import Wanted
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.merge import Group, Measured
+from llama_attn.stats.norms import measured_norm
 from llama_attn.stats.parallel import HeadShard
 from llama_attn.stats.records import Records
 from llama_attn.stats.row_positions import check_size
@@ -226,9 +227,9 @@ class Recorder:
             keys, values = self.shard.gather(key, 1), self.shard.gather(value, 1)
         for statistic in sight.statistics:
             if statistic.observes == "key":
-                self.records.put(layer, {statistic.name: statistic.stream(_wide(keys))})
+                self.records.put(layer, {statistic.name: measured_norm(statistic, self.config, _wide(keys))})
             elif statistic.observes == "value":
-                self.records.put(layer, {statistic.name: statistic.stream(_wide(values))})
+                self.records.put(layer, {statistic.name: measured_norm(statistic, self.config, _wide(values))})
             elif statistic.observes == "value_output" and output_weight is not None:
                 self._measure_outputs(layer, statistic, value, chosen, output_weight)
 
@@ -263,7 +264,7 @@ class Recorder:
         except UnreadableError as error:
             self._reasons[statistic.name] = str(error)
             return
-        norms = statistic.stream(_wide(value), _wide(weight))
+        norms = measured_norm(statistic, self.config, _wide(value), _wide(weight))
         self.records.put(layer, {statistic.name: norms if chosen is None else norms[:, list(chosen)]})
 
     def record_hidden(self, layer: int, states: Tensor, visibility: Visibility) -> None:
@@ -277,10 +278,11 @@ class Recorder:
         sight = self.sight(visibility)
         states = _wide(self._strided(states.detach(), 1, visibility))
         with torch.no_grad():
-            given = {"hidden": (states,), "hidden_real": (states, sight.visibility.real_queries, self.config)}
+            given = {"hidden": (states,), "hidden_real": (states, sight.visibility.real_queries)}
             for statistic in sight.statistics:
                 if statistic.observes in HIDDEN:
-                    self.hidden.put(layer, {statistic.name: statistic.stream(*given[statistic.observes])})
+                    norms = measured_norm(statistic, self.config, *given[statistic.observes])
+                    self.hidden.put(layer, {statistic.name: norms})
 
     def measured(self) -> Measured:
         """What the forward gave.

@@ -141,13 +141,6 @@ def _kept_mass_textbook(reference: Reference) -> Tensor:
     return (reference.weights * keep[:, :, None]).sum(-1)
 
 
-def _row_weights(block: Block) -> Float[Tensor, "batch head row key"]:
-    if block.wanted.rows is None:
-        return block.weights
-    chosen = [row - block.rows.start for row in block.wanted.rows if row in block.rows]
-    return block.exponentials[:, :, chosen] * block.scale[:, :, chosen, None]
-
-
 def _beyond_visible(reference: Reference) -> Tensor:
     """Scores with hidden keys at −inf, where a row that sees nothing gives 0 and not NaN."""
     return torch.where(reference.scores.isinf().all(-1, keepdim=True), 0, reference.scores)
@@ -227,7 +220,7 @@ STATISTICS = (
     ),
     Statistic(
         "row_weights", ("layer", "batch", "head", "row", "key"), "probability", "attention weights of single queries",
-        stream=_row_weights, needs="rows", meaning="attention weights of the chosen queries",
+        stream=lambda block: block.weights, needs="rows", meaning="attention weights of the chosen queries",
         textbook=lambda reference: reference.weights.masked_fill(
             ~reference.real_queries[:, None, :, None], torch.nan
         ),

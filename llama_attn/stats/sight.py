@@ -94,8 +94,6 @@ class Sight:
         known = step.known_tokens(visibility)
         tokens = None if known is None else known[:, visibility.offset :].to(visibility.device)
         statistics = wanted_statistics(config, has_tokens=tokens is not None, alone=step.prompt is None)
-        if shard is not None:
-            shard.check(statistics)
         measured = visibility.measured(stride=config.query_stride, first=step.first, rows=step.rows)
         if not measured.num_queries and not step.first:
             raise ValueError(f"query_stride: no query of this call is at a multiple of {config.query_stride}")
@@ -155,7 +153,7 @@ class Sight:
             return None
         # Operators in a graph are not told of rows: there they are measured beside.
         with_rows = self.rows and not torch.compiler.is_compiling()
-        if with_rows and engine in assign(self.row_statistics, visibility, scoring, prefer=engine):
+        if with_rows and {*assign(self.row_statistics, visibility, scoring, prefer=engine)} == {engine}:
             share = replace(share, statistics=(*share.statistics, *self.row_statistics), rows=self.row_places)
         is_all = len(shares) == 1 and not self.norms and (share.rows is not None or not self.rows)
         self._fused[kind] = Share(share, self.visibility, is_all)

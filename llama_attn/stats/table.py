@@ -24,6 +24,22 @@ DIMENSIONS = (
     "layer", "hidden_layer", "batch", "head", "kv_head", "query", "row", "key",
     "query_bin", "key_bin", "distance_bin", "weight_bin", "rank", "segment",
 )  # fmt: skip
+# By what is observed: the axes in front, those that may stand behind them, and those of the same length for every text,
+# which may follow. As a text grows, its keys and bins of positions do, at the end of what is stored: nothing follows them.
+AXES: dict[Observed, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "block": (
+        "layer batch head",
+        ("", "query", "key", "row key", "query_bin key_bin", "distance_bin"),
+        ("weight_bin", "rank", "segment"),
+    ),
+    "hidden": ("hidden_layer batch", ("", "query"), ("rank",)),
+    "hidden_real": ("hidden_layer batch", ("", "query"), ("rank",)),
+    "key": ("layer batch", ("", "key", "kv_head", "kv_head key"), ("rank",)),
+    "value": ("layer batch", ("", "key", "kv_head", "kv_head key"), ("rank",)),
+    "value_output": ("layer batch head", ("", "key"), ("rank",)),
+}
+GROWING = ("key", "query_bin", "key_bin", "distance_bin")
+WHOLE_NUMBERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -32,10 +48,16 @@ class Statistic:
 
     Args:
         name: The key in ``AttentionStats``.
-        dims: Names of the axes, each once and in this order: ``layer`` or, for hidden states, ``hidden_layer``; then
-            ``batch``; then some of ``head``, ``kv_head``, ``query``, ``row``, ``key``, ``query_bin``, ``key_bin``,
-            ``distance_bin``, ``weight_bin``, ``rank``, ``segment``. Not ``query`` and ``key`` together. What is
-            of attention and has ``query``, ``row`` or ``key`` has ``head`` too.
+        dims: Names of the axes, each once and in this order.
+
+            - Of attention: ``layer``, ``batch``, ``head``, and behind them nothing (a sum over queries), ``query``,
+              ``key``, ``row`` and ``key``, ``query_bin`` and ``key_bin``, or ``distance_bin``.
+            - Of keys and values: ``layer``, ``batch``, and of ``kv_head`` and ``key`` what there is; ``head`` in place
+              of ``kv_head`` for ``observes="value_output"``.
+            - Of hidden states: ``hidden_layer``, ``batch``, and ``query`` if it is of single tokens.
+
+            Where neither ``key`` nor a bin of positions is the last, ``rank`` may follow, and of attention ``weight_bin`` and
+            ``segment``.
         unit: Unit of the numbers.
         source: Where the definition comes from.
         stream: The streaming form. For a statistic of attention it takes a `Block` of query rows. With a
@@ -49,7 +71,8 @@ class Statistic:
         default: Whether it belongs to the default set.
         finish: ``finish(total, counts, config)`` turns the finished running sum, (…, batch, head, …), into the
             statistic, e.g. divides it by ``counts.visible_queries_per_head``, (batch, 1 or head, key).
-        dtype: Integer type of positions and channels, where −1 is "none"; ``None`` for floats, where it is NaN.
+        dtype: Integer type of positions and channels, where −1 is "none"; ``None`` for floats, where it is NaN. The
+            streaming form returns this type; floats are of the type of what it is given.
         parts: Sizes of axes which the running sum has behind ``head`` and ``finish`` removes.
         observes: What the streaming form is given. Everything but ``"block"`` is a norm (``norms=True``).
 
@@ -88,20 +111,49 @@ class Statistic:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", tuple(self.dims))
         check_dims(self.name, self.dims)
-        for field, known in (("observes", get_args(Observed)), ("needs", (None, *get_args(Needed)))):
+        for field, known in (
+            ("observes", get_args(Observed)),
+            ("needs", (None, *get_args(Needed))),
+            ("dtype", (None, *WHOLE_NUMBERS)),
+        ):
             if (given := getattr(self, field)) not in known:
                 raise ValueError(f"{field}: expected one of {list(known)} for {self.name!r}, got {given!r}")
-        if {"query", "key"} <= set(self.dims):
-            raise ValueError(f"dims: {self.name!r} of query and key would be a matrix of T × T; see `weights_map`")
-        of_states = self.observes.startswith("hidden")
-        if of_states != (self.dims[0] == "hidden_layer"):
-            raise ValueError(
-                f"dims: expected 'hidden_layer' first if and only if {self.name!r} observes hidden states, got "
-                f"{self.dims!r} for observes={self.observes!r}"
-            )
-        for form in ("stream", "textbook"):
+        self._check_axes()
+        for form in ("stream", "textbook", *(["finish"] if self.finish is not None else [])):
             if not callable(getattr(self, form)):
                 raise TypeError(f"{form}: expected a function for {self.name!r}, got {getattr(self, form)!r}")
+        for field in ("needs", "finish"):
+            if self.is_norm and (given := getattr(self, field)) is not None:
+                raise ValueError(f"{field}: expected None for {self.name!r}, which observes no block, got {given!r}")
+        if self.parts and (self.finish is None or self.per_query):
+            raise ValueError(
+                f"parts: expected () for {self.name!r}, no sum over queries with a `finish`, got {self.parts!r}"
+            )
+
+    def _check_axes(self) -> None:
+        """Refuse axes that what is observed does not have, or that do not go together.
+
+        Raises:
+            ValueError: The message says which there may be.
+        """
+        front, ends, fixed = AXES[self.observes]
+        allowed = [(*front.split(), *end.split()) for end in ends]
+        others = tuple(dim for dim in self.dims if dim not in fixed)
+        if others not in allowed or (others != self.dims and others[-1] in GROWING):
+            why = ""
+            if {"query", "key"} <= {*self.dims}:
+                why = "; of query and key it would be a matrix of T × T, see `weights_map`"
+            elif "head" in front.split() and "head" not in self.dims:
+                why = "; keep the axis of heads, and sum over it in what has been measured"
+            raise ValueError(
+                f"dims: {self.name!r} observes {self.observes!r}: expected {front.split()}, then one of {list(ends)}, then any "
+                f"of {list(fixed)} (none behind keys or bins of positions), got {self.dims!r}{why}"
+            )
+        if ("row" in self.dims) != (self.needs == "rows"):
+            raise ValueError(
+                f"needs: expected 'rows' for {self.name!r} if and only if it has the axis 'row', got {self.needs!r} for "
+                f"{self.dims!r}"
+            )
 
     @property
     def is_norm(self) -> bool:

@@ -32,7 +32,8 @@ from mutations import mutated
 
 import llama_attn
 from llama_attn import AttentionStats, viz
-from llama_attn.corpus import CorpusSummary, store
+from llama_attn.corpus import CorpusSummary
+from llama_attn.stats import formats
 
 PACKAGE = str(Path(llama_attn.__file__).parent)
 MOST_SECONDS = 2.0
@@ -114,7 +115,7 @@ def look(path: Path, kind: str) -> str:
 
 def drawn(path: Path, kind: str, folder: Path, number: int) -> str:
     try:
-        (draw_corpus if kind == store.FORMAT else draw_run)(path, folder, number)
+        (draw_corpus if kind == formats.SUMMARY else draw_run)(path, folder, number)
     except ValueError as error:
         if not said_by_us(error):
             raise

@@ -72,20 +72,6 @@ class Examples:
     values: Float[np.ndarray, "layer head place around"]
 
 
-def summary_of(source: Source) -> CorpusSummary:
-    """A summary, or the one in a file.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is neither a summary nor the path of one.
-    """
-    if isinstance(source, CorpusSummary):
-        return source
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"summary: expected a CorpusSummary or the path of one, got a {type(source).__name__}")
-    return CorpusSummary.load(source)
-
-
 def statistics_of(summary: CorpusSummary) -> list[str]:
     """Names of the statistics of single queries or keys, in the order in which they were asked for."""
     return [name for name in summary.about.labels if name in summary.by_position]

@@ -16,6 +16,7 @@ from llama_attn.analysis.activations import needed
 from llama_attn.analysis.sinks import EPSILON
 from llama_attn.corpus.bins import position_starts, value_bins
 from llama_attn.corpus.examples import AROUND, NO_TOKEN
+from llama_attn.corpus.summary import summary_of
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.token_text import drawn
 from llama_attn.viz.corpus.numbers import (
@@ -30,7 +31,6 @@ from llama_attn.viz.corpus.numbers import (
     scores_of,
     statistics_of,
     strongest_of,
-    summary_of,
     token_names,
 )
 from llama_attn.viz.report.assembly import Shell, bytes_of, name_of, plotly_code, shown_token
@@ -80,7 +80,7 @@ def corpus_report(summary: Source, path: str | os.PathLike[str], *, max_megabyte
     """
     most = bytes_of(max_megabytes)
     plotly_code()
-    summary = summary_of(summary)
+    summary = summary_of("summary", summary)
     with complete_file(path) as unfinished:
         scores = scores_of(summary, dataset := summary.to_xarray())
         names = Names.of(summary)

@@ -12,6 +12,7 @@ import numpy as np
 
 from llama_attn.corpus.bins import position_starts, value_bins
 from llama_attn.corpus.examples import NO_TOKEN
+from llama_attn.corpus.summary import summary_of
 from llama_attn.stats.files import complete_file
 from llama_attn.viz.corpus.numbers import (
     DECILES,
@@ -23,7 +24,6 @@ from llama_attn.viz.corpus.numbers import (
     scores_of,
     statistics_of,
     strongest_of,
-    summary_of,
     token_names,
 )
 
@@ -51,7 +51,7 @@ def corpus_json(summary: Source, path: str | os.PathLike[str]) -> Path:
         ValueError: It is no summary.
         FileNotFoundError: There is no such summary, or no such folder.
     """
-    summary = summary_of(summary)
+    summary = summary_of("summary", summary)
     with complete_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         # Head by head, so that no more than one of them is in memory as text.
         file.write(json.dumps(_header(summary), allow_nan=False)[:-1] + ', "heads": [')
