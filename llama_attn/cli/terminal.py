@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llama_attn.cli.advice import as_commands
+from llama_attn.analysis.not_measured import NotMeasuredError
+from llama_attn.cli.advice import advised
 from llama_attn.cli.installation import fitted, pip_line
 
 PICTURES = ("matplotlib", "plotly", "xarray", "pandas")
@@ -45,7 +46,7 @@ def say(message: str) -> None:
 
 def fail(message: str) -> NoReturn:
     """End the command with a message on the error stream, on one line, and exit status 2."""
-    PlainConsole(stderr=True).print(f"llama-attn: {as_commands(fitted(message))}", style="red", soft_wrap=True)
+    PlainConsole(stderr=True).print(f"llama-attn: {fitted(message)}", style="red", soft_wrap=True)
     raise typer.Exit(2)
 
 
@@ -60,7 +61,8 @@ def plain_warning(
 
 def first_line(error: BaseException) -> str:
     """What an exception says, short enough for a terminal."""
-    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = advised(error) if isinstance(error, NotMeasuredError) else str(error)
+    first, *others = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
     # Some only announce what the next line says, or break a sentence.
     while others and first.endswith((":", ",", " or", " and")):
         first = f"{first} {others.pop(0)}"
