@@ -265,6 +265,7 @@ def test_compare_draws(arguments, name, options, saved, monkeypatch):
         (["--what", "head-grid"], "--what: expected one of comparison, head-comparison, got 'head-grid'"),
         (["--what", "comparison"], "--what: it is for the picture; name a file with --plot"),
         (["--what", "head-comparison"], "--what: it is for the picture; name a file with --plot"),
+        (["--dpi", "120"], "--dpi: it is for the picture; name a file with --plot"),
         (["--plot", "a.jpg"], "--plot: expected a name that ends in .png, .svg, .pdf, got 'a.jpg'"),
         (["--plot", "/missing/a.png"], "the folder '/missing' does not exist"),
         (["--plot", "a.png", "--what", "comparison", "--layer", "9"], "layer: 9 was not measured; there are [0, 1, 2]"),

@@ -27,6 +27,7 @@ from llama_attn.cli.options import (
     check_loading,
     check_statistics,
     names_of,
+    refuse,
 )
 from llama_attn.cli.progress import reading
 from llama_attn.cli.terminal import TABLES, fail, first_line, how_to_draw, missing, say
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 # Shards of a corpus if nobody says how large they are, and the smallest of them [records].
 SHARDS, SMALLEST_SHARD = 256, 64
 MAX_TOKENS = 512
+FIELD, SPLIT = "text", "train"
 
 
 def corpus(
@@ -55,9 +57,12 @@ def corpus(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; run again, the command goes on in it.")],
-    field: Annotated[str, typer.Option(help="Field of JSON lines, or column of tables, that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(help="Field of JSON lines, or column of tables, that holds the text.", show_default=FIELD),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a dataset of the hub.", show_default=SPLIT)] = None,
+    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset of the hub that has several.")] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -113,12 +118,16 @@ def corpus(
 
     check_statistics(statistics)
     config = _config(statistics, layers, heads)
+    datasets = [one for one in data if is_hub_dataset(one)]
     try:
         noted = shard_records or SMALLEST_SHARD
-        sources = [
-            survey(name, path, noted) for name, path in find_files([one for one in data if not is_hub_dataset(one)])
-        ]
-        sources += [HubDataset(one, subset, split).survey(noted, limit) for one in data if is_hub_dataset(one)]
+        files = find_files([one for one in data if one not in datasets])
+        if not datasets:
+            refuse({"split": split, "subset": subset}, "it is of datasets on the hub, and DATA names none")
+            if all(path.suffix == ".txt" for _, path in files):
+                refuse({"field": field}, "it is of JSON lines and tables, and DATA has lines of plain text alone")
+        sources = [survey(name, path, noted) for name, path in files]
+        sources += [HubDataset(one, subset, split or SPLIT).survey(noted, limit) for one in datasets]
     except (ValueError, ImportError, OSError) as error:
         fail(first_line(error))
     every, sources = (shard_records, sources) if shard_records else _in_shards(sources, limit)
@@ -141,7 +150,7 @@ def corpus(
     check_length(loaded, max_tokens)
     reader = Reader(subject.part, tokenizer, config, fingerprint(loaded), max_tokens, batch_tokens, examples)
     settings = {"model": chosen.checkpoint.title, "dtype": str(next(loaded.parameters()).dtype), "attn": attn}
-    run = Run(out, reader, sources, field, every, limit, settings, group)
+    run = Run(out, reader, sources, FIELD if field is None else field, every, limit, settings, group)
     records = sum(shard.records for shard in run.shards)
     if not records:
         lost = [source for source in sources if source.unreadable]

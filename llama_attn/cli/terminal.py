@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -20,6 +20,10 @@ from llama_attn.cli.installation import fitted, pip_line
 PICTURES = ("matplotlib", "plotly", "xarray", "pandas")
 FORMAT_WARNING = warnings.formatwarning
 TABLES = ("xarray", "pandas")
+# What -99,999, -1.2e-5 and -1e-300 take [characters]; with more, tables of many numbers are wider than 80.
+WIDEST_NUMBER = 7
+# Three digits of larger numbers are rounded before the point.
+ALL_DIGITS_FROM = 999.5
 
 
 class PlainConsole(Console):
@@ -74,11 +78,24 @@ def printable(text: str) -> str:
     return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
-def number(value: float) -> str:
-    """Three digits, of large numbers all before the point; – for none."""
+def number(value: float, decimals: int | None = None, sign: Literal["-", "+"] = "-") -> str:
+    """A number in no more characters than columns of tables have for it, whatever it is; – for none.
+
+    Args:
+        value: The number.
+        decimals: Behind the point, if it is below 1000; without, three digits.
+        sign: + to write it before positive numbers, too.
+    """
     if value != value:
         return "–"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+    written = [f"{value:{sign}.{digits}g}" for digits in (3, 2, 1)]
+    # Of 1e+06 and 1e-05 what says as much.
+    written = [one.replace("e+", "e").replace("e0", "e").replace("e-0", "e-") for one in written]
+    if abs(value) >= ALL_DIGITS_FROM:
+        written = [f"{value:{sign},.0f}", *written]
+    elif decimals is not None:
+        written = [f"{value:{sign}.{decimals}f}", *written]
+    return next(one for one in written if len(one) <= WIDEST_NUMBER)
 
 
 def new_table(*headings: str, fold: str, title: str = "") -> Table:
