@@ -197,7 +197,12 @@ def merge(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs, or files of summaries.", show_default=False)],
     out: Annotated[Path, typer.Option(help="File for the summary of all of them.")],
 ) -> None:
-    """Merge the results of several runs of the same model over different texts."""
+    """Merge the results of several runs of the same model over different texts.
+
+    Texts that several of them have count each time, and are warned of as far as they are known: a summary keeps a sample
+    of its texts, all of them only where there are few.
+    """
+    from llama_attn.corpus.examples import SAMPLED
     from llama_attn.corpus.run import SHARDS as PARTS, SUMMARY
     from llama_attn.corpus.summary import CorpusSummary
 
@@ -215,10 +220,14 @@ def merge(
         origins += [given] * len(found)
     known: dict[int, Path] = {}
     twice: set[int] = set()
+    # Whether a summary has texts that are not in its sample.
+    sampled = False
 
     def loaded(file: Path, origin: Path) -> CorpusSummary:
         """A summary, after a look at which of its sampled texts another folder has too."""
+        nonlocal sampled
         summary = CorpusSummary.load(file)
+        sampled |= summary.texts > SAMPLED
         for digest in summary.sample.digest.tolist():
             if known.setdefault(digest, origin) != origin:
                 twice.add(digest)
@@ -233,6 +242,8 @@ def merge(
         say(
             f"warning: of {len(known):,} sampled texts {len(twice):,} are in more than one of FOLDERS, and count each time"
         )
+    elif sampled and len({*origins}) > 1:
+        say(f"no text is in more than one of FOLDERS, as far as a sample of {len(known):,} texts tells")
     say(f"{_told(summary)}; merged from {len(files)} {'file' if len(files) == 1 else 'files'} into {out}")
 
 
