@@ -94,6 +94,7 @@ def test_some_heads_and_the_sink_alone(files, tmp_path):
         (["--heads", "1.0,9.9"], "there is no attention in layer 9; there is in 0, 1, 2"),
         (["--heads", "1.4"], "layer 1 has no head 4; there are 0 to 3"),
         (["--mode", "median"], "--mode: expected zero or mean"),
+        (["--sinks", "--mode", "zero"], "--mode: with --sinks alone no head is tried; name some with --heads"),
         (["--attn", "sdpb"], "is not supported; there are"),
     ],
 )

@@ -105,7 +105,7 @@ def test_a_summary_is_drawn_by_its_report(saved):
 
 
 @pytest.mark.parametrize(
-    "option", [("--plot", "a.png"), ("--what", "comparison"), ("--layer", 1), ("--kind", "logits")]
+    "option", [("--plot", "a.png"), ("--what", "comparison"), ("--layer", 1), ("--kind", "logits"), ("--dpi", 120)]
 )
 def test_pictures_of_comparisons_are_of_runs(option, saved):
     result = invoke("compare", saved, saved, *option)
@@ -122,3 +122,19 @@ def test_what_is_asked_for_is_what_is_drawn(saved, ids, tmp_path, monkeypatch):
     for arguments in (["run.safetensors"], ["run.safetensors", "--batch", 1], ["summary.safetensors"]):
         assert invoke("report", tmp_path / arguments[0], *arguments[1:]).exit_code == 0
     assert asked == [("report", {}), ("report", {"batch": 1}), ("corpus_report", {})]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--split", "train"), "--split: it is of datasets on the hub, and DATA names none"),
+        (("--subset", "en"), "--subset: it is of datasets on the hub, and DATA names none"),
+        (("--field", "text"), "--field: it is of JSON lines and tables, and DATA has lines of plain text alone"),
+    ],
+)
+def test_options_of_other_data_are_refused(option, message, tmp_path):
+    (tmp_path / "texts.txt").write_text("a line\n")
+    result = invoke("corpus", "no/model", tmp_path / "texts.txt", "--out", tmp_path / "out", *option)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()

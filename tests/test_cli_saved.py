@@ -16,7 +16,6 @@ from test_viz import Tokenizer
 
 from llama_attn import AttentionStats, AttentionStatsConfig, viz
 from llama_attn.analysis import compare
-from llama_attn.cli.advice import as_commands
 from llama_attn.cli.saved import OF_ONE_RUN, _pictures
 
 
@@ -115,49 +114,6 @@ def test_folders_are_not_what_is_in_them(command, saved):
     for name in ("stats.safetensors", "summary.safetensors"):
         (saved / "run" / name).touch()
         assert words(invoke(*command, saved / "run")).endswith(f"run is a folder; give {saved / 'run' / name}")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "advice"),
-    [
-        (["--what", "rows"], "no command measures them; in Python: AttentionStatsConfig(rows=(-1,));"),
-        (["--what", "sources"], "llama-attn run MODEL --file ONE --file OTHER --documents --generate N;"),
-        (["--what", "coverage"], "llama-attn run MODEL … --statistics weight_count,weight_mass;"),
-        (["--kind", "logits"], "llama-attn run MODEL … --statistics logits_map;"),
-        (
-            ["--what", "head-grid", "--statistic", "effective_keys"],
-            "llama-attn run MODEL … --statistics effective_keys;",
-        ),
-        (["--what", "head-grid", "--statistic", "kept_mass"], "`llama-attn budget` chooses them"),
-    ],
-    ids=str,
-)
-def test_what_was_not_measured_is_said_as_a_command(arguments, advice, ids, tmp_path):
-    with torch.no_grad():
-        stats = tiny_model()(ids, output_attention_stats=True).attention_stats
-    stats.save(tmp_path / "a.safetensors")
-    result = invoke("plot", tmp_path / "a.safetensors", *arguments)
-    assert result.exit_code == 2
-    assert advice in words(result)
-    assert "run the model" not in words(result)
-
-
-def test_advice_is_worded_as_the_library_words_it(ids):
-    """What none of the pictures above says."""
-    with torch.no_grad():
-        stats = tiny_model()(
-            ids, output_attention_stats=AttentionStatsConfig(segments=[["one"] * 37] * 2)
-        ).attention_stats
-    with pytest.raises(ValueError, match="nothing says which tokens were generated") as raised:
-        viz.plot_sources(stats)
-    assert as_commands(str(raised.value)).endswith("; measure with llama-attn run MODEL … --generate N")
-    parts = [["one"] * 30 + ["generated"] * 7] * 2
-    config = AttentionStatsConfig(statistics="segment_mass", segments=parts)
-    with torch.no_grad():
-        stats = tiny_model()(ids, output_attention_stats=config).attention_stats
-    with pytest.raises(ValueError, match="how much goes to the sink is not known") as raised:
-        viz.plot_sources(stats)
-    assert "measure with llama-attn run MODEL … --statistics sink_mass; there are" in as_commands(str(raised.value))
 
 
 def test_report(saved):
@@ -309,6 +265,7 @@ def test_compare_draws(arguments, name, options, saved, monkeypatch):
         (["--what", "head-grid"], "--what: expected one of comparison, head-comparison, got 'head-grid'"),
         (["--what", "comparison"], "--what: it is for the picture; name a file with --plot"),
         (["--what", "head-comparison"], "--what: it is for the picture; name a file with --plot"),
+        (["--dpi", "120"], "--dpi: it is for the picture; name a file with --plot"),
         (["--plot", "a.jpg"], "--plot: expected a name that ends in .png, .svg, .pdf, got 'a.jpg'"),
         (["--plot", "/missing/a.png"], "the folder '/missing' does not exist"),
         (["--plot", "a.png", "--what", "comparison", "--layer", "9"], "layer: 9 was not measured; there are [0, 1, 2]"),

@@ -23,8 +23,11 @@ from llama_attn.analysis import compare
 from llama_attn.cli import app, engine, installation, places
 from llama_attn.cli.loading import plan
 from llama_attn.cli.saved import _table, _table_of_corpora
-from llama_attn.cli.terminal import PlainConsole, fail, first_line, number
+from llama_attn.cli.terminal import WIDEST_NUMBER, PlainConsole, fail, first_line, number
+from llama_attn.corpus.statistics import of_heads
 from llama_attn.demo import GGUF_FILE, HUB_ID, Checkpoint
+from llama_attn.stats.labels import Label
+from llama_attn.stats.table import statistics_table
 
 # Markup, emoji, colour, clearing, a title of the window, and right to left.
 HOSTILE = "[bold]b[/] [/INST] [triton] :cat: \x1b[31mred\x1b[2J \x9b31m \x1b]0;owned\x07 \u202eabc"
@@ -188,10 +191,46 @@ def test_warnings_of_this_package_are_lines_of_the_command(monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(0.12345, "0.123"), (999.4, "999"), (24926.4, "24,926"), (-1234.5, "-1,234"), (1e12, "1e+12"), (math.nan, "–")],
-)
+    [
+        (0.12345, "0.123"), (999.4, "999"), (999.96, "1,000"), (24926.4, "24,926"), (-1234.5, "-1,234"), (1e12, "1e12"),
+        (-1.23e-5, "-1.2e-5"), (1e-300, "1e-300"), (-1.23e-300, "-1e-300"), (-math.inf, "-inf"), (math.nan, "–"),
+    ],
+)  # fmt: skip
 def test_numbers_are_written_once(value, expected):
     assert number(value) == expected
+
+
+@pytest.mark.parametrize("settings", [(), (4, "+"), (3, "+"), (2,)])
+def test_a_number_stays_in_its_column(settings):
+    values = [float(f"{digits}e{power}") for digits in ("9.9999", "1.2345") for power in range(-307, 308)]
+    for value in (*values, 0.0, 5e-324, 999.49, 999.5, 999999.4, 999999.6, math.inf):
+        for signed in (value, -value):
+            written = number(signed, *settings)
+            assert len(written) <= WIDEST_NUMBER
+            # No more is lost than the digits say: one where an exponent takes the room, decimals where they are named.
+            lost = 0.5 * 10 ** -settings[0] if settings and abs(value) < 1000 else 0
+            assert float(written.replace(",", "")) == pytest.approx(signed, rel=0.5, abs=lost)
+
+
+@pytest.mark.parametrize("least", [-1.23e-5, -1.23e-300, -123456.0, -1.23e12])
+def test_numbers_break_no_table(least):
+    """In 80 columns, beside the longest name, each column is as wide as its numbers."""
+    number_of = dict.fromkeys(("mean_a", "mean_b", "difference", "effect", "paired_effect"), least)
+    of_both = {"layer": 127, "head": 127, **number_of}
+    # Corpora are compared by statistics of heads.
+    name = max(of_heads({name: Label.of(one) for name, one in statistics_table().items()}), key=len)
+    longest = max(statistics_table(), key=len)
+    corpora = pandas.DataFrame([of_both | {"statistic": name, "high": least / 2, "texts": 128}])
+    runs = pandas.DataFrame([of_both | {"statistic": longest, "position": 131071, "token": "▁attention"}])
+    for table, frame in ((_table_of_corpora, corpora), (_table, runs)):
+        screen = PlainConsole(width=80, file=io.StringIO())
+        screen.print(table(frame))
+        lines = screen.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= 80
+        words = " ".join(lines).split()
+        assert frame.statistic[0] in words
+        assert words.count(number(least)) == (5 if table is _table_of_corpora else 4)
+        assert (f"±{number(-least / 2)}" in words) == (table is _table_of_corpora)
 
 
 def test_what_was_compared_is_said(saved, monkeypatch):  # noqa: F811

@@ -376,6 +376,11 @@ def test_merging_runs(checkpoint, words, tmp_path):
     again = invoke("merge", tmp_path / "one", tmp_path / "two" / ".." / "one", "--out", tmp_path / "x")
     assert again.exit_code == 2
     assert "one is given twice, and its texts would count twice" in again.output
+    # Few texts are all in the samples; of more, it is said how many were looked at.
+    apart = ("merge", tmp_path / "one", tmp_path / "other", "--out", tmp_path / "x")
+    assert "as far as a sample" not in invoke(*apart).output
+    CorpusSummary.merge([CorpusSummary.load(tmp_path / "other" / SUMMARY)] * 65).save(tmp_path / "other" / SUMMARY)
+    assert "as far as a sample" in invoke(*apart).output
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     again = invoke("merge", tmp_path / "one", tmp_path / "copy", "--out", tmp_path / "x")
     of = len({*written[:25]})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis.dataset import direction_of
+from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.analysis.who_sees import runs_of
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def first_generated(dataset: xarray.Dataset) -> int:
     """Position of the first token that was generated [token].
 
     Raises:
-        ValueError: The statistics do not say.
+        NotMeasuredError: The statistics do not say.
     """
     if "key_segment" in dataset.coords:
         generated = (dataset.key_segment == GENERATED).any("batch").values
@@ -31,9 +32,10 @@ def first_generated(dataset: xarray.Dataset) -> int:
     rows = json.loads(dataset.attrs.get("config", "{}")).get("rows")
     if isinstance(rows, dict) and rows.get("at") == GENERATED and "row" in dataset.coords and dataset.sizes["row"]:
         return int(dataset["row"].values[0]) + 1
-    raise ValueError(
-        "source: nothing says which tokens were generated; measure in generate, with "
-        'AttentionStatsConfig(segments=…) for the prompt, or rows="generated"'
+    raise NotMeasuredError(
+        "source: nothing says which tokens were generated",
+        ["generated"],
+        'measure in generate, with AttentionStatsConfig(segments=…) for the prompt, or rows="generated"',
     )
 
 
@@ -43,16 +45,18 @@ def answering(dataset: xarray.Dataset) -> xarray.Dataset:
     The last one is that of a token which was never fed back.
 
     Raises:
-        ValueError: Nothing says which tokens were generated, or these queries were not measured.
+        NotMeasuredError: Nothing says which tokens were generated, or these queries were not measured.
     """
     first = first_generated(dataset)
     queries = dataset["query"].values
     chosen = np.flatnonzero(queries >= first - 1)
     wanted = range(first - 1, int(dataset["key"].values[-1]) + 1)
     if queries[chosen].tolist() != list(wanted):
-        raise ValueError(
+        raise NotMeasuredError(
             f"source: expected the queries {wanted.start} to {wanted.stop - 1}, from which tokens were generated, got "
-            f"{queries[chosen].tolist()}; measure with query_stride=1"
+            f"{queries[chosen].tolist()}",
+            ["query_stride"],
+            "measure with query_stride=1",
         )
     return dataset.isel(query=chosen)
 
@@ -78,12 +82,14 @@ def require_segments(dataset: xarray.Dataset) -> None:
     """Check that there are segments.
 
     Raises:
-        ValueError: None were given when the run was measured.
+        NotMeasuredError: None were given when the run was measured.
     """
     if "segment_mass" not in dataset or "key_segment" not in dataset.coords:
-        raise ValueError(
-            "source: expected segments; measure with AttentionStatsConfig(segments=…); there are "
-            f"{sorted(map(str, dataset.data_vars))}"
+        raise NotMeasuredError(
+            "source: expected segments",
+            ["segments"],
+            "measure with AttentionStatsConfig(segments=…)",
+            dataset.data_vars,
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
+from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.stats.container import AttentionStats
 
 if TYPE_CHECKING:
@@ -51,15 +52,11 @@ def require(dataset: xarray.Dataset, *names: str) -> None:
     """Check that ``dataset`` holds the statistics ``names``.
 
     Raises:
-        ValueError: One is missing; the message says which configuration measures it.
+        NotMeasuredError: One is missing; the message says which configuration measures it.
     """
     missing = [name for name in names if name not in dataset]
     if missing:
-        wanted = ", ".join(f'"{name}"' for name in missing)
-        raise ValueError(
-            f"source: {missing} not measured; measure with AttentionStatsConfig(statistics=(…, {wanted})); there are "
-            f"{sorted(map(str, dataset.data_vars))}"
-        )
+        raise NotMeasuredError(f"source: {missing} not measured", missing, there=dataset.data_vars)
 
 
 def direction_of(dataset: xarray.Dataset) -> Literal["causal", "bidirectional", "cross"]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from llama_attn.analysis.dataset import as_dataset, direction_of, real_tokens, require
+from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.analysis.part import measured_part
 
 if TYPE_CHECKING:
@@ -206,10 +207,11 @@ def _last_rows(row: _Row, most: int, *, exactly: bool) -> Float[np.ndarray, "hea
             break
         found.append(int(np.flatnonzero(positions == position)[0]))
     if not found or (exactly and len(found) < most):
-        raise ValueError(
+        raise NotMeasuredError(
             f"row_weights: expected those of the last {most} queries up to {last}, which row "
-            f"{int(row.dataset['batch'])} of the batch ends with, got those of {positions.tolist()}; measure with "
-            f"rows=slice(-{most}, None), and texts of different length with padding on the left"
+            f"{int(row.dataset['batch'])} of the batch ends with, got those of {positions.tolist()}",
+            ["rows"],
+            f"measure with rows=slice(-{most}, None), and texts of different length with padding on the left",
         )
     return np.asarray(weights.values[:, found[::-1]][..., row.keys], dtype=np.float64)
 
@@ -218,16 +220,19 @@ def _check_text(dataset: xarray.Dataset, policy: str) -> None:
     if direction_of(dataset) != "causal":
         raise ValueError(f"source: expected causal attention, whose cache can be cut, got {direction_of(dataset)}")
     if policy in ROWS and "row_weights" not in dataset:
-        raise ValueError(
-            f"source: {policy} needs row_weights, which were not measured; measure with "
-            f"AttentionStatsConfig({ROWS[policy]}); there are {sorted(map(str, dataset.data_vars))}"
+        raise NotMeasuredError(
+            f"source: {policy} needs row_weights, which were not measured",
+            ["rows"],
+            f"measure with AttentionStatsConfig({ROWS[policy]})",
+            dataset.data_vars,
         )
     require(dataset, *NEEDED[policy])
     asked, last = dataset["query"].values, int(dataset["key"].values[-1])
     if not len(asked) or int(asked[-1]) != last:
-        raise ValueError(
-            f"source: expected the last token, {last}, among the measured queries, got {asked[-1:].tolist()}; without "
-            "it nobody can tell which keys are real: measure with query_stride=1, and do not leave out queries"
+        raise NotMeasuredError(
+            f"source: expected the last token, {last}, among the measured queries, got {asked[-1:].tolist()}",
+            ["query_stride"],
+            "without it nobody can tell which keys are real: measure with query_stride=1, and do not leave out queries",
         )
 
 
@@ -253,7 +258,9 @@ def _groups(dataset: xarray.Dataset, policy: str) -> int:
         heads = dataset["head"].values.tolist() if "head" in dataset.coords else []
         total = int(dataset.attrs.get("num_heads", 0)) or len(heads)
         if heads != list(range(total)) or total % groups:
-            raise ValueError(
-                f"source: expected all {total} query heads of {groups} KV heads, in order, got {heads}; measure with heads=None"
+            raise NotMeasuredError(
+                f"source: expected all {total} query heads of {groups} KV heads, in order, got {heads}",
+                ["heads"],
+                "measure with heads=None",
             )
     return groups

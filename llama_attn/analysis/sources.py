@@ -18,6 +18,7 @@ from llama_attn.analysis.answer import (
     seen_of_segments,
 )
 from llama_attn.analysis.dataset import as_dataset, check_measured, real_tokens, require
+from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.analysis.part import measured_part
 from llama_attn.analysis.uniform import measured_with
 
@@ -173,16 +174,19 @@ def _taken_by_sink(answer: xarray.Dataset, marks: xarray.DataArray, names: list[
         )
         return _Taken(of_segment, rows.sum("key") + learned), True
     if "sink_mass" not in answer:
-        raise ValueError(
-            'source: how much goes to the sink is not known; measure "sink_mass", or the rows themselves with '
-            f'AttentionStatsConfig(rows="generated"); there are {sorted(map(str, answer.data_vars))}'
+        raise NotMeasuredError(
+            "source: how much goes to the sink is not known",
+            ["sink_mass"],
+            'measure "sink_mass", or the rows themselves with AttentionStatsConfig(rows="generated")',
+            answer.data_vars,
         )
     require(answer, "sink_mass")
     holding = sorted(set(answer.key_segment.values[marks.values].tolist()))
     if len(holding) > 1:
-        raise ValueError(
-            f"source: the sink's tokens lie in {len(holding)} segments, {holding}, and nothing says what each of them gets; "
-            'measure the rows themselves with AttentionStatsConfig(rows="generated"), or with sink_tokens=1'
+        raise NotMeasuredError(
+            f"source: the sink's tokens lie in {len(holding)} segments, {holding}, and nothing says what each of them gets",
+            ["sink_tokens"],
+            'measure the rows themselves with AttentionStatsConfig(rows="generated"), or with sink_tokens=1',
         )
     inside = xarray.DataArray([float(name in holding) for name in names], {"segment": names}, "segment")
     return _Taken(answer.sink_mass * inside, answer.sink_mass + learned), False

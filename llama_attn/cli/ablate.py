@@ -25,9 +25,10 @@ from llama_attn.cli.options import (
     Out,
     TrustRemoteCode,
     check_loading,
+    refuse,
 )
 from llama_attn.cli.progress import counting
-from llama_attn.cli.terminal import TABLES, console, fail, how_to_draw, missing, new_table, say
+from llama_attn.cli.terminal import TABLES, console, fail, how_to_draw, missing, new_table, number, say
 from llama_attn.cli.texts import read_texts, tokenize
 from llama_attn.demo import Checkpoint
 from llama_attn.observe.interventions import ablate_heads, block_keys
@@ -61,8 +62,11 @@ def ablate(
     ] = None,
     sinks: Annotated[bool, typer.Option("--sinks", help="Also hide the first token from all later ones.")] = False,
     mode: Annotated[
-        str, typer.Option(help="What stands in place of a head: zero, or the mean of what it gives in the text.")
-    ] = "zero",
+        str | None,
+        typer.Option(
+            help="What stands in place of a head: zero, or the mean of what it gives in the text.", show_default="zero"
+        ),
+    ] = None,
     attn: Attn = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -76,9 +80,12 @@ def ablate(
     Every head takes one forward over the text. With --sinks alone no head is tried.
     """
     check_loading(attn, dtype, device, adapter)
-    if mode not in ("zero", "mean"):
+    if mode not in (None, "zero", "mean"):
         fail(f"--mode: expected zero or mean, got {mode!r}")
     asked = _read_heads(heads if heads is not None or sinks else EVERY)
+    if asked == {}:
+        refuse({"mode": mode}, "with --sinks alone no head is tried; name some with --heads")
+    mode = mode or "zero"
     if asked != {} and (lacking := missing(TABLES)):
         fail(f"--heads: the table needs {', '.join(lacking)}: pip install 'llama_attn[analysis]'")
     texts = read_texts(None, None, None, None, file, False)
@@ -166,7 +173,7 @@ def table_of_heads(frame: pandas.DataFrame) -> Table:
     title = f"{len(most)} of {len(frame)} heads, those that change most" if len(most) < len(frame) else ""
     table = new_table("layer.head", "loss [nat]", "change [nat]", fold="layer.head", title=title)
     for layer, head, loss, change in most[["layer", "head", "loss", "change"]].itertuples(index=False):
-        table.add_row(f"{layer}.{head}", f"{loss:.4f}", f"{change:+.4f}")
+        table.add_row(f"{layer}.{head}", number(loss, 4), number(change, 4, "+"))
     return table
 
 

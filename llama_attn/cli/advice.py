@@ -1,10 +1,9 @@
-"""What the library advises in Python, said as commands."""
+"""What is said on the command line of what was not measured, and of other files: commands where the library says Python."""
 
 from __future__ import annotations
 
-import re
-
-from llama_attn.stats.formats import HOLDS, STATS, SUMMARY
+from llama_attn.analysis.not_measured import NotMeasuredError
+from llama_attn.stats.formats import STATS, SUMMARY, OtherFileError
 
 # Statistics that need more than their name, and how they are measured.
 ELSEWHERE = {
@@ -12,33 +11,34 @@ ELSEWHERE = {
     "kept_mass": "needs the keys that are kept; `llama-attn budget` chooses them and tells it",
     "row_weights": "needs rows, which no option names; in Python: AttentionStatsConfig(rows=(-1,))",
 }
-UNMEASURED = re.compile(r"measure with AttentionStatsConfig\(statistics=\(…, ([^)]*)\)\)")
-ROWS = 'measure with AttentionStatsConfig(rows=(-1,)) or rows="generated"'
-SAID = {
-    ROWS: "no command measures them; in Python: AttentionStatsConfig(rows=(-1,))",
-    "measure with AttentionStatsConfig(segments=…)": (
-        "measure with llama-attn run MODEL --file ONE --file OTHER --documents --generate N"
-    ),
-    'measure in generate, with AttentionStatsConfig(segments=…) for the prompt, or rows="generated"': (
-        "measure with llama-attn run MODEL … --generate N"
-    ),
-    'measure "sink_mass", or the rows themselves with AttentionStatsConfig(rows="generated")': (
-        "measure with llama-attn run MODEL … --statistics sink_mass"
-    ),
-    HOLDS[STATS][1]: "llama-attn plot, report and compare take it",
-    HOLDS[SUMMARY][1]: "llama-attn report, compare and merge take it",
+# What else than statistics may be missing: without an option for it, a run measures what is asked for here.
+PARAMETERS = {
+    "generated": "measure with llama-attn run MODEL … --generate N",
+    "heads": "measure with llama-attn run MODEL …, which measures all heads",
+    "query_stride": "measure with llama-attn run MODEL … --generate N, which measures every query",
+    "rows": "no command measures them; in Python: AttentionStatsConfig(rows=(-1,))",
+    "segments": "measure with llama-attn run MODEL --file ONE --file OTHER --documents --generate N",
+    "sink_tokens": "measure with llama-attn run MODEL …, whose sink is one token",
+}
+# What takes a file, by what it holds.
+TAKING = {
+    STATS: "llama-attn plot, report and compare take it",
+    SUMMARY: "llama-attn report, compare and merge take it",
 }
 
 
-def as_commands(message: str) -> str:
-    """A message whose advice, as the library words it, can be followed on the command line."""
-    message = UNMEASURED.sub(lambda found: _measured(re.findall(r'"(\w+)"', found[1])), message)
-    for python, command in SAID.items():
-        message = message.replace(python, command)
-    return message
+def advised(error: BaseException) -> str:
+    """The message of an error, with advice that can be followed on the command line."""
+    if isinstance(error, NotMeasuredError):
+        return error.advising(_how_to_measure(error.missing))
+    if isinstance(error, OtherFileError) and error.holds is not None:
+        return error.advising(TAKING[error.holds])
+    return str(error)
 
 
-def _measured(names: list[str]) -> str:
-    if special := [name for name in names if name in ELSEWHERE]:
+def _how_to_measure(missing: tuple[str, ...]) -> str:
+    if parameters := [PARAMETERS[name] for name in missing if name in PARAMETERS]:
+        return parameters[0]
+    if special := [name for name in missing if name in ELSEWHERE]:
         return f"{special[0]} {ELSEWHERE[special[0]]}"
-    return f"measure with llama-attn run MODEL … --statistics {','.join(names)}"
+    return f"measure with llama-attn run MODEL … --statistics {','.join(missing)}"

@@ -185,7 +185,7 @@ def table_of_budgets(frame: pandas.DataFrame) -> Table:
             least, loss = int(part.kept.argmin()), float(part.loss[0])
             table.add_row(
                 str(policy), f"{size:,}", f"{percent(part.kept.mean(), 1)}", f"{percent(part.kept[least], 1)} (layer {part.layer[least]})",
-                number(loss), f"{loss - full:+.3f}",
+                number(loss), number(loss - full, 3, "+"),
             )  # fmt: skip
     return table
 

@@ -27,6 +27,7 @@ from llama_attn.cli.options import (
     check_loading,
     check_statistics,
     names_of,
+    refuse,
 )
 from llama_attn.cli.progress import reading
 from llama_attn.cli.terminal import TABLES, fail, first_line, how_to_draw, missing, say
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 # Shards of a corpus if nobody says how large they are, and the smallest of them [records].
 SHARDS, SMALLEST_SHARD = 256, 64
 MAX_TOKENS = 512
+FIELD, SPLIT = "text", "train"
 
 
 def corpus(
@@ -55,9 +57,12 @@ def corpus(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; run again, the command goes on in it.")],
-    field: Annotated[str, typer.Option(help="Field of JSON lines, or column of tables, that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(help="Field of JSON lines, or column of tables, that holds the text.", show_default=FIELD),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a dataset of the hub.", show_default=SPLIT)] = None,
+    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset of the hub that has several.")] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -113,12 +118,16 @@ def corpus(
 
     check_statistics(statistics)
     config = _config(statistics, layers, heads)
+    datasets = [one for one in data if is_hub_dataset(one)]
     try:
         noted = shard_records or SMALLEST_SHARD
-        sources = [
-            survey(name, path, noted) for name, path in find_files([one for one in data if not is_hub_dataset(one)])
-        ]
-        sources += [HubDataset(one, subset, split).survey(noted, limit) for one in data if is_hub_dataset(one)]
+        files = find_files([one for one in data if one not in datasets])
+        if not datasets:
+            refuse({"split": split, "subset": subset}, "it is of datasets on the hub, and DATA names none")
+            if all(path.suffix == ".txt" for _, path in files):
+                refuse({"field": field}, "it is of JSON lines and tables, and DATA has lines of plain text alone")
+        sources = [survey(name, path, noted) for name, path in files]
+        sources += [HubDataset(one, subset, split or SPLIT).survey(noted, limit) for one in datasets]
     except (ValueError, ImportError, OSError) as error:
         fail(first_line(error))
     every, sources = (shard_records, sources) if shard_records else _in_shards(sources, limit)
@@ -141,7 +150,7 @@ def corpus(
     check_length(loaded, max_tokens)
     reader = Reader(subject.part, tokenizer, config, fingerprint(loaded), max_tokens, batch_tokens, examples)
     settings = {"model": chosen.checkpoint.title, "dtype": str(next(loaded.parameters()).dtype), "attn": attn}
-    run = Run(out, reader, sources, field, every, limit, settings, group)
+    run = Run(out, reader, sources, FIELD if field is None else field, every, limit, settings, group)
     records = sum(shard.records for shard in run.shards)
     if not records:
         lost = [source for source in sources if source.unreadable]
@@ -188,7 +197,12 @@ def merge(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs, or files of summaries.", show_default=False)],
     out: Annotated[Path, typer.Option(help="File for the summary of all of them.")],
 ) -> None:
-    """Merge the results of several runs of the same model over different texts."""
+    """Merge the results of several runs of the same model over different texts.
+
+    Texts that several of them have count each time, and are warned of as far as they are known: a summary keeps a sample
+    of its texts, all of them only where there are few.
+    """
+    from llama_attn.corpus.examples import SAMPLED
     from llama_attn.corpus.run import SHARDS as PARTS, SUMMARY
     from llama_attn.corpus.summary import CorpusSummary
 
@@ -206,10 +220,14 @@ def merge(
         origins += [given] * len(found)
     known: dict[int, Path] = {}
     twice: set[int] = set()
+    # Whether a summary has texts that are not in its sample.
+    sampled = False
 
     def loaded(file: Path, origin: Path) -> CorpusSummary:
         """A summary, after a look at which of its sampled texts another folder has too."""
+        nonlocal sampled
         summary = CorpusSummary.load(file)
+        sampled |= summary.texts > SAMPLED
         for digest in summary.sample.digest.tolist():
             if known.setdefault(digest, origin) != origin:
                 twice.add(digest)
@@ -224,6 +242,8 @@ def merge(
         say(
             f"warning: of {len(known):,} sampled texts {len(twice):,} are in more than one of FOLDERS, and count each time"
         )
+    elif sampled and len({*origins}) > 1:
+        say(f"no text is in more than one of FOLDERS, as far as a sample of {len(known):,} texts tells")
     say(f"{_told(summary)}; merged from {len(files)} {'file' if len(files) == 1 else 'files'} into {out}")
 
 

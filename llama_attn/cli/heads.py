@@ -24,7 +24,7 @@ from llama_attn.cli.options import (
     check_loading,
     stats_config,
 )
-from llama_attn.cli.terminal import TABLES, console, fail, how_to_draw, missing, new_table, say
+from llama_attn.cli.terminal import TABLES, console, fail, how_to_draw, missing, new_table, number, say
 from llama_attn.cli.texts import Prompt
 from llama_attn.demo import Checkpoint
 from llama_attn.stats.files import complete_file
@@ -133,6 +133,7 @@ def table_of_roles(frame: pandas.DataFrame) -> Table:
     table = new_table("role", "heads", last, fold=last)
     for role, count in frame.role.value_counts().items():
         strongest = frame[(frame.role == role) & frame.score.notna()].nlargest(STRONGEST, "score")
-        named = [f"{line.layer}.{line.head} {line.score:.2f}" for line in strongest.itertuples()]
+        lines = strongest[["layer", "head", "score"]].itertuples(index=False)
+        named = [f"{layer}.{head} {number(score, 2)}" for layer, head, score in lines]
         table.add_row(str(role).replace("_", " "), str(count), ", ".join(named))
     return table

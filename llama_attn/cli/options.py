@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +83,18 @@ def check_statistics(statistics: str | None, *, documents: bool = False) -> None
     for name in names_of(statistics):
         if name in ELSEWHERE and not (documents and name == "segment_mass"):
             fail(f"--statistics: {name} {ELSEWHERE[name]}")
+
+
+def refuse(options: Mapping[str, object], why: str) -> None:
+    """End the command for an option that was given and would do nothing.
+
+    Args:
+        options: Values by the names of parameters; None for those that were not given.
+        why: What it needs.
+    """
+    for name, value in options.items():
+        if value is not None:
+            fail(f"--{name.replace('_', '-')}: {why}")
 
 
 def check_generate(generate: int | None) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama_attn.cli.folder import STATS
+from llama_attn.cli.options import refuse
 from llama_attn.cli.terminal import check_pictures, console, fail, first_line, new_table, number, say
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.files import complete_file
@@ -28,6 +29,7 @@ SAVED = ("summary.safetensors", STATS)
 # What a picture of two runs shows if nobody says.
 WHAT_DIFFERS = "head-comparison"
 FORMATS = (".png", ".svg", ".pdf")
+DPI = 120
 # What `_pictures` finds of one run, for the help, which is said before anything that draws is loaded.
 OF_ONE_RUN = (
     "attention-map", "coverage", "distance-histogram", "head-grid", "head-roles", "hidden-norms", "kv-norms", "layer-heads",
@@ -48,7 +50,7 @@ Layer = Annotated[int | None, typer.Option(help="Index of the layer.")]
 Head = Annotated[int | None, typer.Option(help="Index of the head; without it, the mean over heads.")]
 Batch = Annotated[int | None, typer.Option(help="Row of the batch.")]
 Kind = Annotated[str | None, typer.Option(help="What maps show: weights or logits.")]
-Dpi = Annotated[int, typer.Option(min=20, max=1200, help="Dots per inch.")]
+Dpi = Annotated[int | None, typer.Option(min=20, max=1200, help="Dots per inch.", show_default=str(DPI))]
 
 
 def plot(
@@ -67,7 +69,7 @@ def plot(
     out: Annotated[
         Path | None, typer.Option(help="Picture to write, .png, .svg or .pdf; by default beside FILE.")
     ] = None,
-    dpi: Dpi = 120,
+    dpi: Dpi = None,
 ) -> None:
     """Draw saved statistics."""
     check_pictures()
@@ -116,10 +118,8 @@ def report(
     taken = () if json else ("max_megabytes",) if of_corpus else (*given,)
     if json and not of_corpus:
         fail(f"--json: it is of summaries of a corpus, and {file} is none")
-    for name in given:
-        if name not in taken:
-            what = "JSON" if json else "the report of a corpus"
-            fail(f"--{name.replace('_', '-')}: {what} has no such option")
+    untaken = {name: value for name, value in given.items() if name not in taken}
+    refuse(untaken, f"{'JSON' if json else 'the report of a corpus'} has no such option")
     source: Any = file if of_corpus else _load(file)
     write: Callable[..., Path] = viz.corpus_json if json else viz.corpus_report if of_corpus else viz.report
     try:
@@ -149,7 +149,7 @@ def compare(
     head: Head = None,
     batch: Batch = None,
     kind: Kind = None,
-    dpi: Dpi = 120,
+    dpi: Dpi = None,
 ) -> None:
     """Show what differs between two runs, or two corpora, largest first; b − a, tokens aligned."""
     check_pictures()
@@ -160,9 +160,8 @@ def compare(
     options = {"layer": layer, "head": head, "batch": batch, "kind": kind}
     of_corpora = is_summary(a), is_summary(b)
     if of_corpora == (True, True):
-        for name, value in {"plot": plot, "what": what, **options}.items():
-            if value is not None:
-                fail(f"--{name}: it is of two runs, and these are summaries of corpora; see their reports")
+        drawing = {"plot": plot, "what": what, **options, "dpi": dpi}
+        refuse(drawing, "it is of two runs, and these are summaries of corpora; see their reports")
         frame = _compared(a, b)
         _check_statistic(frame, statistic)
         _say_compared(frame, _table_of_corpora, top, statistic, out)
@@ -172,8 +171,8 @@ def compare(
     picture, given = _picture(what or WHAT_DIFFERS, _pictures("a"), options)
     if plot is not None:
         _check_format("--plot", plot)
-    elif unused := [*given, *(["what"] if what is not None else [])]:
-        fail(f"--{unused[0]}: it is for the picture; name a file with --plot")
+    else:
+        refuse({**given, "what": what, "dpi": dpi}, "it is for the picture; name a file with --plot")
     runs = _load(a), _load(b)
     # What comparing and drawing warn of is printed below.
     with warnings.catch_warnings():
@@ -260,9 +259,8 @@ def _picture(
     taken = [name for name in inspect.signature(pictures[what]).parameters if name in options]
     given = {name: value for name, value in options.items() if value is not None}
     flags = [f"--{name.replace('_', '-')}" for name in taken]
-    for name in given:
-        if name not in taken:
-            fail(f"--{name.replace('_', '-')}: {what} takes {', '.join(flags) or 'no such option'}")
+    untaken = {name: value for name, value in given.items() if name not in taken}
+    refuse(untaken, f"{what} takes {', '.join(flags) or 'no such option'}")
     return pictures[what], given
 
 
@@ -297,13 +295,17 @@ def _check_format(option: str, target: Path) -> None:
 
 
 def _draw(
-    picture: Callable[..., Figure], runs: tuple[AttentionStats, ...], given: dict[str, Any], target: Path, dpi: int
+    picture: Callable[..., Figure],
+    runs: tuple[AttentionStats, ...],
+    given: dict[str, Any],
+    target: Path,
+    dpi: int | None,
 ) -> None:
     """Draw a picture and write it."""
     try:
         figure = picture(*runs, **given)
         with complete_file(target) as unfinished:
-            figure.savefig(unfinished, format=target.suffix[1:], dpi=dpi)
+            figure.savefig(unfinished, format=target.suffix[1:], dpi=DPI if dpi is None else dpi)
     except (ValueError, OSError) as error:
         fail(first_line(error))
     say(str(target))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -13,12 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llama_attn.cli.advice import as_commands
+from llama_attn.cli.advice import advised
 from llama_attn.cli.installation import fitted, pip_line
 
 PICTURES = ("matplotlib", "plotly", "xarray", "pandas")
 FORMAT_WARNING = warnings.formatwarning
 TABLES = ("xarray", "pandas")
+# What -99,999, -1.2e-5 and -1e-300 take [characters]; with more, tables of many numbers are wider than 80.
+WIDEST_NUMBER = 7
+# Three digits of larger numbers are rounded before the point.
+ALL_DIGITS_FROM = 999.5
 
 
 class PlainConsole(Console):
@@ -45,7 +49,7 @@ def say(message: str) -> None:
 
 def fail(message: str) -> NoReturn:
     """End the command with a message on the error stream, on one line, and exit status 2."""
-    PlainConsole(stderr=True).print(f"llama-attn: {as_commands(fitted(message))}", style="red", soft_wrap=True)
+    PlainConsole(stderr=True).print(f"llama-attn: {fitted(message)}", style="red", soft_wrap=True)
     raise typer.Exit(2)
 
 
@@ -60,7 +64,7 @@ def plain_warning(
 
 def first_line(error: BaseException) -> str:
     """What an exception says, short enough for a terminal."""
-    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    first, *others = [line.strip() for line in advised(error).splitlines() if line.strip()] or [type(error).__name__]
     # Some only announce what the next line says, or break a sentence.
     while others and first.endswith((":", ",", " or", " and")):
         first = f"{first} {others.pop(0)}"
@@ -72,11 +76,24 @@ def printable(text: str) -> str:
     return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
-def number(value: float) -> str:
-    """Three digits, of large numbers all before the point; – for none."""
+def number(value: float, decimals: int | None = None, sign: Literal["-", "+"] = "-") -> str:
+    """A number in no more characters than columns of tables have for it, whatever it is; – for none.
+
+    Args:
+        value: The number.
+        decimals: Behind the point, if it is below 1000; without, three digits.
+        sign: + to write it before positive numbers, too.
+    """
     if value != value:
         return "–"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+    written = [f"{value:{sign}.{digits}g}" for digits in (3, 2, 1)]
+    # Of 1e+06 and 1e-05 what says as much.
+    written = [one.replace("e+", "e").replace("e0", "e").replace("e-0", "e-") for one in written]
+    if abs(value) >= ALL_DIGITS_FROM:
+        written = [f"{value:{sign},.0f}", *written]
+    elif decimals is not None:
+        written = [f"{value:{sign}.{decimals}f}", *written]
+    return next(one for one in written if len(one) <= WIDEST_NUMBER)
 
 
 def new_table(*headings: str, fold: str, title: str = "") -> Table:

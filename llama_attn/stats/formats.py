@@ -18,7 +18,24 @@ HOLDS = {
 
 
 class OtherFileError(ValueError):
-    """A file holds something else than what was asked for, or nothing of ours."""
+    """A file holds something else than what was asked for, or nothing of ours. The message says in Python what takes it.
+
+    Args:
+        found: What was expected and found, in words.
+        holds: The key that the file has, one of `HOLDS`; None if it has none.
+    """
+
+    def __init__(self, found: str, holds: str | None = None) -> None:
+        self.found, self.holds = found, holds
+        # What it can be made of again, so that it can be pickled.
+        super().__init__(found, holds)
+
+    def __str__(self) -> str:
+        return self.found if self.holds is None else self.advising(HOLDS[self.holds][1])
+
+    def advising(self, advice: str) -> str:
+        """The message with other advice."""
+        return f"{self.found}; {advice}"
 
 
 def existing(path: str | os.PathLike[str]) -> Path:
@@ -49,7 +66,7 @@ def header_of(path: Path, metadata: Mapping[str, str] | None, wanted: str) -> st
     metadata = metadata or {}
     if wanted in metadata:
         return metadata[wanted]
-    for key, (what, takes) in HOLDS.items():
+    for key, (what, _) in HOLDS.items():
         if key in metadata:
-            raise OtherFileError(f"path: {str(path)!r} is {what}, not {HOLDS[wanted][0]}; {takes}")
+            raise OtherFileError(f"path: {str(path)!r} is {what}, not {HOLDS[wanted][0]}", key)
     raise OtherFileError(f"path: {str(path)!r} was not written by {wanted.rpartition('.')[2]}.save")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_attn.analysis import as_dataset
+from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.stats.images import ImageSegments
 from llama_attn.stats.shares import percent
 from llama_attn.viz.figures.canvas import colour_bar, entitle, label_axes, new_figure
@@ -69,9 +70,11 @@ def plot_image_rows(
     check_scale(scale, "weights")
     dataset = as_dataset(source)
     if "row_weights" not in dataset:
-        raise ValueError(
-            "source: row_weights were not measured; measure with AttentionStatsConfig(rows=(-1,)) or another "
-            f"choice of rows; there are {sorted(map(str, dataset.data_vars))}"
+        raise NotMeasuredError(
+            "source: row_weights were not measured",
+            ["rows"],
+            "measure with AttentionStatsConfig(rows=(-1,)) or another choice of rows",
+            dataset.data_vars,
         )
     # Segments count padding, which is cut off.
     places = {name: (axis, dataset[axis].values) for name, axis in (("place", "key"), ("row_place", "row"))}
@@ -140,8 +143,10 @@ def _row(dataset: xarray.Dataset, row: int | None, labels: Int[np.ndarray, " key
     if row is None and known:
         return int(known[-1])
     if row is None or row not in known:
-        raise ValueError(
-            f"row: {row} was not measured, or is padding; there are {known}; AttentionStatsConfig(rows=…) chooses them"
+        raise NotMeasuredError(
+            f"row: {row} was not measured, or is padding; there are {known}",
+            ["rows"],
+            "AttentionStatsConfig(rows=…) chooses them",
         )
     return int(row)
 

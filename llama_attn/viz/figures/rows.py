@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from llama_attn.analysis import as_dataset
 from llama_attn.analysis.dataset import real_tokens
+from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.analysis.uniform import measured_with
 from llama_attn.stats.shares import percent
 from llama_attn.viz.figures.canvas import colour_bar, entitle, explain_no_data, new_figure
@@ -85,9 +86,11 @@ def plot_rows(
     """
     dataset = as_dataset(source)
     if "row_weights" not in dataset:
-        raise ValueError(
-            'source: row_weights were not measured; measure with AttentionStatsConfig(rows=(-1,)) or rows="generated"; '
-            f"there are {sorted(map(str, dataset.data_vars))}"
+        raise NotMeasuredError(
+            "source: row_weights were not measured",
+            ["rows"],
+            'measure with AttentionStatsConfig(rows=(-1,)) or rows="generated"',
+            dataset.data_vars,
         )
     of_text = pick(dataset, batch=batch, layer=layer)
     row = _row(pick(dataset, batch=batch), row)
@@ -129,7 +132,9 @@ def _row(dataset: xarray.Dataset, row: int | None) -> int:
     # Of a text without any data the picture says so.
     known = weights["row"].values[has_data | ~has_data.any()].tolist()
     if not known:
-        raise ValueError("row: all that were measured are padding; measure others with AttentionStatsConfig(rows=…)")
+        raise NotMeasuredError(
+            "row: all that were measured are padding", ["rows"], "measure others with AttentionStatsConfig(rows=…)"
+        )
     if row is None:
         return int(known[-1])
     if row not in known:
