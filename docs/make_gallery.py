@@ -1,7 +1,7 @@
 """Write the gallery and draw its pictures, each a file in the folder of its question, from SmolLM2 on a real text.
 
-``python docs/make_gallery.py`` draws all and writes the page on analysis too, ``… attention_map rows`` draws some, and
-``… --page`` writes the page only, for which no model is needed.
+``python docs/make_gallery.py`` draws all and writes the page on analysis too, ``… attention_map rows`` draws some,
+from the runs that these show alone, and ``… --page`` writes the page only, for which no model is needed.
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ def section(path: Path) -> str:
     return f"### {title.removesuffix('.')}\n\n{picture}\n\n```python\n{code}\n```\n\n{reading}\n"
 
 
+def read_by(path: Path, runs: object) -> dict[str, object]:
+    """The runs that the code of a picture names, and no others: each is measured when it is asked for."""
+    names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+    return {name: getattr(runs, name) for name in sorted(names) if hasattr(type(runs), name)}
+
+
 def draw(path: Path, runs: dict[str, object]) -> None:
     """Run the file of a picture, in which the runs have names, and save its figure."""
     figure: Figure = runpy.run_path(str(path), runs)["figure"]
@@ -83,7 +89,7 @@ def draw(path: Path, runs: dict[str, object]) -> None:
 
 
 def main() -> None:
-    """Write the page; measure, and draw what is asked for."""
+    """Write the page; draw what is asked for, and measure what that shows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="picture to draw; all by default")
     parser.add_argument("--page", action="store_true", help="draw none")
@@ -95,12 +101,12 @@ def main() -> None:
         return
     # Here, since the page needs no model.
     from make_analysis import analysis_page
-    from measured_runs import measure
+    from measured_runs import Runs
 
-    runs = measure()
+    runs = Runs()
     IMAGES.mkdir(parents=True, exist_ok=True)
     for name in asked.names or PICTURES:
-        draw(PICTURES[name], vars(runs))
+        draw(PICTURES[name], read_by(PICTURES[name], runs))
     if not asked.names:
         (DOCS / "analysis.md").write_text(analysis_page(runs))
 

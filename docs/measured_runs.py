@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 
 import pandas
 import torch
@@ -44,31 +44,6 @@ DOCUMENTS = {
 QUESTION = "Question: Who was the architect of the Eiffel Tower, and how tall is it?"
 
 
-@dataclass(frozen=True)
-class Runs:
-    """What was measured, by the names that the files of the gallery know it by.
-
-    Args:
-        text: `TEXT` as it is.
-        beginning: Its first `BEGINNING` tokens.
-        other: The same with the first token replaced by the one that begins a chat.
-        repeated: Rows of that token and twice the same random tokens.
-        budget: What smaller caches keep of the first `READ` tokens of the text, and the loss of those behind them.
-        ablation: The loss on the beginning without each head of the first `ABLATED` layers.
-        pictured: A prompt with a picture, read by another model.
-        answer: What the model generates when it is asked `QUESTION` behind `DOCUMENTS`, which are segments.
-    """
-
-    text: AttentionStats
-    beginning: AttentionStats
-    other: AttentionStats
-    repeated: AttentionStats
-    budget: pandas.DataFrame
-    ablation: pandas.DataFrame
-    pictured: Pictured
-    answer: AttentionStats
-
-
 def load() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The model, under the name that the command line gives it, and its tokenizer."""
     checkpoint = demo_checkpoint()
@@ -80,27 +55,72 @@ def load() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def measure() -> Runs:
-    """Run the model four times, with every statistic."""
-    model, tokenizer = load()
-    config = AttentionStatsConfig(statistics="all", norms=True)
+class Runs:
+    """What is measured, by the names that the files of the gallery know it by; each when it is asked for, and once.
 
-    def run(ids: torch.Tensor) -> AttentionStats:
+    A picture waits for what it shows alone.
+    """
+
+    @cached_property
+    def _loaded(self) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+        return load()
+
+    @cached_property
+    def _ids(self) -> torch.Tensor:
+        ids: torch.Tensor = self._loaded[1](TEXT, return_tensors="pt")["input_ids"]
+        return ids
+
+    def _run(self, ids: torch.Tensor) -> AttentionStats:
+        """Every statistic."""
+        model, tokenizer = self._loaded
+        config = AttentionStatsConfig(statistics="all", norms=True)
         with torch.no_grad():
             outputs = model(ids, use_cache=False, output_attention_stats=config)
         stats: AttentionStats = outputs.attention_stats
         return stats.with_tokens(tokenizer, ids)
 
-    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
-    beginning = ids[:, :BEGINNING]
-    other = beginning.clone()
-    other[0, 0] = tokenizer.bos_token_id
-    half = torch.randint(100, 48_000, (ROWS, REPEATED), generator=torch.Generator().manual_seed(0))
-    repeated = torch.cat([torch.full((ROWS, 1), tokenizer.bos_token_id), half, half], 1)
-    return Runs(
-        run(ids), run(beginning), run(other), run(repeated), _budget(model, ids), ablate(model, beginning),
-        measure_picture(), _answer(model, tokenizer),
-    )  # fmt: skip
+    @cached_property
+    def text(self) -> AttentionStats:
+        """`TEXT` as it is."""
+        return self._run(self._ids)
+
+    @cached_property
+    def beginning(self) -> AttentionStats:
+        """Its first `BEGINNING` tokens."""
+        return self._run(self._ids[:, :BEGINNING])
+
+    @cached_property
+    def other(self) -> AttentionStats:
+        """The same with the first token replaced by the one that begins a chat."""
+        other = self._ids[:, :BEGINNING].clone()
+        other[0, 0] = self._loaded[1].bos_token_id
+        return self._run(other)
+
+    @cached_property
+    def repeated(self) -> AttentionStats:
+        """Rows of that token and twice the same random tokens."""
+        half = torch.randint(100, 48_000, (ROWS, REPEATED), generator=torch.Generator().manual_seed(0))
+        return self._run(torch.cat([torch.full((ROWS, 1), self._loaded[1].bos_token_id), half, half], 1))
+
+    @cached_property
+    def budget(self) -> pandas.DataFrame:
+        """What smaller caches keep of the first `READ` tokens of the text, and the loss of those behind them."""
+        return _budget(self._loaded[0], self._ids)
+
+    @cached_property
+    def ablation(self) -> pandas.DataFrame:
+        """The loss on the beginning without each head of the first `ABLATED` layers."""
+        return ablate(self._loaded[0], self._ids[:, :BEGINNING])
+
+    @cached_property
+    def pictured(self) -> Pictured:
+        """A prompt with a picture, read by another model."""
+        return measure_picture()
+
+    @cached_property
+    def answer(self) -> AttentionStats:
+        """What the model generates when it is asked `QUESTION` behind `DOCUMENTS`, which are segments."""
+        return _answer(*self._loaded)
 
 
 def _answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> AttentionStats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from matplotlib.colors import LogNorm, Normalize, PowerNorm
 from own_text import real_tokens
 
 from llama_attn import AttentionStats
+from llama_attn.stats.images import ImageSegments
 from llama_attn.viz.style import MOST_LABELS, drawable, model_name, written
 
 
@@ -19,7 +21,7 @@ class Asked:
     """What a figure was asked for; None for a head or a layer is the mean.
 
     Of the options behind ``query_slice``, None is what the figure does if it is not asked. ``pairs``: who sees whom,
-    (layer, batch, query, key); None for attention that is causal and sees everything.
+    (layer, batch, query, key); None for attention that is causal and sees everything. The last three are of a picture.
     """
 
     a: AttentionStats
@@ -38,6 +40,9 @@ class Asked:
     heads: dict[int, list[int]] | None = None
     mass: tuple[float, ...] | None = None
     pairs: np.ndarray | None = field(default=None, repr=False)
+    image: Any = field(default=None, repr=False)
+    segments: ImageSegments | None = field(default=None, repr=False)
+    image_index: int = 0
 
     @property
     def positions(self) -> list[int]:

@@ -17,6 +17,9 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator
+
+from llama_attn.viz.style import MOST_LABELS
 
 
 def state_of(artist: Artist) -> list[Any]:
@@ -94,6 +97,41 @@ def check_artists(figure: FigureBase) -> None:
     assert any(title.strip() for title in titles)
     first = figure.axes[0]
     assert first.get_xlabel() or figure.get_supxlabel() or not first.axison or len(figure.axes) > 1
+
+
+def check_same(axes: Axes, figure: FigureBase, name: str) -> None:
+    """Axes of the caller's show what the first of a figure of our own do; only letters and lines may be laid out anew."""
+    own = figure.axes[0]
+    found, expected = (shown_in(each) for each in (axes, own))
+    if name == "plot_rows":
+        # A text that is as large as its axes has lines of its own.
+        found, expected = ([text.get_text() for text in each.texts] for each in (axes, own))
+        found += [listed(each.get_array()) for each in axes.collections]
+        expected += [listed(each.get_array()) for each in own.collections]
+    assert found == expected
+    words = [(each.get_xlabel(), each.get_ylabel(), "".join(each.get_title().split())) for each in (axes, own)]
+    assert words[0] == words[1]
+    given = [axes.get_legend()] if axes.get_legend() else []
+    said = [[text.get_text() for each in legends for text in each.get_texts()] for legends in (given, figure.legends)]
+    assert said[0] == said[1]
+    for mine, theirs in zip((own.xaxis, own.yaxis), (axes.xaxis, axes.yaxis), strict=True):
+        assert mine.get_scale() == theirs.get_scale()
+        if isinstance(mine.get_major_locator(), FixedLocator) and len(mine.get_ticklocs()) <= MOST_LABELS:
+            assert [text.get_text() for text in theirs.get_ticklabels()] == [
+                text.get_text() for text in mine.get_ticklabels()
+            ]
+    bars = [[bar_words(image) for image in each.images if image.colorbar] for each in (axes, own)]
+    assert bars[0] == bars[1]
+
+
+def bar_words(image: Any) -> str:
+    bar = image.colorbar.ax
+    return bar.get_ylabel() or bar.get_xlabel()
+
+
+def shown_in(axes: Axes) -> list[Any]:
+    """All that is no text."""
+    return [state_of(each) for each in (*axes.images, *axes.lines, *axes.patches, *axes.collections)]
 
 
 def check_colours(image: Any) -> None:

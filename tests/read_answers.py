@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 from asked import (
     average,
+    bar_label,
     bar_of,
     below,
     close,
@@ -20,6 +21,9 @@ from asked import (
     words,
 )
 from matplotlib.collections import PatchCollection, PolyCollection
+from own_text import own_ends
+from PIL.Image import Image
+from prompt_pictures import brightness, rows_of_prompt
 
 from llama_attn.analysis import coverage as coverage_of
 from llama_attn.viz.style import drawable, written
@@ -131,6 +135,32 @@ def sources(figure, asked):
     read_title(axes.get_title(), f"What the answer draws on, {whose}", asked)
 
 
+def image_rows(figure, asked):
+    """Of the run as it is: images are counted with the padding."""
+    axes, a, batch = figure.axes[0], asked.a, asked.batch
+    first, _ = own_ends(a, batch)
+    known = rows_of_prompt(a, asked.segments, batch, asked.layer)
+    row = known[-1] if asked.row is None else asked.row
+    span = asked.segments.images[batch][asked.image_index]
+    weights = asked.at("row_weights")[a.rows.index(row + first), span.first : span.stop]
+    below, above = axes.images
+    grey = brightness(asked.image)
+    # PIL rounds to whole steps of 255.
+    np.testing.assert_allclose(below.get_array(), grey, atol=1.01 / 255 if isinstance(asked.image, Image) else 1e-12)
+    assert below.get_extent() == above.get_extent() == [-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5]
+    assert (axes.get_xlim(), axes.get_ylim()) == ((-0.5, grey.shape[1] - 0.5), (grey.shape[0] - 0.5, -0.5))
+    close(above.get_array().filled(np.nan), weights.reshape(span.grid))
+    of_weights = replace(asked, kind="weights")
+    read_colours(above, weights, of_weights)
+    assert bar_of(figure) == bar_label(of_weights)
+    assert axes.get_xlabel() == f"{span.grid[1]} × {span.grid[0]} tokens"
+    named = "" if a.tokens is None else f" “{drawable(str(a.tokens[batch][row + first]))}”"
+    number = len(asked.segments.images[batch])
+    gets = percent(float(weights.sum()), 1)
+    whole = f"image {asked.image_index} of {number}, which gets {gets} of it"
+    read_title(axes.get_title(), f"Attention of the token{named} at {row} to {whole}, {words(asked)}", asked)
+
+
 def coverage(figure, asked):
     """The bounds themselves are checked against weights elsewhere."""
     shares = asked.mass or (0.5, 0.9, 0.95, 0.99)
@@ -158,8 +188,11 @@ def coverage(figure, asked):
     assert squeezed(axes.get_title()).startswith(squeezed(f"Keys that hold a share of the attention{part_of(asked)}"))
 
 
-def percent(share: float) -> str:
-    """Without what is behind the point; what is not nothing is not 0 %, and what is not all is not 100 %."""
+def percent(share: float, digits: int = 0) -> str:
+    """Rounded; what is not nothing is not 0 %, and what is not all is not 100 %."""
     if np.isnan(share):
         return "–"
-    return "<1%" if 1e-6 < share < 0.005 else ">99%" if 0.995 <= share < 1 - 1e-6 else f"{share:.0%}"
+    least = 10.0 ** -(digits + 2)
+    if 1e-6 < share < least / 2:
+        return f"<{least:.{digits}%}"
+    return f">{1 - least:.{digits}%}" if 1 - least / 2 <= share < 1 - 1e-6 else f"{share:.{digits}%}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import runpy
+from functools import cached_property, partial
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,27 @@ def test_a_picture_answers_a_question_and_says_how_to_read_it(picture):
     assert reading.endswith(".")
     [call] = [node.value for node in module.body if isinstance(node, ast.Assign) and node.targets[0].id == "figure"]
     assert call.func.id == f"plot_{picture.stem}"
+
+
+def test_a_picture_measures_the_runs_that_it_shows_and_no_others(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    kinds = vars(importlib.import_module("measured_runs").Runs).items()
+    names = {name for name, value in kinds if isinstance(value, cached_property) and not name.startswith("_")}
+    read_by = runpy.run_path(str(DOCS / "make_gallery.py"))["read_by"]
+    measured: dict[str, list[str]] = {path.stem: [] for path in PICTURES}
+    for path in PICTURES:
+
+        def measure(_, name, stem=path.stem):
+            measured[stem].append(name)
+            return f"the {name}"
+
+        runs = type("Runs", (), {name: property(partial(measure, name=name)) for name in names})
+        assert read_by(path, runs()) == {name: f"the {name}" for name in measured[path.stem]}
+    assert measured["attention_map"] == ["beginning"]
+    assert measured["image_rows"] == ["pictured"]
+    assert measured["comparison"] == ["beginning", "other"]
+    assert {name for each in measured.values() for name in each} == names, "each is measured for some picture"
+    assert all(measured.values())
 
 
 def test_the_page_of_the_gallery_is_up_to_date():

@@ -1,10 +1,15 @@
-"""Every figure with any options of any run: what would be drawn, read from its artists; pixels for nothing."""
+"""Every figure with any options of any run: what would be drawn, read from its artists; pixels for nothing.
+
+Each option has classes of values. A test is of one class of one option of one figure, everything else is by chance, and
+it fails unless something is drawn.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import re
+import zlib
 from collections.abc import Iterator
 
 import matplotlib
@@ -12,21 +17,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from asked import squeezed
-from figure_calls import any_call
-from figure_state import check_artists, state_of
-from hypothesis import Phase, given, settings, strategies as st
+from figure_calls import CALLED, WRONG, any_call, classes_of
+from figure_state import check_artists, check_same, state_of
+from hypothesis import Phase, given, reject, seed, settings, strategies as st
 from matplotlib.figure import Figure
-from read_back import NAMES
 
 # What cannot be drawn of a run by chance, though its options are right.
 REFUSED = {
     "plot_head_comparison": r"b: row \d has no token in common with that of a",
     "plot_head_roles": "query_slice: ",
+    "plot_image_rows": "row: None was not measured",
     "plot_rows": "row: all that were measured are padding",
     "plot_sources": "source: nothing says which tokens|batch: no token of row|behind the mask of row|the sink's tokens lie in"
     "|expected the queries",
 }
-EXAMPLES = settings.default.max_examples // 2
+# Of each class; the first one is the simplest there is.
+EXAMPLES = max(2, settings.default.max_examples // 12)
 
 
 @contextlib.contextmanager
@@ -54,14 +60,16 @@ def same(found, expected) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_would_be_drawn(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "option", "value"), [(name, option, value) for name in CALLED for option, value in classes_of(name)]
+)
+def test_what_would_be_drawn(name, option, value, monkeypatch):
     drawn = []
 
     @settings(max_examples=EXAMPLES, phases=[Phase.generate])
     @given(st.data())
     def check(data):
-        call = any_call(data.draw, name)
+        call = any_call(data.draw, name, (option, value))
         before = copy.deepcopy(call.inputs)
         with made_figures(monkeypatch) as made:
             try:
@@ -72,22 +80,44 @@ def test_what_would_be_drawn(name, monkeypatch):
         if figure is None:
             assert re.search(REFUSED.get(name, "never"), refusal), refusal
             assert not made
-            return
+            reject()
         assert made == [figure]
         assert all(map(same, call.inputs, before))
         call.read(figure)
         check_artists(figure)
         check_names(figure, call.options)
         assert repr(state_of(call.draw())) == repr(state_of(figure))
-        for option, values in call.wrong.items():
-            for value in values:
-                with made_figures(monkeypatch) as made, pytest.raises(ValueError, match=r"expected|not measured|no "):
-                    call.draw(**{option: value})
-                assert not made, f"{option}={value!r}"
+        if call.place is not None:
+            check_place(call, figure, monkeypatch)
+        for wrong in WRONG[option]:
+            with (
+                made_figures(monkeypatch) as made,
+                pytest.raises((ValueError, TypeError), match=r"expected|not measured|no "),
+            ):
+                call.draw(**{option: wrong})
+            assert not made, f"{option}={wrong!r}"
         drawn.append(figure)
 
+    if settings.default.derandomize:
+        # Otherwise every class would be tried on the same runs.
+        check = seed(zlib.crc32(f"{name} {option} {value}".encode()))(check)
     check()
-    assert drawn, "some are drawn"
+    assert drawn, "hypothesis finds none that is not refused"
+
+
+def check_place(call, figure, monkeypatch):
+    """Axes of the caller's show what a figure of our own shows, and nothing beside them changes."""
+    axes = call.place()
+    whole = axes.figure.figure
+    others = [each for each in whole.axes if each is not axes]
+    before = repr([*map(state_of, others)])
+    with made_figures(monkeypatch) as made:
+        assert call.draw(ax=axes) is whole
+    assert not made
+    assert repr([*map(state_of, others)]) == before
+    assert not whole.get_suptitle()
+    assert not [*whole.legends, *(each for part in whole.subfigs for each in part.legends)]
+    check_same(axes, figure, call.name)
 
 
 def check_names(figure, options):

@@ -119,6 +119,19 @@ def test_budget(frame):
     assert full is None or {*loss_axes.lines[-1].get_ydata()} == {full}
 
 
+@pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M-Instruct", "/home/me/SmolLM2-135M-Instruct/"])
+@pytest.mark.parametrize("function", [plot_ablation, plot_budget])
+def test_titles_name_the_model(function, model):
+    frame = pandas.DataFrame(
+        {"policy": "h2o", "budget": [1], "layer": 0, "head": 0, "kept": 0.5, "loss": 1.0, "change": 0.0}
+    )
+    frame.attrs = {"model": model, "text": "a text"}
+    figure = drawn(function, frame)
+    title = figure.get_suptitle() or figure.axes[0].get_title()
+    shown = model if model[0] != "/" else "SmolLM2-135M-Instruct"
+    assert f"\n{shown}, a text" in title
+
+
 @pytest.mark.parametrize("function", [plot_ablation, plot_budget])
 @pytest.mark.parametrize(
     ("change", "error", "message"),

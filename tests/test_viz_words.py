@@ -51,7 +51,12 @@ def all_titles(figure) -> str:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("model", "shown"),
-    [("org/a-model", "org/a-model"), ("/home/me/models/a-model/", "a-model"), ("C:\\models\\a-model", "a-model")],
+    [
+        ("/home/me/models/a-model/", "a-model"),
+        ("C:\\models\\a-model", "a-model"),
+        # Its end says which of two models it is.
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ],
 )
 def test_titles_name_model_and_text(name, model, shown):
     stats = measure(model=model)

@@ -32,8 +32,8 @@ NO_DATA = "#e6e6e6"
 MOST_LABELS = 64
 # Stands for a character that the font does not have.
 MISSING = "□"
-# Characters of a name or unit, and of the text, in a title.
-LONGEST_NAME, LONGEST_TEXT = 32, 40
+# Characters of a name or unit, of the text, and of a model, whose end tells it from its kin, in a title.
+LONGEST_NAME, LONGEST_TEXT, LONGEST_MODEL = 32, 40, 60
 # Of a logarithmic colour scale: the smallest number over the largest that still has a colour of its own.
 LOWEST = 1e-5
 # Beyond this ratio of largest to median, a linear axis would show one spike and a flat line.
@@ -111,7 +111,7 @@ def model_name(model: str) -> str:
     model = model.rstrip("/\\")
     if model.count("/") != 1 or model[0] in "./":
         model = re.split(r"[/\\]", model)[-1]
-    return written(model)
+    return written(model, LONGEST_MODEL)
 
 
 def drawable(token: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from llama_attn.viz.figures.canvas import add_legend, colour_bar, entitle, label_axes
 from llama_attn.viz.figures.tables import check_table
-from llama_attn.viz.style import AMBER, BLUE, GREEN, ORANGE, PINK, empty_figure, heat_map, written
+from llama_attn.viz.style import AMBER, BLUE, GREEN, ORANGE, PINK, empty_figure, heat_map, model_name, written
 
 if TYPE_CHECKING:
     import pandas
@@ -65,7 +65,8 @@ def plot_budget(frame: pandas.DataFrame) -> Figure:
         axes.set_title(written(policy), fontsize=10, parse_math=False)
         drawn.append(axes)
     colour_bar(image, drawn, "attention on kept keys [probability]")
-    about = ", ".join(written(str(frame.attrs[part]), 60) for part in ("model", "text") if frame.attrs.get(part))
+    names = model_name(str(frame.attrs.get("model", ""))), written(str(frame.attrs.get("text", "")), 60)
+    about = ", ".join(filter(None, names))
     entitle(figure, "What a smaller cache keeps", about)
     return figure
 
