@@ -35,6 +35,14 @@ def test_the_gallery_has_no_other_pictures():
     assert {path.stem for path in (DOCS / "images" / "gallery").iterdir()} == names
 
 
+def test_tutorials_show_what_their_code_draws():
+    pages = {path.stem: path.read_text() for path in (DOCS / "tutorials").glob("*.md")}
+    drawing = {name for name, page in pages.items() if ".savefig(" in page}
+    assert drawing == {path.stem for path in (DOCS / "images" / "tutorials").iterdir()}
+    assert drawing == set(runpy.run_path(str(DOCS / "make_tutorials.py"))["DRAWN"])
+    assert [name for name in drawing if f"](../images/tutorials/{name}.png)" not in pages[name]] == []
+
+
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.stem)
 def test_a_picture_answers_a_question_and_says_how_to_read_it(picture):
     assert re.fullmatch(r"\d_[a-z]+(_[a-z]+)+", str(picture.parent.relative_to(GALLERY))), "its folder is a question"
