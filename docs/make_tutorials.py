@@ -17,8 +17,8 @@ IMAGES = DOCS / "images" / "tutorials"
 DRAWN = ("generation", "own_statistic")
 
 
-def draw(page: str) -> Path:
-    """The picture that the page saves."""
+def draw(page: str) -> None:
+    """Keep the picture that the page saves."""
     from pages import blocks, run
 
     known: dict[str, object] = {}
@@ -31,9 +31,8 @@ def draw(page: str) -> Path:
                 run(code, known)
         [saved] = Path().glob("*.png")
         shutil.copyfile(saved, picture)
-    return picture
 
 
 if __name__ == "__main__":
     for page in sys.argv[1:] or DRAWN:
-        print(draw(page))
+        draw(page)
