@@ -59,15 +59,18 @@ def test_the_same_texts(one, other):
         a, b = (scores(summary, line.statistic, line.layer, line.head) for summary in (one, other))
         assert line.mean_a == pytest.approx(a.mean(), rel=1e-5, abs=1e-7)
         assert line.difference == pytest.approx(b.mean() - a.mean(), rel=1e-3, abs=1e-5)
-        error = NORMAL_95 * np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+        rounding = 1e-5 * (1 + max(abs(a.mean()), abs(b.mean())))
+        error = NORMAL_95 * np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b)) + rounding
         assert line.high - line.difference == pytest.approx(error, rel=1e-4, abs=1e-7)
         assert line.difference - line.low == pytest.approx(error, rel=1e-4, abs=1e-7)
-        assert line.effect == pytest.approx(line.difference / np.sqrt((a.var() + b.var()) / 2), rel=1e-4, abs=1e-6)
+        assert line.effect == pytest.approx(
+            line.difference / max(np.sqrt((a.var() + b.var()) / 2), rounding), rel=1e-4, abs=1e-6
+        )
         apart = (b - a)[distinct]
         assert line.paired_difference == pytest.approx(apart.mean(), rel=1e-6, abs=1e-9)
-        error = NORMAL_95 * apart.std(ddof=1) / np.sqrt(40)
+        error = NORMAL_95 * apart.std(ddof=1) / np.sqrt(40) + rounding
         assert line.paired_high - line.paired_difference == pytest.approx(error, rel=1e-6)
-        assert line.paired_effect == pytest.approx(apart.mean() / apart.std(ddof=1), rel=1e-6)
+        assert line.paired_effect == pytest.approx(apart.mean() / max(apart.std(ddof=1), rounding), rel=1e-6)
 
 
 def test_summaries_are_taken_by_their_files_too(one, other, tmp_path):
@@ -84,6 +87,22 @@ def test_with_itself_there_is_no_effect(one):
     assert (frame.paired_difference == 0).all()
     assert (frame.low <= 0).all()
     assert (frame.high >= 0).all()
+
+
+def test_rounding_is_no_difference(one):
+    """Of short texts all attention is nearby: nothing but rounding tells corpora apart."""
+
+    def all_nearby(share):
+        known = one.by_text["local_mass"]
+        of_texts = replace(known, mean=np.full_like(known.mean, share), m2=np.full_like(known.m2, 1e-17))
+        return replace(one, by_text={**one.by_text, "local_mass": of_texts})
+
+    frame = compare(all_nearby(1), all_nearby(1 - 1e-7))
+    lines = frame[frame.statistic == "local_mass"]
+    assert len(lines) == 18
+    assert (lines.low < 0).all()
+    assert (lines.high > 0).all()
+    assert (lines.effect.abs() < 0.01).all()
 
 
 def test_other_texts_are_not_paired(one, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbclient
@@ -23,6 +24,14 @@ def shown(notebook) -> list[list[set[str]]]:
 @pytest.fixture
 def stored():
     return nbformat.read(TUTORIAL, as_version=4)
+
+
+def statistics(notebook) -> list[list[str]]:
+    """What tables of statistics list."""
+    pages = [
+        output.get("data", {}).get("text/html", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    ]
+    return [found for page in pages if (found := re.findall(r"<tr><td>(\w+)</td><td>\w+: \d", page))]
 
 
 def check(notebook):
@@ -49,9 +58,11 @@ def test_every_cell_runs(stored, tmp_path):
         fresh, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()
     check(fresh)
-    assert shown(fresh) == shown(nbformat.read(TUTORIAL, as_version=4)), (
-        "run: jupyter execute --inplace docs/tutorial.ipynb"
-    )
+    run_again = "run: jupyter execute --inplace docs/tutorial.ipynb"
+    written = nbformat.read(TUTORIAL, as_version=4)
+    assert shown(fresh) == shown(written), run_again
+    assert statistics(fresh) == statistics(written), run_again
+    assert len(statistics(fresh)) == 1
     assert list(tmp_path.iterdir()) == []
 
 

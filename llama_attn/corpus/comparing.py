@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from llama_attn.analysis.compare import ERROR
 from llama_attn.corpus.summary import CorpusSummary, summary_of
 
 if TYPE_CHECKING:
@@ -34,14 +35,14 @@ def compare(
 
         - ``statistic``, ``layer``, ``head``;
         - ``mean_a`` and ``mean_b`` over all texts;
-        - ``difference``, with ``low`` and ``high`` around it;
+        - ``difference``, with ``low`` and ``high`` around it, as far apart as the texts and rounding make them;
         - ``effect``, the difference over the root mean square of both standard deviations over texts (standardised
-          mean difference);
+          mean difference), or over the rounding error of the statistic where that is larger;
         - ``texts`` that both have sampled;
         - ``paired_difference`` over these, with ``paired_low`` and ``paired_high``, and ``paired_effect``, it over the
-          standard deviation of the differences.
+          standard deviation of the differences, or over the rounding error.
 
-        NaN where there are less than two texts, and effects where nothing varies. ``attrs`` hold ``texts_a``,
+        NaN where there are less than two texts. ``attrs`` hold ``texts_a``,
         ``texts_b``, ``texts_in_both`` and what is ``only_in_a`` and ``only_in_b``.
 
     Raises:
@@ -116,10 +117,12 @@ def _columns(
     yield "difference", difference
     # The variance of the mean, from that of the texts: divided by n − 1.
     variances = [std**2 / np.where(count > 1, count - 1, np.nan) for count, std in zip(counts, stds, strict=True)]
-    error = width * np.sqrt(variances[0] + variances[1])
+    # In a statistic that is the same for all texts, such as the mass nearby of short ones, nothing but rounding differs.
+    rounding = ERROR * (1 + np.maximum(*np.abs(means)))
+    error = width * np.sqrt(variances[0] + variances[1]) + rounding
     yield "low", difference - error
     yield "high", difference + error
-    yield "effect", _over(difference, np.sqrt((stds[0] ** 2 + stds[1] ** 2) / 2))
+    yield "effect", difference / np.maximum(np.sqrt((stds[0] ** 2 + stds[1] ** 2) / 2), rounding)
     scores = [
         summary.sample.means[same, summary.about.scores.index(name)][(slice(None), *place)].astype(np.float64)
         for summary, same, place in zip((a, b), (in_a, in_b), places, strict=True)
@@ -131,10 +134,7 @@ def _columns(
     spread = apart.std(0, ddof=1) if texts > 1 else unknown
     yield "texts", np.full(difference.shape, texts)
     yield "paired_difference", paired
-    yield "paired_low", paired - width * spread / np.sqrt(max(texts, 1))
-    yield "paired_high", paired + width * spread / np.sqrt(max(texts, 1))
-    yield "paired_effect", _over(paired, spread)
-
-
-def _over(difference: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    return difference / np.where(spread > 0, spread, np.nan)
+    error = width * spread / np.sqrt(max(texts, 1)) + rounding
+    yield "paired_low", paired - error
+    yield "paired_high", paired + error
+    yield "paired_effect", paired / np.maximum(spread, rounding)
