@@ -160,17 +160,24 @@ def label_tokens(
             tick.label1.set_rotation(90)
 
 
-def pick(dataset: xarray.Dataset, *, batch: int, layer: int | None = None, axis: str = "layer") -> xarray.Dataset:
-    """One row of the batch without its padding, and one layer if one is given, by their labels; see `row_alone`.
+def pick_row(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
+    """One row of the batch without its padding, by its label; see `row_alone`.
+
+    Raises:
+        ValueError: It was not measured.
+    """
+    return row_alone(dataset, batch).isel(batch=0)
+
+
+def pick(dataset: xarray.Dataset, *, batch: int, layer: int, axis: str = "layer") -> xarray.Dataset:
+    """One row of the batch without its padding, and one layer, by their labels.
 
     Raises:
         ValueError: They were not measured.
     """
-    if layer is not None:
-        check_measured(dataset, axis, layer)
+    check_measured(dataset, axis, layer, name="layer")
     # First the row: what is padding shows in all layers together, and positions are the same in every picture of a run.
-    row = row_alone(dataset, batch).isel(batch=0)
-    return row if layer is None else row.sel({axis: layer})
+    return pick_row(dataset, batch).sel({axis: layer})
 
 
 def pick_head(values: xarray.DataArray, head: int | None) -> xarray.DataArray:
@@ -213,6 +220,16 @@ def pick_segment(dataset: xarray.Dataset, statistics: Sequence[str], segment: st
 def of_segment(segment: str | None) -> str:
     """Which segment, for a title or an axis."""
     return "" if segment is None else f" of {written(str(segment))}"
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false, such as the word "no", which is true to Python.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
 def tokens_of(dataset: xarray.Dataset, axis: Literal["query", "key"]) -> list[str] | None:
