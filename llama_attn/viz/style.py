@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_attn.analysis.dataset import check_measured, real_tokens, require, without_attention
 from llama_attn.analysis.part import measured_layers, named_layers, named_range
-from llama_attn.analysis.row import row_alone
+from llama_attn.analysis.row import row_alone, unasked_keys
 from llama_attn.stats.token_text import drawn, readable
 
 if TYPE_CHECKING:
@@ -95,10 +95,13 @@ def about(dataset: xarray.Dataset, batch: int | None = None) -> str:
     if batch is None:
         what = f"{dataset.sizes['batch']} rows"
     else:
-        row = dataset.sel(batch=batch)
+        # Not of all statistics: to cut padding off copies some of them.
+        alone = row_alone(dataset[["visible_keys", "visible_queries"]], batch)
+        unasked, row = unasked_keys(alone), alone.isel(batch=0)
         real = real_tokens(row, "key").values
-        count = f"{real.sum():,} token{'' if real.sum() == 1 else 's'}"
-        tokens = [token for token, kept in zip(tokens_of(row, "key") or [], real, strict=False) if kept]
+        least = "at least " if unasked.any() else ""
+        count = f"{least}{real.sum():,} token{'' if real.sum() == 1 else 's'}"
+        tokens = [token for token, kept in zip(tokens_of(row, "key") or [], real | unasked, strict=False) if kept]
         # As on the axes, but for the spaces.
         text = "".join(readable(token, LONGEST_TEXT) for token in tokens[:LONGEST_TEXT]).replace("␣", " ").strip()
         of_row = f"row {batch}, " if dataset.sizes["batch"] > 1 else ""
