@@ -243,23 +243,57 @@ NEVER: dict[tuple[str, str], set[str]] = {
     ("plot_head_comparison", "statistic"): {"of states", "of segments"},
 }
 
+# What is no index, though some of it equals one, or is one to numpy.
+NO_INDEX: list[Any] = [-1, 99, 0.0, 1.5, True, False, "0", "", [0], [], {}, slice(None), np.array([0, 1])]
 # Of every option what is never right.
 WRONG: dict[str, list[Any]] = {
-    "batch": [-1, 99],
-    "layer": [-1, 99],
-    "head": [-1, 99],
-    "kind": ["", "scores"],
-    "scale": ["", "cubic"],
-    "statistic": ["entropie", "topk_position"],
-    "statistics": [["entropie"], ["weights_map"]],
-    "segment": ["assistant"],
-    "query_slice": [slice(99, None), slice(0, 0)],
-    "row": [-1, 99],
-    "sink": [],
-    "heads": [{}, {99: [0]}, {0: []}],
-    "mass": [[], [0], [1.5], [0.5, 0.5]],
-    "segments": [None, "text"],
-    "image_index": [-1, 99],
-    "image": [np.zeros(3), np.full((2, 2), -1.0), np.full((2, 2), np.nan)],
-    "ax": ["axes", np.array([None, None])],
+    "batch": [None, *NO_INDEX],
+    "layer": NO_INDEX,
+    "head": NO_INDEX,
+    "kind": [None, "", "scores", 0, True, 1.5, ["weights"]],
+    "scale": ["", "cubic", 0, True, 1.5, ["linear"]],
+    "statistic": [None, "entropie", "topk_position", "", "head", 0, True, 1.5, ["entropy"]],
+    "statistics": [["entropie"], ["weights_map"], [], "entropy", ["query"], [None], 0, True, 1.5, [["entropy"]]],
+    "segment": ["assistant", "", 0, True, 1.5, ["system"]],
+    "query_slice": [
+        slice(99, None),
+        slice(0, 0),
+        0,
+        True,
+        1.5,
+        "1:",
+        (0, 3),
+        [0],
+        slice("1", None),
+        slice(0.5, None),
+        slice(None, None, 0),
+    ],
+    "row": NO_INDEX,
+    "sink": [None, 0, 1, 1.5, "no", []],
+    "heads": [
+        {},
+        {99: [0]},
+        {0: []},
+        [0],
+        0,
+        True,
+        1.5,
+        "all",
+        {None: [0]},
+        {True: [0]},
+        {0.0: [0]},
+        {"0": [0]},
+        *({layer: wrong} for layer in range(5) for wrong in (None, True, [False], [0.0], ["0"], "0", [[0]])),
+    ],
+    "mass": [[], [0], [1.5], [0.5, 0.5], 0.5, "0.5", True, [True], ["0.5"], [None], [np.nan]],
+    "segments": [None, "text", 0, True, []],
+    "image_index": [None, *NO_INDEX],
+    "image": [None, 0, True, [], np.zeros(3), np.full((2, 2), -1.0), np.full((2, 2), np.nan)],
+    "ax": ["axes", 0, True, np.array([None, None])],
 }
+
+
+def never_right(name: str, option: str) -> list[Any]:
+    """What the figure must refuse: of many options None too, of others it is the mean, the last, or the default."""
+    needs_one = option == "layer" and "mean" in NEVER[name, option]
+    return [*WRONG[option], *([None] if needs_one else [])]

@@ -88,6 +88,7 @@ def violations(relative: str, names: set[str]) -> list[str]:
 
 ALLOWED_TO_ANALYSIS = {
     "llama_attn.stats.container", "llama_attn.stats.container.AttentionStats",
+    "llama_attn.stats.integers", "llama_attn.stats.integers.is_integer",
     "llama_attn.stats.runs", "llama_attn.stats.runs.Runs", "llama_attn.stats.runs.runs_of",
     "llama_attn.stats.runs.sum_of_runs",
 }  # fmt: skip
@@ -98,6 +99,7 @@ ALLOWED_TO_VIZ = {
     "llama_attn.corpus.summary", "llama_attn.corpus.summary.CorpusSummary", "llama_attn.corpus.summary.summary_of",
     "llama_attn.stats.files", "llama_attn.stats.files.complete_file",
     "llama_attn.stats.images", "llama_attn.stats.images.ImageSegments", "llama_attn.stats.images.ImageSpan",
+    "llama_attn.stats.integers", "llama_attn.stats.integers.is_integer",
     "llama_attn.stats.shares", "llama_attn.stats.shares.percent",
     "llama_attn.stats.token_text", "llama_attn.stats.token_text.readable", "llama_attn.stats.token_text.drawn",
     "llama_attn.stats.token_text.printable",

@@ -37,6 +37,12 @@ def test_the_header_says_which_run_it_is(ids, open_page, tmp_path):
     assert written(hybrid, tmp_path).about["part"] == ""
 
 
+def test_the_header_counts_the_tokens_that_are_known(ids, open_page, tmp_path):
+    for stride, words in ((1, " · 37 tokens · "), (5, " · at least 36 tokens · ")):
+        page = open_page(report(measured(ids, query_stride=stride), tmp_path / f"{stride}.html"))
+        assert words in page.locator("#facts").inner_text()
+
+
 def test_padding_is_no_opening(ids, left_padding, tmp_path):
     stats = measured(ids, left_padding)
     object.__setattr__(stats, "tokens", [["pad"] * 9 + ["Ahoy"] + ["Ġsea"] * 27] * 2)

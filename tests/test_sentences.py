@@ -157,7 +157,7 @@ def locality(truth, finding, text, name):
         text, "The mean distance is {} tokens, and would be {} if attention were uniform. ", far.mean(), uniform_far
     )
     if name in ("short", "padded", "windowed"):
-        text = says(text, "No token sees further than the nearest 64 tokens. ")
+        text = says(text, "All that a token sees lies within the nearest 64 tokens. ")
     else:
         text = says(text, "The nearest 64 tokens hold {} of the attention, against {}. ",
                     (truth.weights * near).sum(-1).mean(), (truth.uniform * near).sum(-1).mean())  # fmt: skip

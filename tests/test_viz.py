@@ -247,5 +247,6 @@ def test_summary_of_a_short_text(ids):
     summary = summarize_layers(stats)
     assert np.isfinite(summary.received).all()
     assert (summary.sink_position <= 1).all()
-    with pytest.raises(ValueError, match="batch: -1"):
-        summarize_layers(stats, batch=-1)
+    for wrong in (-1, True, 0.0, None):
+        with pytest.raises(ValueError, match=f"batch: .*{wrong}"):
+            summarize_layers(stats, batch=wrong)

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from asked import squeezed
-from figure_calls import CALLED, WRONG, any_call, classes_of
+from figure_calls import CALLED, any_call, classes_of, never_right
 from figure_state import check_artists, check_same, state_of
 from hypothesis import Phase, given, reject, seed, settings, strategies as st
 from matplotlib.figure import Figure
@@ -89,7 +89,7 @@ def test_what_would_be_drawn(name, option, value, monkeypatch):
         assert repr(state_of(call.draw())) == repr(state_of(figure))
         if call.place is not None:
             check_place(call, figure, monkeypatch)
-        for wrong in WRONG[option]:
+        for wrong in never_right(name, option):
             with (
                 made_figures(monkeypatch) as made,
                 pytest.raises((ValueError, TypeError), match=r"expected|not measured|no "),

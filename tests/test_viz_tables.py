@@ -96,24 +96,34 @@ def test_budget(frame):
     policies, sizes = list(dict.fromkeys(frame.policy)), sorted({*frame.budget})
     assert len(maps) == len(policies)
     full = frame.attrs.get("full_loss")
-    bands = kept_axes.collections
+    ranges = kept_axes.collections
+    assert len(ranges) == len(policies)
+    aside = []
     for at, (policy, axes) in enumerate(zip(policies, maps, strict=True)):
         lines = frame[frame.policy == policy]
         kept = np.array([lines[lines.budget == size].sort_values("layer").kept for size in sizes])
         colours = {line.get_color() for line in (kept_axes.lines[at], loss_axes.lines[at])}
         assert len(colours) == 1
-        close(kept_axes.lines[at].get_xydata(), np.stack([sizes, average(kept)], 1))
+        close(kept_axes.lines[at].get_ydata(), average(kept))
+        places = kept_axes.lines[at].get_xdata()
+        # Each stands nearest to its own budget, on the logarithmic axis.
+        near = np.abs(np.log2(places)[:, None] - np.log2(sizes)).argmin(1)
+        assert near.tolist() == [*range(len(sizes))]
+        aside.append(places)
         close(loss_axes.lines[at].get_xdata(), sizes)
         close(loss_axes.lines[at].get_ydata(), [lines.loss[lines.budget == size].iloc[0] for size in sizes])
         known = np.isfinite(kept).any(1)
-        if known.any():
-            heights = bands[at].get_datalim(kept_axes.transData)
-            close([heights.y0, heights.y1], [np.nanmin(kept), np.nanmax(kept)])
+        drawn_ranges = [(x[0], *y) for x, y in (np.transpose(each) for each in ranges[at].get_segments() if len(each))]
+        ends = [
+            (place, np.nanmin(each), np.nanmax(each)) for place, each in zip(places[known], kept[known], strict=True)
+        ]
+        close(np.reshape(drawn_ranges, (-1, 3)), np.reshape(ends, (-1, 3)))
         cells, _, y = heat(axes, origin="lower")
         close(cells, kept.T)
         assert list(labels(axes.xaxis).values()) == [f"{size:,}" for size in sizes]
         assert [labels(axes.yaxis)[place] for place in y] == [str(layer) for layer in sorted({*frame.layer})]
         assert axes.images[0].get_clim() == (0, 1)
+    assert (np.diff(aside, axis=0) > 0).all(), "policies stand beside each other, in their order"
     assert len(kept_axes.lines) == len(policies)
     assert len(loss_axes.lines) == len(policies) + (full is not None)
     assert full is None or {*loss_axes.lines[-1].get_ydata()} == {full}

@@ -19,7 +19,7 @@ from read_back import NAMES, drawn, takes
 from llama_attn import AttentionStatsConfig, viz
 from llama_attn.stats.container import Label
 from llama_attn.viz.figures.grids import ROLE_COLOURS
-from llama_attn.viz.style import NO_DATA
+from llama_attn.viz.style import LONGEST_TEXT, NO_DATA
 
 FORMULA = "$\\frac{x$ $_^{$ \x1b[2J"
 MODEL = "$x$ $y$\x1b[2J"
@@ -71,6 +71,27 @@ def test_titles_name_the_part(name):
     assert ("layer 2" in title) == takes(name, "layer")
     whole = all_titles(drawn(name, Asked(*[measure()] * 2, batch=0)))
     assert "of 3" not in whole
+
+
+@pytest.mark.parametrize(
+    ("stride", "batch", "shown"),
+    [
+        (1, 0, "row 0, 12 tokens: "), (1, 1, "row 1, 9 tokens: "), (1, 2, "row 2, 10 tokens: "),
+        # The last query that was measured is 10 and sees all but the last key.
+        (5, 0, "row 0, at least 11 tokens: "), (5, 1, "row 1, at least 8 tokens: "),
+        # Its query 10 is padding, 5 is text, and what lies between may be either.
+        (5, 2, "row 2, at least 6 tokens: "),
+        (11, 0, "row 0, 12 tokens: "),
+    ],
+)  # fmt: skip
+def test_titles_count_the_tokens_that_are_known(stride, batch, shown):
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[1, :3] = mask[2, 10:] = 0
+    ids = torch.arange(3, 15).expand(3, -1)
+    config = AttentionStatsConfig(query_stride=stride)
+    stats = tiny_model()(ids, attention_mask=mask, output_attention_stats=config).attention_stats
+    text = " ".join(f"word{each}" for each in range(6 if batch == 1 else 3, 15))[: LONGEST_TEXT - 8]
+    assert f"{shown}{text}" in all_titles(viz.plot_head_grid(stats.with_tokens(Words(), ids), batch=batch))
 
 
 def test_the_part_is_known_where_only_states_were_measured():

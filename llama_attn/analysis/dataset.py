@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.stats.container import AttentionStats
+from llama_attn.stats.integers import is_integer
 
 if TYPE_CHECKING:
     import xarray
@@ -38,14 +40,37 @@ def as_dataset(source: Source) -> xarray.Dataset:
     return source
 
 
-def check_measured(of: xarray.Dataset | xarray.DataArray, axis: str, label: int) -> None:
-    """Refuse a label that ``axis`` has not.
+def check_index(name: str, index: Any, known: Sequence[int]) -> None:
+    """Refuse what is no index at all: ``None``, and ``True`` and ``1.0``, which equal one.
+
+    Args:
+        name: Of the argument.
+        index: What was given for it.
+        known: What it may be.
 
     Raises:
-        ValueError: It was not measured.
+        ValueError: It is no integer.
     """
-    if label not in of[axis].values:
-        raise ValueError(f"{axis}: {label} was not measured; there are {of[axis].values.tolist()}")
+    if not is_integer(index):
+        raise ValueError(f"{name}: expected an integer, one of {list(known)}, got {index!r}")
+
+
+def check_measured(of: xarray.Dataset | xarray.DataArray, axis: str, label: int, name: str | None = None) -> None:
+    """Refuse a label that ``axis`` has not.
+
+    Args:
+        of: What has the axis.
+        axis: E.g. ``"layer"``.
+        label: What was asked for.
+        name: Of the argument; None if it is that of the axis.
+
+    Raises:
+        ValueError: It was not measured, or is no integer.
+    """
+    known = of[axis].values.tolist()
+    check_index(name or axis, label, known)
+    if label not in known:
+        raise ValueError(f"{name or axis}: {label} was not measured; there are {known}")
 
 
 def require(dataset: xarray.Dataset, *names: str) -> None:
@@ -53,8 +78,13 @@ def require(dataset: xarray.Dataset, *names: str) -> None:
 
     Raises:
         NotMeasuredError: One is missing; the message says which configuration measures it.
+        ValueError: One is no name.
     """
-    missing = [name for name in names if name not in dataset]
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"statistic: expected a name, such as 'entropy', got {name!r}")
+    # Coordinates, as "query", are no statistics.
+    missing = [name for name in names if name not in dataset.data_vars]
     if missing:
         raise NotMeasuredError(f"source: {missing} not measured", missing, there=dataset.data_vars)
 

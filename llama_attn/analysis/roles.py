@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from llama_attn.analysis.locality import LOCAL_BELOW, normalized_entropy
 from llama_attn.analysis.retrieval import RETRIEVAL, STREAMING, mass_outside, retrieval_heads
 from llama_attn.analysis.sinks import EPSILON, sink_positions
 from llama_attn.analysis.uniform import measured_with, share_of_keys, uniform_attention
+from llama_attn.stats.integers import is_integer
 
 if TYPE_CHECKING:
     import xarray
@@ -93,7 +94,7 @@ def strongest_roles(scores: dict[str, xarray.DataArray]) -> Int[np.ndarray, ...]
 
 def _queries(dataset: xarray.Dataset, query_slice: slice | None) -> xarray.Dataset:
     """The dataset and what uniform attention would give, with only the queries that count."""
-    if query_slice is not None and not isinstance(query_slice, slice):
+    if query_slice is not None and not _is_slice(query_slice):
         raise ValueError(f"query_slice: expected a slice such as slice(65, None), got {query_slice!r}")
     uniform = uniform_attention(dataset)
     dataset = dataset.assign(uniform_distance=uniform.mean_distance, uniform_sink_mass=uniform.sink_mass)
@@ -105,6 +106,13 @@ def _queries(dataset: xarray.Dataset, query_slice: slice | None) -> xarray.Datas
     if not len(chosen):
         raise ValueError(f"query_slice: {query_slice} holds no query; there are {queries[0]} to {queries[-1]}")
     return dataset.isel(query=chosen)
+
+
+def _is_slice(chosen: Any) -> bool:
+    """Whether it is a slice of positions."""
+    if not isinstance(chosen, slice) or chosen.step == 0:
+        return False
+    return all(part is None or is_integer(part) for part in (chosen.start, chosen.stop, chosen.step))
 
 
 def _scores(dataset: xarray.Dataset, over: Sequence[str]) -> dict[str, xarray.DataArray]:

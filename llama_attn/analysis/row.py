@@ -46,6 +46,19 @@ def row_alone(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
     return row.assign_coords({bins: (bins, row[bins].values, {"width": width}) for bins, width in widths.items()})
 
 
+def unasked_keys(row: xarray.Dataset) -> Bool[np.ndarray, " key"]:
+    """Keys of which nothing says whether they are padding or text: no measured query sees them, nor are they ones themselves.
+
+    So are the last tokens behind the last measured query, and those that a window hides from all that were measured.
+
+    Args:
+        row: What `row_alone` returns.
+    """
+    unseen = ~real_tokens(row, "key").isel(batch=0).values
+    # In cross-attention every query sees the whole text.
+    return unseen & ~np.isin(row["key"].values, row["query"].values) & (direction_of(row) != "cross")
+
+
 def starts_of_text(dataset: xarray.Dataset, at: int) -> dict[str, int]:
     """By how much the positions of a row of the batch are larger than those of its own text, which begin at 0."""
     ends = _ends_by_axis(dataset.isel(batch=slice(at, at + 1)))

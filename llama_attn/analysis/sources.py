@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ from llama_attn.analysis.dataset import as_dataset, check_measured, real_tokens,
 from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.analysis.part import measured_part
 from llama_attn.analysis.uniform import measured_with
+from llama_attn.stats.integers import is_integer
 
 if TYPE_CHECKING:
     import pandas
@@ -207,10 +208,10 @@ def _chosen_heads(dataset: xarray.Dataset, heads: Mapping[int, Sequence[int]] | 
     if heads is not None and (not isinstance(heads, Mapping) or not heads):
         raise ValueError(f"heads: expected heads of each layer, such as {{17: [3, 4]}}, got {heads!r}")
     for layer, wanted in (heads or {}).items():
-        if layer not in layers:
-            raise ValueError(f"heads: layer {layer} was not measured; there are {layers.tolist()}")
-        wanted = [wanted] if isinstance(wanted, int) else list(wanted)
-        if not wanted or any(head not in known for head in wanted):
+        if not is_integer(layer) or layer not in layers:
+            raise ValueError(f"heads: layer {layer!r} was not measured; there are {layers.tolist()}")
+        wanted = list(wanted) if isinstance(wanted, Iterable) else [wanted]
+        if not wanted or any(not is_integer(head) or head not in known for head in wanted):
             raise ValueError(f"heads: expected some of {known.tolist()} in layer {layer}, got {wanted!r}")
         chosen[np.ix_(layers == layer, np.isin(known, wanted))] = True
     return xarray.DataArray(chosen, {"layer": layers, "head": known}, ("layer", "head"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis.activations import massive_activations, needed
-from llama_attn.analysis.dataset import as_dataset, real_tokens, require
+from llama_attn.analysis.dataset import as_dataset, check_measured, real_tokens, require
 from llama_attn.analysis.part import measured_part
 from llama_attn.analysis.row import row_alone
 from llama_attn.analysis.sinks import sink_positions
@@ -43,10 +43,9 @@ def summarize_layers(source: Source, *, batch: int = 0) -> pandas.DataFrame:
 
     dataset = as_dataset(source)
     require(dataset, "sink_mass", "received", *needed(dataset))
-    if batch not in dataset.batch.values or not real_tokens(dataset, "query").sel(batch=batch).any():
-        raise ValueError(
-            f"batch: {batch} was not measured or is all padding; there are {dataset.batch.values.tolist()}"
-        )
+    check_measured(dataset, "batch", batch)
+    if not real_tokens(dataset, "query").sel(batch=batch).any():
+        raise ValueError(f"batch: row {batch} is all padding")
     dataset = row_alone(dataset, batch)
     activations = massive_activations(dataset).isel(batch=0)
     sinks = sink_positions(dataset).isel(batch=0)

@@ -17,3 +17,12 @@ def as_integer(value: Any) -> int:
     if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
         raise TypeError(f"expected an integer, got {value!r}")
     return operator.index(value)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it counts as an integer."""
+    try:
+        as_integer(value)
+    except TypeError:
+        return False
+    return True

@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_attn.analysis.dataset import check_measured, real_tokens, require, without_attention
 from llama_attn.analysis.part import measured_layers, named_layers, named_range
-from llama_attn.analysis.row import row_alone
+from llama_attn.analysis.row import row_alone, unasked_keys
 from llama_attn.stats.token_text import drawn, readable
 
 if TYPE_CHECKING:
@@ -95,10 +95,13 @@ def about(dataset: xarray.Dataset, batch: int | None = None) -> str:
     if batch is None:
         what = f"{dataset.sizes['batch']} rows"
     else:
-        row = dataset.sel(batch=batch)
+        # Not of all statistics: to cut padding off copies some of them.
+        alone = row_alone(dataset[["visible_keys", "visible_queries"]], batch)
+        unasked, row = unasked_keys(alone), alone.isel(batch=0)
         real = real_tokens(row, "key").values
-        count = f"{real.sum():,} token{'' if real.sum() == 1 else 's'}"
-        tokens = [token for token, kept in zip(tokens_of(row, "key") or [], real, strict=False) if kept]
+        least = "at least " if unasked.any() else ""
+        count = f"{least}{real.sum():,} token{'' if real.sum() == 1 else 's'}"
+        tokens = [token for token, kept in zip(tokens_of(row, "key") or [], real | unasked, strict=False) if kept]
         # As on the axes, but for the spaces.
         text = "".join(readable(token, LONGEST_TEXT) for token in tokens[:LONGEST_TEXT]).replace("␣", " ").strip()
         of_row = f"row {batch}, " if dataset.sizes["batch"] > 1 else ""
@@ -160,17 +163,24 @@ def label_tokens(
             tick.label1.set_rotation(90)
 
 
-def pick(dataset: xarray.Dataset, *, batch: int, layer: int | None = None, axis: str = "layer") -> xarray.Dataset:
-    """One row of the batch without its padding, and one layer if one is given, by their labels; see `row_alone`.
+def pick_row(dataset: xarray.Dataset, batch: int) -> xarray.Dataset:
+    """One row of the batch without its padding, by its label; see `row_alone`.
+
+    Raises:
+        ValueError: It was not measured.
+    """
+    return row_alone(dataset, batch).isel(batch=0)
+
+
+def pick(dataset: xarray.Dataset, *, batch: int, layer: int, axis: str = "layer") -> xarray.Dataset:
+    """One row of the batch without its padding, and one layer, by their labels.
 
     Raises:
         ValueError: They were not measured.
     """
-    if layer is not None:
-        check_measured(dataset, axis, layer)
+    check_measured(dataset, axis, layer, name="layer")
     # First the row: what is padding shows in all layers together, and positions are the same in every picture of a run.
-    row = row_alone(dataset, batch).isel(batch=0)
-    return row if layer is None else row.sel({axis: layer})
+    return pick_row(dataset, batch).sel({axis: layer})
 
 
 def pick_head(values: xarray.DataArray, head: int | None) -> xarray.DataArray:
@@ -213,6 +223,16 @@ def pick_segment(dataset: xarray.Dataset, statistics: Sequence[str], segment: st
 def of_segment(segment: str | None) -> str:
     """Which segment, for a title or an axis."""
     return "" if segment is None else f" of {written(str(segment))}"
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false, such as the word "no", which is true to Python.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
 def tokens_of(dataset: xarray.Dataset, axis: Literal["query", "key"]) -> list[str] | None:

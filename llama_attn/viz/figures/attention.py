@@ -107,7 +107,7 @@ def check_kind(kind: str) -> None:
     Raises:
         ValueError: Neither weights nor logits.
     """
-    if kind not in KINDS:
+    if kind not in list(KINDS):
         raise ValueError(f"kind: expected one of {list(KINDS)}, got {kind!r}")
 
 

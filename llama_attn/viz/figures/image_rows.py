@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_attn.analysis import as_dataset
+from llama_attn.analysis.dataset import check_index
 from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.stats.images import ImageSegments
+from llama_attn.stats.integers import is_integer
 from llama_attn.stats.shares import percent
 from llama_attn.viz.figures.canvas import colour_bar, entitle, label_axes, new_figure
 from llama_attn.viz.figures.scales import Scale, check_scale, colour_scale
@@ -127,8 +129,10 @@ def _span(segments: ImageSegments, batch: int, index: int) -> tuple[ImageSpan, i
     if batch >= len(segments.images):
         raise ValueError(f"segments: expected images of row {batch} of the batch, got {len(segments.images)} rows")
     spans = segments.images[batch]
-    if index not in range(len(spans)):
-        raise ValueError(f"image_index: row {batch} of the batch has {len(spans)} images, counted from 0, got {index}")
+    if not is_integer(index) or index not in range(len(spans)):
+        raise ValueError(
+            f"image_index: expected one of the {len(spans)} images of row {batch} of the batch, counted from 0, got {index!r}"
+        )
     return spans[index], len(spans)
 
 
@@ -142,6 +146,8 @@ def _row(dataset: xarray.Dataset, row: int | None, labels: Int[np.ndarray, " key
     known = weights["row"].values[has_data & real].tolist()
     if row is None and known:
         return int(known[-1])
+    if row is not None:
+        check_index("row", row, known)
     if row is None or row not in known:
         raise NotMeasuredError(
             f"row: {row} was not measured, or is padding; there are {known}",

@@ -13,7 +13,7 @@ from llama_attn.viz.figures.attention import KINDS, WORDS, bin_width, check_kind
 from llama_attn.viz.figures.canvas import TITLE_SIZE, colour_bar, entitle, new_figure
 from llama_attn.viz.figures.grids import label_grid
 from llama_attn.viz.figures.scales import Scale, check_scale, colour_scale, square_root
-from llama_attn.viz.style import about, empty_figure, heat_map, of_layers, of_part, pick, unit_of
+from llama_attn.viz.style import about, empty_figure, heat_map, of_layers, of_part, pick, pick_row, unit_of
 
 if TYPE_CHECKING:
     import xarray
@@ -89,7 +89,7 @@ def plot_model_view(source: Source, *, batch: int = 0, ax: Axes | None = None) -
     """
     dataset = as_dataset(source)
     require(dataset, "weights_map")
-    row = pick(dataset, batch=batch).sortby("layer")
+    row = pick_row(dataset, batch).sortby("layer")
     maps = pooled_maps(row, MINIATURE_CELLS)
     layers, heads, cells = maps.shape[:3]
     # One picture of all maps: a thousand pairs of axes would take minutes.

@@ -9,13 +9,24 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from llama_attn.analysis import as_dataset
-from llama_attn.analysis.dataset import real_tokens
+from llama_attn.analysis.dataset import check_index, real_tokens
 from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.analysis.uniform import measured_with
 from llama_attn.stats.shares import percent
 from llama_attn.viz.figures.canvas import colour_bar, entitle, explain_no_data, new_figure
 from llama_attn.viz.figures.scales import square_root
-from llama_attn.viz.style import NO_DATA, about, drawable, of_head, of_part, pick, pick_head, tokens_of
+from llama_attn.viz.style import (
+    NO_DATA,
+    about,
+    check_flag,
+    drawable,
+    of_head,
+    of_part,
+    pick,
+    pick_head,
+    pick_row,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     import xarray
@@ -92,8 +103,10 @@ def plot_rows(
             'measure with AttentionStatsConfig(rows=(-1,)) or rows="generated"',
             dataset.data_vars,
         )
-    of_text = pick(dataset, batch=batch, layer=layer)
-    row = _row(pick(dataset, batch=batch), row)
+    check_flag("sink", sink)
+    whole = pick_row(dataset, batch)
+    of_text = whole if layer is None else pick(dataset, batch=batch, layer=layer)
+    row = _row(whole, row)
     values = pick_head(of_text.row_weights.sel(row=row), head)
     weights = (values.mean("layer") if layer is None else values).values
     has_data = np.isfinite(weights)
@@ -137,6 +150,7 @@ def _row(dataset: xarray.Dataset, row: int | None) -> int:
         )
     if row is None:
         return int(known[-1])
+    check_index("row", row, known)
     if row not in known:
         raise ValueError(f"row: {row} was not measured, or is padding; there are {known}")
     return row

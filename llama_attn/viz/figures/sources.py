@@ -23,6 +23,7 @@ from llama_attn.viz.style import (
     SKY,
     YELLOW,
     about,
+    check_flag,
     drawable,
     of_head,
     of_part,
@@ -68,6 +69,7 @@ def plot_sources(
     """
     from matplotlib.patches import Patch
 
+    check_flag("sink", sink)
     dataset = as_dataset(source)
     # Positions as in every picture of a row: of its own text.
     frame = sources(row_alone(dataset, batch), heads=heads, batch=batch)

@@ -83,6 +83,8 @@ def plot_token_strip(
     dataset = as_dataset(source)
     if statistics is None:
         statistics = [name for name in PANELS if name in dataset] or PANELS[:1]
+    if isinstance(statistics, str) or not isinstance(statistics, Sequence) or not statistics:
+        raise ValueError(f"statistics: expected names, such as {list(PANELS[:2])}, got {statistics!r}")
     require(dataset, *statistics)
     divided = [name for name in statistics if "segment" in dataset[name].dims]
     row = pick(pick_segment(dataset, statistics, segment), layer=layer, batch=batch)

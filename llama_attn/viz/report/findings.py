@@ -184,7 +184,7 @@ def _locality(row: xarray.Dataset) -> tuple[str, str, Words]:
         f"The mean distance is {_number(found.mean_distance.mean())} tokens, and would be "
         f"{_number(found.uniform_distance.mean())} if attention were uniform{over}. ",
         # Of what lies nearer than any key can be, the share would be all.
-        f"No token sees further than the nearest {window} tokens. "
+        f"All that a token sees lies within the nearest {window} tokens. "
         if bool((found.uniform_local_mass.min() == 1).all())
         else f"The nearest {window} tokens hold {_percent(found.local_mass.mean())} of the attention, "
         f"against {_percent(found.uniform_local_mass.mean())}. ",

@@ -14,7 +14,7 @@ from llama_attn.analysis.activations import MAGNITUDE, RATIO, needed
 from llama_attn.analysis.dataset import check_measured, direction_of, real_tokens, without_attention
 from llama_attn.analysis.heads import NEEDED
 from llama_attn.analysis.part import measured_layers, named_layers
-from llama_attn.analysis.row import row_alone
+from llama_attn.analysis.row import row_alone, unasked_keys
 from llama_attn.stats.files import complete_file
 from llama_attn.stats.token_text import readable
 from llama_attn.viz.report.answer import about_answer
@@ -139,6 +139,8 @@ def _about(row: xarray.Dataset) -> dict[str, Any]:
         "kvHeads": row["kv_head"].values.tolist() if "kv_head" in row.dims else [],
         "withoutAttention": named_layers(absent) if absent else "",
         "length": last + 1,
+        # Those that are text or padding, which nothing says.
+        "unasked": int(unasked_keys(row).sum()),
         "firstKey": first,
         # Where the first bin of the maps begins: before the text if it holds padding too.
         "mapStart": int(row["key_bin"].values[0]) if MAP in row else 0,

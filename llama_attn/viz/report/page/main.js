@@ -4,6 +4,8 @@ let real = null;
 
 const lacking = (...names) => element("p", { class: "note" }, `Not shown: ${names.join(", ")} ${names.length > 1 ? "were" : "was"} not measured. Ask for it with AttentionStatsConfig(statistics=(…, ${names.map((name) => `"${name}"`).join(", ")})).`);
 
+const tokensWord = () => `${report.unasked ? "at least " : ""}${(report.length - report.unasked).toLocaleString("en")} tokens`;
+
 function buildHead() {
   $("model").textContent = report.model || "A model";
   document.title = ["Attention report", report.model, report.opening && `“${report.opening}”`].filter(Boolean).join(" · ");
@@ -11,7 +13,7 @@ function buildHead() {
   const facts = [
     report.layers.length && (report.part || `${report.numLayers} layers`),
     report.withoutAttention && `${report.withoutAttention} without attention weights`,
-    report.heads.length && `${report.heads.length} heads`, `${report.length.toLocaleString("en")} tokens`,
+    report.heads.length && `${report.heads.length} heads`, tokensWord(),
     report.rows > 1 && `row ${report.row} of ${report.rows}`,
     report.backend && `backend ${report.backend}`, report.engine && `measured by ${report.engine}`,
     report.replayed && "from a second forward over what was generated",
