@@ -166,14 +166,15 @@ def _taken_by_sink(answer: xarray.Dataset, marks: xarray.DataArray, names: list[
     learned = answer.learned_sink_mass if "learned_sink_mass" in answer else 0.0
     known = "row_weights" in answer and np.isin(queries, answer["row"].values).all()
     if known:
+        # Where a weight is no number, what the sink takes is none either.
         rows = answer.row_weights.sel(row=queries).rename(row="query").where(marks, 0)
         of_segment = xarray.concat(
-            [rows.where(answer.key_segment == name, 0).sum("key") for name in names],
+            [rows.where(answer.key_segment == name, 0).sum("key", skipna=False) for name in names],
             xarray.Variable("segment", names),
             coords="minimal",
             compat="override",
         )
-        return _Taken(of_segment, rows.sum("key") + learned), True
+        return _Taken(of_segment, rows.sum("key", skipna=False) + learned), True
     if "sink_mass" not in answer:
         raise NotMeasuredError(
             "source: how much goes to the sink is not known",
