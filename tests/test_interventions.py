@@ -355,6 +355,10 @@ def test_what_is_compiled_or_has_no_attention(ids):
         ablate_heads(3, {0: 0})
     with pytest.raises(ValueError, match=r"there is no 'x'"):
         ablate_heads(tiny_model(), {0: 0}, stack="x")
+    with pytest.raises(ValueError, match=r"there is no 'model\.layers'; there are .*self_attn"):
+        ablate_heads(tiny_model(), {0: 0}, stack="model.layers")
+    with pytest.raises(ValueError, match=r"there is no 'model\.layers'; there are .*self_attn"):
+        block_keys(tiny_model(), [0], stack="model.layers")
 
 
 @torch.no_grad()

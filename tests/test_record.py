@@ -194,6 +194,15 @@ def test_models_that_never_ask_the_interface(name):
 def test_names_that_are_not_there(model):
     with pytest.raises(ValueError, match=r"stack: there is no 'model\.encoder'.*self_attn"):
         record(model, stack="model.encoder").__enter__()
+    # Modules that are there, but hold attention or are part of it.
+    for name in ("model.layers", "model.layers.#", "model.layers.#.self_attn.q_proj"):
+        with pytest.raises(ValueError, match=rf"stack: there is no '{name}'; there are .*self_attn"):
+            record(model, stack=name).__enter__()
+    with (
+        pytest.raises(ValueError, match=r"record: 'lm_head' called no attention; .*self_attn"),
+        record(model, stack="lm_head"),
+    ):
+        run(model)
     with pytest.raises(ValueError, match="layers"):
         record(model, AttentionStatsConfig(layers=(0, 7))).__enter__()
     with pytest.raises(ValueError, match="heads"), record(model, AttentionStatsConfig(heads=(9,))):

@@ -18,7 +18,7 @@ from llama_attn.backends.registry import rule_of
 from llama_attn.observe.forward import Stack, is_replay
 from llama_attn.observe.hidden import Hook, owner_of
 from llama_attn.observe.interface import interfaces_of, intervene, stop_intervening
-from llama_attn.observe.stacks import candidates, is_cross, is_shared, name_of, stack_of
+from llama_attn.observe.stacks import candidates, is_cross, is_shared, name_of, named, stack_of
 from llama_attn.stats.visibility import Visibility
 
 # Masks that layers of one forward see through: full, a window, a chunk, and one to spare.
@@ -64,18 +64,15 @@ class Intervening:
         Raises:
             ValueError: There is no such attention, stack, layer or head, as far as the module shows it.
         """
-        chosen = self._chosen_layer(dict(self._module.named_modules()))
+        chosen = self._chosen_layer()
         if chosen is not None:
             self.check(stack_of(self._module, chosen))
 
-    def _chosen_layer(self, paths: dict[str, nn.Module]) -> nn.Module | None:
+    def _chosen_layer(self) -> nn.Module | None:
         """A layer of the stack that was chosen or is the only one; None if calls have to show which it is."""
         asking = candidates(self._module)
         if self._asked is not None:
-            named = [module for path, module in paths.items() if name_of(path) == self._asked]
-            if not named:
-                raise ValueError(f"stack: there is no {self._asked!r}; there are {list(asking)}")
-            return asking.get(self._asked, named[0])
+            return named(self._module, self._asked)
         if not asking:
             raise ValueError(
                 f"{self.name}: {type(self._module).__name__} has no attention that goes through transformers' attention "
@@ -97,7 +94,7 @@ class Intervening:
         self._calls = 0
         self._sees_forwards = False
         self._sights: list[tuple[tuple[Any, ...], tuple[Any, ...], Visibility]] = []
-        chosen = self._chosen_layer(paths)
+        chosen = self._chosen_layer()
         if chosen is not None:
             self._choose(chosen)
         self._interfaces = interfaces_of(self._names)

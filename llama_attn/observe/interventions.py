@@ -33,8 +33,8 @@ def ablate_heads(
 
     Args:
         module: A model, one of its modules, or what wraps it.
-        heads: Query heads of each layer: ``{3: [0, 5], 4: "all"}``. Layers are numbered as `record` numbers them, by
-            their place in the stack.
+        heads: Query heads of each layer, one, several or all: ``{2: 1, 3: [0, 5], 4: "all"}``. Layers are numbered as
+            `record` numbers them, by their place in the stack.
         mode: What their output becomes. ``"zero"``: 0. ``"mean"``: the head's mean output over the real queries of the
             same row and the same call [activation]. A tensor: these values, of all heads of a layer
             (head, value_channel) or of all layers, those without attention included (layer, head, value_channel).

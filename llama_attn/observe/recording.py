@@ -14,7 +14,7 @@ from llama_attn.observe.course import Course, only
 from llama_attn.observe.forward import Forward, is_replay
 from llama_attn.observe.interface import interfaces_of, unwatch, watch
 from llama_attn.observe.plan import Plan
-from llama_attn.observe.stacks import candidates, is_cross, name_of, stack_of
+from llama_attn.observe.stacks import candidates, is_cross, name_of, named, stack_of
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
 from llama_attn.stats.scoring import Scoring
@@ -75,8 +75,8 @@ class Recording:
         paths = dict(self._module.named_modules())
         self._names = {module: name_of(path) for path, module in paths.items()}
         asking = candidates(self._module)
-        if self._stack is not None and self._stack not in asking and self._stack not in self._names.values():
-            raise ValueError(f"stack: there is no {self._stack!r}; there are {list(asking)}")
+        if self._stack is not None:
+            named(self._module, self._stack)
         try:
             for name, module in asking.items():
                 if self._stack in (None, name):
@@ -160,6 +160,8 @@ class Recording:
             )
         if self._seen:
             return f"record: nothing was measured in {self._chosen!r}; attention was called in {list(self._seen)}"
+        if self._stack is not None and self._stack not in asking:
+            return f"record: {self._stack!r} called no attention; stacks that do are {asking}"
         return (
             f"record: no attention of {name} was called: the block ran no forward of this very module, or one that "
             f"does not come to {asking}"

@@ -59,6 +59,23 @@ def candidates(root: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def named(root: nn.Module, stack: str) -> nn.Module:
+    """A layer of the stack of that name, which need not be seen to ask the interface.
+
+    Raises:
+        ValueError: There is none, or the name is that of what holds attention or is part of it.
+    """
+    asking = candidates(root)
+    if stack in asking:
+        return asking[stack]
+    above = f"{stack}." if stack else ""
+    related = any(name.startswith(above) or stack.startswith(f"{name}.") for name in asking)
+    module = next((module for path, module in root.named_modules() if name_of(path) == stack), None)
+    if module is None or related:
+        raise ValueError(f"stack: there is no {stack!r}; there are {list(asking)}")
+    return module
+
+
 def calls_interface(module: nn.Module) -> bool:
     """Whether the code of a module's forward names ``get_interface``."""
     forward = inspect.unwrap(type(module).forward)
