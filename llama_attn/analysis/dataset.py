@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
 from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.stats.container import AttentionStats
+from llama_attn.stats.table import TAKEN, statistics_table
 
 if TYPE_CHECKING:
     import xarray
@@ -53,8 +55,16 @@ def require(dataset: xarray.Dataset, *names: str) -> None:
 
     Raises:
         NotMeasuredError: One is missing; the message says which configuration measures it.
+        ValueError: There is no such statistic, neither in the dataset nor in the table of those that can be measured.
     """
     missing = [name for name in names if name not in dataset]
+    known = statistics_table()
+    for name in missing:
+        if name not in known and name not in TAKEN:
+            there = sorted(map(str, dataset.data_vars))
+            close = get_close_matches(name, [*dict.fromkeys([*there, *known])])
+            meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise ValueError(f"source: there is no statistic {name!r}{meant}; measured are {there}")
     if missing:
         raise NotMeasuredError(f"source: {missing} not measured", missing, there=dataset.data_vars)
 
