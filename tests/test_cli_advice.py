@@ -62,8 +62,8 @@ def test_what_was_not_measured_is_said_as_a_command(arguments, advice, ids, tmp_
     [
         (
             {"segments": DOCUMENTS},
-            "nothing says which tokens were generated",
-            "measure with llama-attn run MODEL … --generate N",
+            "nothing says which tokens were generated: none behind the prompt was read, and the last one is never fed back",
+            "measure with llama-attn run MODEL … --generate N, of which the model writes 2 tokens or more",
         ),
         (
             {"segments": ANSWER, "query_stride": 2},

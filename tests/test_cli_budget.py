@@ -115,6 +115,16 @@ def test_budgets_that_nobody_named_are_those_that_fit(checkpoint, tmp_path):
     assert {*pandas.read_csv(tmp_path / "out" / "budget.csv").budget} == {64}
 
 
+def test_default_budgets_that_do_not_fit_are_not_called_an_option(checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text("1234567890123456")
+    result = budget(checkpoint, tmp_path)
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2
+    assert "none of the default budgets 64, 256 and 1,024 fits, since 12 of 16 tokens are read before" in said
+    assert "give --budgets of 1 to 12 keys" in said
+    assert "expected 1 to" not in said
+
+
 @pytest.mark.smollm2
 def test_the_demo_model_is_called_by_its_id(tmp_path, monkeypatch):
     """In its picture: the table holds numbers only."""

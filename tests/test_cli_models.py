@@ -246,6 +246,11 @@ def test_a_model_that_ends_by_itself(zoo, tmp_path):
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": second}))
     _, said = run(folder, "--prompt", TEXT, "--generate", 4, out=tmp_path / "out")
     assert "the model ended by itself, after 2 of 4 tokens" in said
+    assert "never fed back" not in said
+    first = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(stats.tokens[0][-3])
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": first}))
+    _, said = run(folder, "--prompt", TEXT, "--generate", 4, out=tmp_path / "out")
+    assert "after 1 of 4 tokens; it was never fed back, so that no token measured is of the answer" in said
 
 
 @pytest.mark.usefixtures("undrawn")

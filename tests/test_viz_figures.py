@@ -344,6 +344,8 @@ def test_identical_runs_have_no_difference(stats):
         (lambda stats: plot_layer_profile(stats, statistic="weights_map"), "one number per layer and token, one of .*hidden_norm"),
         (lambda stats: plot_layer_profile(stats, statistic="hidden_max_channel"), "got 'hidden_max_channel'"),
         (lambda stats: plot_layer_profile(stats, statistic="topk_weight"), "got 'topk_weight'"),
+        (lambda stats: plot_head_grid(stats, statistic="entropi"), "there is no statistic 'entropi'; did you mean 'entropy'.*; measured are .*'entropy'"),
+        (lambda stats: plot_layer_profile(stats, statistic="qqqqqq"), "there is no statistic 'qqqqqq'; measured are"),
         (lambda stats: plot_layer_heads(stats, kind="scores"), "kind: expected one of"),
         (lambda stats: plot_comparison(stats, stats, kind="scores"), "kind: expected one of"),
     ],

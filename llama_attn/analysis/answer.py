@@ -32,8 +32,11 @@ def first_generated(dataset: xarray.Dataset) -> int:
     rows = json.loads(dataset.attrs.get("config", "{}")).get("rows")
     if isinstance(rows, dict) and rows.get("at") == GENERATED and "row" in dataset.coords and dataset.sizes["row"]:
         return int(dataset["row"].values[0]) + 1
+    # A run that generated one token looks like one that generated none.
+    alone = "key_segment" in dataset.coords
     raise NotMeasuredError(
-        "source: nothing says which tokens were generated",
+        "source: nothing says which tokens were generated"
+        + (": none behind the prompt was read, and the last one is never fed back" if alone else ""),
         ["generated"],
         'measure in generate, with AttentionStatsConfig(segments=…) for the prompt, or rows="generated"',
     )

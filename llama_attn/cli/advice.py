@@ -13,7 +13,7 @@ ELSEWHERE = {
 }
 # What else than statistics may be missing: without an option for it, a run measures what is asked for here.
 PARAMETERS = {
-    "generated": "measure with llama-attn run MODEL … --generate N",
+    "generated": "measure with llama-attn run MODEL … --generate N, of which the model writes 2 tokens or more",
     "heads": "measure with llama-attn run MODEL …, which measures all heads",
     "query_stride": "measure with llama-attn run MODEL … --generate N, which measures every query",
     "rows": "no command measures them; in Python: AttentionStatsConfig(rows=(-1,))",

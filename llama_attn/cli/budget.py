@@ -82,7 +82,13 @@ def budget(
     first = length - last
     if first < 2:
         fail(f"--readers: the text has {length:,} tokens, so expected 2 to {length - 2}, got {last}")
-    if budgets is None and min(sizes) <= first < max(sizes):
+    if budgets is None and min(sizes) > first:
+        *others, last_size = (f"{size:,}" for size in sizes)
+        fail(
+            f"none of the default budgets {', '.join(others)} and {last_size} fits, since {first} of {length} tokens are "
+            f"read before; give --budgets of 1 to {first} keys"
+        )
+    if budgets is None and first < max(sizes):
         say(f"budgets: {', '.join(f'{size:,}' for size in sizes if size > first)} left out, of {first:,} tokens")
         sizes = [size for size in sizes if size <= first]
     if max(sizes) > first:

@@ -181,4 +181,5 @@ def _print_generated(ids: Tensor, start: int, asked: int, tokens: Prompt, tokeni
         whose = f"{tokens.names[at]}, " if tokens.names else ""
         console.print(f"{whose}generated: {tokenizer.decode(row, skip_special_tokens=True).strip()}")
     if (written := ids.shape[1] - start) < asked:
-        say(f"the model ended by itself, after {written} of {asked} tokens")
+        unread = "; it was never fed back, so that no token measured is of the answer" if written == 1 else ""
+        say(f"the model ended by itself, after {written} of {asked} tokens{unread}")
