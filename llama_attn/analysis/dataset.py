@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-<<<<<<< HEAD
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
-=======
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal, cast
->>>>>>> n2
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.stats.container import AttentionStats
-<<<<<<< HEAD
 from llama_attn.stats.integers import is_integer
-=======
 from llama_attn.stats.table import TAKEN, statistics_table
->>>>>>> n2
 
 if TYPE_CHECKING:
     import xarray
@@ -87,18 +80,13 @@ def require(dataset: xarray.Dataset, *names: str) -> None:
 
     Raises:
         NotMeasuredError: One is missing; the message says which configuration measures it.
-<<<<<<< HEAD
-        ValueError: One is no name.
+        ValueError: One is no name, or names no statistic, neither of the dataset nor of those that can be measured.
     """
     for name in names:
         if not isinstance(name, str):
             raise ValueError(f"statistic: expected a name, such as 'entropy', got {name!r}")
     # Coordinates, as "query", are no statistics.
     missing = [name for name in names if name not in dataset.data_vars]
-=======
-        ValueError: There is no such statistic, neither in the dataset nor in the table of those that can be measured.
-    """
-    missing = [name for name in names if name not in dataset]
     known = statistics_table()
     for name in missing:
         if name not in known and name not in TAKEN:
@@ -106,7 +94,6 @@ def require(dataset: xarray.Dataset, *names: str) -> None:
             close = get_close_matches(name, [*dict.fromkeys([*there, *known])])
             meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(f"source: there is no statistic {name!r}{meant}; measured are {there}")
->>>>>>> n2
     if missing:
         raise NotMeasuredError(f"source: {missing} not measured", missing, there=dataset.data_vars)
 
