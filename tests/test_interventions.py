@@ -348,6 +348,24 @@ def test_a_query_that_would_see_nothing(backend, ids, left_padding):
         logits(model, ids, left_padding)
 
 
+@pytest.mark.parametrize(
+    ("keys", "first_query"),
+    [([99], None), (slice(50, None), None), (torch.arange(60)[None] < 45, None), ([3], 40)],
+)
+@pytest.mark.parametrize("backend", ["sdpa", "streaming"])
+@torch.no_grad()
+def test_keys_that_no_call_has(keys, first_query, backend, ids):
+    model = made(DECODERS["qwen3"], backend)
+    with (
+        pytest.raises(ValueError, match="nothing was hidden, as no call had keys at the positions"),
+        block_keys(model, keys, first_query=first_query),
+    ):
+        model(ids)
+    # What may all be seen is no request.
+    with block_keys(model, torch.ones(1, 3, dtype=torch.bool)):
+        model(ids)
+
+
 def test_what_is_compiled_or_has_no_attention(ids):
     with pytest.raises(ValueError, match="nothing to change"):
         block_keys(torch.nn.Linear(2, 2), [0])

@@ -37,6 +37,8 @@ class Blocking(Intervening):
                 f"keys: expected a mask that leaves every row some keys, got none in row {row}; with first_query every "
                 "later token still sees itself"
             )
+        # Whether a call had any of the keys, which its device knows; True where nobody can look, as in a compiled graph.
+        self._hides: bool | Tensor = False
         # Masks of the forward that runs, by what they were made of.
         self._made: list[tuple[Visibility, Any, tuple[Visibility, Any]]] = []
         self.refuse_early()
@@ -57,6 +59,14 @@ class Blocking(Intervening):
         self._made.clear()
         super().__exit__(*error)
 
+    def _check_that_it_ran(self) -> None:
+        super()._check_that_it_ran()
+        if self._keys.hide_some and not bool(self._hides):
+            behind = "" if self._first_query is None else f", or no query at {self._first_query} or behind it"
+            raise ValueError(
+                f"block_keys: nothing was hidden, as no call had keys at the positions that were asked for{behind}"
+            )
+
     def change_call(self, call: AttentionCall, name: str, layer: int) -> AttentionCall:
         """The call with fewer keys to see; the same call where none is blocked.
 
@@ -69,8 +79,12 @@ class Blocking(Intervening):
             if known is sight and mask is call.mask:
                 return replace(call, sight=blocked, mask=made)
         kept = self._kept(call, sight, layer)
+        if torch.compiler.is_compiling():
+            self._hides = True
         if kept is None:
             return call
+        if self._hides is not True:
+            self._hides = ~kept.all() | self._hides
         blocked = _without(sight, kept)
         if self._first_query is None or not sight.aligned:
             _check_that_all_see(sight, blocked, layer)

@@ -75,7 +75,7 @@ def block_keys(
     Args:
         module: A model, one of its modules, or what wraps it.
         keys: Positions that no query sees, counted along the row with its padding: integers, or a slice that may be
-            open at its end. Or a bool mask, True = may be seen, of which nothing beyond its length is blocked:
+            open at its end. Or a bool mask, True = may be seen, beyond whose length every key may be seen:
             (batch, key), (batch, query, key), or (layer, batch, kv_head, key), in which layers are numbered as `record`
             numbers them; a batch of 1 stands for every row. A ``DataArray`` with these dimensions too, such as
             `llama_attn.analysis.keep_mask` gives; layers that it does not name are left alone.
@@ -87,8 +87,8 @@ def block_keys(
         A context manager.
 
     Raises:
-        ValueError: No such form, rows, layers or KV heads, a backend that takes no mask, nothing that was blocked when
-            the block ends, or a query that would be left nothing to see: key 0 blocked for all queries leaves query 0
+        ValueError: No such form, rows, layers or KV heads, a backend that takes no mask, keys of which no call
+            had any when the block ends, or a query that would be left nothing to see: key 0 blocked for all queries leaves query 0
             nothing, so that ``first_query=1`` is wanted.
 
     Examples:

@@ -116,6 +116,11 @@ class KeptKeys:
     def _are_counted(self) -> bool:
         return self.layers == tuple(range(len(self.layers or ())))
 
+    @property
+    def hide_some(self) -> bool:
+        """Whether any key is named that may not be seen; a mask may be True everywhere."""
+        return self.mask is None or not bool(self.mask.all())
+
     def row_without_any(self) -> int | None:
         """A row of the batch whose queries, some of them, are left no key at all; None if there is none."""
         if self.mask is None or "batch" not in self.axes:
