@@ -215,10 +215,10 @@ def assert_matches_reference(
         real = inputs.real_keys[:, inputs.cached :]
         expected = inputs.reference().output.transpose(1, 2)
         output = _run(backend, inputs)
-        if output.shape != expected.shape:
+        if (output.shape, output.dtype) != (expected.shape, dtype):
             raise AssertionError(
-                f"{backend!r} in {situation}: expected output (batch, query, head, channel) = {tuple(expected.shape)}, "
-                f"got {tuple(output.shape)}"
+                f"{backend!r} in {situation}: expected output (batch, query, head, channel) = {tuple(expected.shape)} of "
+                f"{dtype}, got {tuple(output.shape)} of {output.dtype}"
             )
         allowed = bound
         if allowed is None:
@@ -269,10 +269,8 @@ def assert_statistic_matches(statistic: Statistic, *, bound: float = torch.finfo
             if "padding" in situation:
                 streamed, expected = _both_forms(statistic, **situation, only_real=True)
                 if torch.equal(streamed.isnan(), expected.isnan()) and relative_error(streamed, expected) <= allowed:
-                    why = (
-                        "; the difference is of padded rows: leave them out of the textbook form with "
-                        "reference.real_queries"
-                    )
+                    hint = "leave them out of the textbook form with reference.real_queries"
+                    why = f"; the difference is of padded rows: {hint}"
             raise AssertionError(f"{named}: the streaming form is off by {error:.2e}, above {bound:.2e}{why}")
 
 
@@ -366,8 +364,7 @@ def _kind_of_error(inputs: AttentionInputs, output: Tensor, allowed: float) -> s
 @torch.no_grad()
 def _run(backend: str, inputs: AttentionInputs) -> Tensor:
     """The output of ``backend``, called as a Llama layer calls it."""
-    heads, kv_heads = inputs.query.shape[1], inputs.key.shape[1]
-    head_dim = inputs.query.shape[-1]
+    heads, kv_heads, head_dim = inputs.query.shape[1], inputs.key.shape[1], inputs.query.shape[-1]
     module: Any = nn.Module()
     module.config = LlamaConfig(
         hidden_size=heads * head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim
@@ -379,10 +376,13 @@ def _run(backend: str, inputs: AttentionInputs) -> Tensor:
         module.config, inputs.query[:, 0], inputs.attention_mask, _FilledCache(inputs.cached), layer_idx=0
     )
     extra = {"visibility": inputs.visibility} if get_backend(backend).is_streaming else {}
-    output, _ = attention_function(backend)(
+    match attention_function(backend)(
         module.eval(), inputs.query, inputs.key, inputs.value, mask, scaling=inputs.scaling, dropout=0.0, **extra
-    )
-    return output.cpu()
+    ):
+        case (Tensor() as output, _):  # a tensor alone would be unpacked along its batch
+            return output.cpu()
+        case other:
+            raise AssertionError(f"{backend!r}: expected (output, weights or None), got {type(other).__name__}")
 
 
 class _FilledCache:

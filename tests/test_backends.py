@@ -70,9 +70,21 @@ def wrong_layout(module, query, key, value, attention_mask, **kwargs):
     return output.transpose(1, 2), weights
 
 
+def without_weights(module, query, key, value, attention_mask, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
+
+
+def of_half_precision(module, query, key, value, attention_mask, **kwargs):
+    output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output.half(), weights
+
+
 @pytest.mark.parametrize(
     ("attend", "message"),
     [
+        (without_weights, r"'broken': expected \(output, weights or None\), got Tensor"),
+        (lambda *_, **options: None, r"expected \(output, weights or None\), got NoneType"),
+        (of_half_precision, r"expected output .* of torch.float32, got .* of torch.float16"),
         (ignores_padding, r"'left'.*error .* is above \S+; the error is of padding \(it is not hidden\)"),
         (ignores_causality, r"'queries': 7.*the error is of causality \(later keys are not hidden\)"),
         (ignores_everything, r"'queries': 7.*the error is of causality \(later keys are not hidden\)"),
