@@ -26,7 +26,7 @@ from llama_attn.corpus import CorpusSummary, compare
 from llama_attn.corpus.batches import Reader
 from llama_attn.corpus.hub import HubDataset, is_hub_dataset
 from llama_attn.corpus.records import find_files, read, survey
-from llama_attn.corpus.run import SHARDS, SKIPPED, SUMMARY
+from llama_attn.corpus.run import SHARDS, SKIPPED, SUMMARY, Run
 
 COUNT, EVERY, KILLS = 90, 4, 20
 processes = multiprocessing.get_context("forkserver")
@@ -309,6 +309,27 @@ def test_the_command(checkpoint, words, tmp_path):
     words.rename(tmp_path / "others.txt")
     words = tmp_path / "others.txt"
     assert "words.txt was among them, and is not now" in command("two").output
+
+
+def test_a_command_that_is_stopped(checkpoint, words, tmp_path, monkeypatch):
+    """By Ctrl-C, when the second shard is claimed."""
+    command = ("corpus", checkpoint, words, "--out", tmp_path / "run", "--max-tokens", "16", "--dtype", "float32")
+    claim, claimed = Run._claim, []
+
+    def stopped(run, shard, progress):
+        claimed.append(shard)
+        if len(claimed) == 2:
+            raise KeyboardInterrupt
+        return claim(run, shard, progress)
+
+    monkeypatch.setattr(Run, "_claim", stopped)
+    found = invoke(*command, "--shard-records", "7")
+    assert found.exit_code == 130
+    said = " ".join(found.output.split())
+    assert "stopped; 1 of 6 shards are complete in" in said
+    assert said.endswith("and the same command goes on from there")
+    monkeypatch.undo()
+    assert "40 texts, " in invoke(*command, "--shard-records", "7").output
 
 
 def test_several_files_of_lines(checkpoint, tmp_path):

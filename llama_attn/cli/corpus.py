@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 SHARDS, SMALLEST_SHARD = 256, 64
 MAX_TOKENS = 512
 FIELD, SPLIT = "text", "train"
+# What a shell reports of a command that Ctrl-C has ended.
+STOPPED = 130
 
 
 def corpus(
@@ -113,7 +115,7 @@ def corpus(
     from llama_attn.corpus.batches import Reader
     from llama_attn.corpus.hub import HubDataset, is_hub_dataset
     from llama_attn.corpus.records import find_files, survey
-    from llama_attn.corpus.run import SKIPPED, SUMMARY, Run
+    from llama_attn.corpus.run import SHARDS as PARTS, SKIPPED, SUMMARY, Run
     from llama_attn.corpus.weights import fingerprint
 
     check_statistics(statistics)
@@ -169,6 +171,13 @@ def corpus(
         )
     except ValueError as error:
         fail(first_line(error))
+    except KeyboardInterrupt:
+        if _speaks():
+            done = len([*(out / PARTS).glob("*.safetensors")])
+            say(
+                f"stopped; {done} of {len(run.shards)} shards are complete in {out}, and the same command goes on from there"
+            )
+        raise typer.Exit(STOPPED) from None
     if summary is None:
         fail(f"DATA: none of {records:,} records could be read; {out / SKIPPED} says why")
     if not _speaks():
