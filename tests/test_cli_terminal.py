@@ -116,7 +116,7 @@ def test_the_table_of_a_comparison_fits_into_80_columns():
     console.print(_table(longest()))
     shown = console.file.getvalue()
     assert max(map(len, shown.splitlines())) <= 80
-    for part in ("hidden_layer_median", "-0.00123", "24,926", "-1,234", " – ", "5999"):
+    for part in ("hidden_layer_median", "-0.0012", "24,926", "-1,234", " – ", "5999"):
         assert part in shown
     assert shown.count("…") == 1, "of the token, which is long"
 
@@ -148,9 +148,9 @@ def test_the_table_of_two_corpora_fits_into_80_columns(texts):
         "statistic",
         "29",
         "31",
-        "-0.00123",
+        "-0.0012",
         "24,926",
-        "-0.00234",
+        "-0.0023",
         "±0.00345",
         "-0.123",
     } <= cells
