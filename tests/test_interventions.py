@@ -366,6 +366,16 @@ def test_keys_that_no_call_has(keys, first_query, backend, ids):
         model(ids)
 
 
+@torch.no_grad()
+def test_a_block_that_is_entered_again_looks_anew(ids):
+    model = made(DECODERS["qwen3"], "sdpa")
+    block = block_keys(model, [20])
+    with block:
+        model(ids)
+    with pytest.raises(ValueError, match="nothing was hidden"), block:
+        model(ids[:, :10])
+
+
 def test_what_is_compiled_or_has_no_attention(ids):
     with pytest.raises(ValueError, match="nothing to change"):
         block_keys(torch.nn.Linear(2, 2), [0])

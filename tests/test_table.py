@@ -239,6 +239,15 @@ STATES = ("hidden_layer", "batch", "query")
 OF_KEYS = ("layer", "batch", "kv_head", "key")
 
 
+def check_refused(own, message, ids):
+    """By the check of a statistic, and by a model that is asked for it."""
+    with pytest.raises(ValueError, match=message):
+        assert_statistic_matches(own)
+    register_statistic(own)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        tiny_model()(ids, output_attention_stats=AttentionStatsConfig(statistics="own"))
+
+
 @pytest.mark.usefixtures("restored_registry")
 @pytest.mark.parametrize(
     ("given", "message"),
@@ -271,11 +280,7 @@ def test_a_streaming_form_that_returns_something_else(given, message, ids):
         "own", dims, "-", "-", stream=stream, dtype=dtype, observes=observes, textbook=lambda reference: reference.weights,
     )  # fmt: skip
     message = f"^'own': expected its streaming form to return .*{message}"
-    with pytest.raises(ValueError, match=message):
-        assert_statistic_matches(own)
-    register_statistic(own)
-    with torch.no_grad(), pytest.raises(ValueError, match=message):
-        tiny_model()(ids, output_attention_stats=AttentionStatsConfig(statistics="own"))
+    check_refused(own, message, ids)
 
 
 @pytest.mark.usefixtures("restored_registry")
@@ -287,11 +292,7 @@ def test_a_finish_that_returns_something_else(ids):
     message = (
         r"^'own': expected its finish to return \(layer, batch, head\) = \(\d, 2, \d\) of .*, got \(\d, 2, \d, 1\)"
     )
-    with pytest.raises(ValueError, match=message):
-        assert_statistic_matches(own)
-    register_statistic(own)
-    with torch.no_grad(), pytest.raises(ValueError, match=message):
-        tiny_model()(ids, output_attention_stats=AttentionStatsConfig(statistics="own"))
+    check_refused(own, message, ids)
 
 
 @pytest.mark.usefixtures("restored_registry")

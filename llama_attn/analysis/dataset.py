@@ -87,14 +87,13 @@ def require(dataset: xarray.Dataset, *names: str) -> None:
             raise ValueError(f"statistic: expected a name, such as 'entropy', got {name!r}")
     # Coordinates, as "query", are no statistics.
     missing = [name for name in names if name not in dataset.data_vars]
-    known = statistics_table()
-    for name in missing:
-        if name not in known and name not in TAKEN:
-            there = sorted(map(str, dataset.data_vars))
-            close = get_close_matches(name, [*dict.fromkeys([*there, *known])])
-            meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-            raise ValueError(f"source: there is no statistic {name!r}{meant}; measured are {there}")
     if missing:
+        known = statistics_table()
+        if unknown := [name for name in missing if name not in known and name not in TAKEN]:
+            there = sorted(map(str, dataset.data_vars))
+            close = get_close_matches(unknown[0], [*dict.fromkeys([*there, *known])])
+            meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise ValueError(f"source: there is no statistic {unknown[0]!r}{meant}; measured are {there}")
         raise NotMeasuredError(f"source: {missing} not measured", missing, there=dataset.data_vars)
 
 

@@ -17,7 +17,7 @@ from llama_attn.analysis.answer import (
     seen_keys,
     seen_of_segments,
 )
-from llama_attn.analysis.dataset import as_dataset, check_measured, real_tokens, require
+from llama_attn.analysis.dataset import as_dataset, check_measured, real_tokens
 from llama_attn.analysis.not_measured import NotMeasuredError
 from llama_attn.analysis.part import measured_part
 from llama_attn.analysis.uniform import measured_with
@@ -89,7 +89,7 @@ def sources(
         raise ValueError(f"source: the first {dropped} tokens, the sink among them, are no longer in the cache")
     dataset = dataset.sel(batch=[batch])
     chosen = _chosen_heads(dataset, heads)
-    marks = _sink_keys(dataset)
+    marks = sink_keys(dataset)
     answer = answering(dataset)
     queries = answer["query"].values
     seen, of_sink = seen_of_segments(dataset), seen_of_segments(dataset, marks)
@@ -182,7 +182,6 @@ def _taken_by_sink(answer: xarray.Dataset, marks: xarray.DataArray, names: list[
             'measure "sink_mass", or the rows themselves with AttentionStatsConfig(rows="generated")',
             answer.data_vars,
         )
-    require(answer, "sink_mass")
     holding = sorted(set(answer.key_segment.values[marks.values].tolist()))
     if len(holding) > 1:
         raise NotMeasuredError(
@@ -194,7 +193,7 @@ def _taken_by_sink(answer: xarray.Dataset, marks: xarray.DataArray, names: list[
     return _Taken(answer.sink_mass * inside, answer.sink_mass + learned), False
 
 
-def _sink_keys(dataset: xarray.Dataset) -> xarray.DataArray:
+def sink_keys(dataset: xarray.Dataset) -> xarray.DataArray:
     """The first ``sink_tokens`` real keys of the row, (batch, key)."""
     real = real_tokens(dataset, "key")
     return real & (real.cumsum("key") <= measured_with(dataset, "sink_tokens"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool
@@ -37,8 +37,6 @@ class Blocking(Intervening):
                 f"keys: expected a mask that leaves every row some keys, got none in row {row}; with first_query every "
                 "later token still sees itself"
             )
-        # Whether a call had any of the keys, which its device knows; True where nobody can look, as in a compiled graph.
-        self._hides: bool | Tensor = False
         # Masks of the forward that runs, by what they were made of.
         self._made: list[tuple[Visibility, Any, tuple[Visibility, Any]]] = []
         self.refuse_early()
@@ -54,6 +52,11 @@ class Blocking(Intervening):
     def _new_forward(self) -> None:
         super()._new_forward()
         self._made.clear()
+
+    def __enter__(self) -> Self:
+        # Whether a call had any of the keys, which its device knows; True where nobody can look, as in a compiled graph.
+        self._hides: bool | Tensor = False
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._made.clear()

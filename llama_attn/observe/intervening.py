@@ -72,7 +72,7 @@ class Intervening:
         """A layer of the stack that was chosen or is the only one; None if calls have to show which it is."""
         asking = candidates(self._module)
         if self._asked is not None:
-            return named(self._module, self._asked)
+            return named(self._module, self._asked, asking)
         if not asking:
             raise ValueError(
                 f"{self.name}: {type(self._module).__name__} has no attention that goes through transformers' attention "

@@ -76,7 +76,7 @@ class Recording:
         self._names = {module: name_of(path) for path, module in paths.items()}
         asking = candidates(self._module)
         if self._stack is not None:
-            named(self._module, self._stack)
+            named(self._module, self._stack, asking)
         try:
             for name, module in asking.items():
                 if self._stack in (None, name):

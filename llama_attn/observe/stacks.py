@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -59,13 +59,17 @@ def candidates(root: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def named(root: nn.Module, stack: str) -> nn.Module:
+def named(root: nn.Module, stack: str, asking: Mapping[str, nn.Module]) -> nn.Module:
     """A layer of the stack of that name, which need not be seen to ask the interface.
+
+    Args:
+        root: The module.
+        stack: The name.
+        asking: What `candidates` gives for the module.
 
     Raises:
         ValueError: There is none, or the name is that of what holds attention or is part of it.
     """
-    asking = candidates(root)
     if stack in asking:
         return asking[stack]
     above = f"{stack}." if stack else ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_attn.analysis.dataset import direction_of, real_tokens
-from llama_attn.analysis.uniform import measured_with
+from llama_attn.analysis.sources import sink_keys
 from llama_attn.viz.report.embedding import Embedded, Level, Part, embed, embed_rounded
 from llama_attn.viz.report.links import FEWEST_BINS, TOP_KEYS, first_generated
 from llama_attn.viz.report.pooling import mean_of_known, pool_tokens, widths
@@ -76,7 +76,8 @@ def answer_shares(row: xarray.Dataset) -> Float[np.ndarray, "layer head writer s
     if "sink_mass" in row:
         sink = row["sink_mass"].isel(batch=0, query=at).transpose("layer", "head", "query").values
     elif _all_rows(row):
-        of_sink = row[ROWS].isel(batch=0).sel(row=row["query"].values[at], key=_sink_keys(row))
+        of_rows = row[ROWS].isel(batch=0).sel(row=row["query"].values[at])
+        of_sink = of_rows.isel(key=sink_keys(row).isel(batch=0).values)
         sink = of_sink.sum("key", skipna=False).transpose("layer", "head", "row").values
     return np.concatenate([mass, rest[..., None], sink[..., None]], -1)
 
@@ -251,12 +252,6 @@ def _all_rows(row: xarray.Dataset) -> bool:
     return set(row["query"].values[writers(row)].tolist()) <= set(_rows(row))
 
 
-def _sink_keys(row: xarray.Dataset) -> list[int]:
-    """Positions of the first real tokens, whose mass ``sink_mass`` is."""
-    real: Int[np.ndarray, " key"] = row["key"].values[real_tokens(row, "key").isel(batch=0).values]
-    return [int(key) for key in real[: measured_with(row, "sink_tokens")]]
-
-
 def _sink(row: xarray.Dataset, names: Sequence[str]) -> dict[str, Any] | None:
     """The sink's tokens and their segment; None if it cannot be taken out.
 
@@ -264,8 +259,8 @@ def _sink(row: xarray.Dataset, names: Sequence[str]) -> dict[str, Any] | None:
     """
     if not ("sink_mass" in row or _all_rows(row)) or row["key"].values[0]:
         return None
-    keys = _sink_keys(row)
-    labels = row["key_segment"].isel(batch=0).sel(key=keys).values.tolist()
+    marks = sink_keys(row).isel(batch=0).values
+    keys, labels = row["key"].values[marks].tolist(), row["key_segment"].isel(batch=0).values[marks].tolist()
     if len(set(labels)) != 1:
         return None
     return {"keys": keys, "segment": names.index(labels[0]) if labels[0] in names else -1}
