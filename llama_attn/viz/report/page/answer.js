@@ -31,7 +31,7 @@ async function buildAnswer() {
   });
   $("answer-head").addEventListener("change", ({ target }) => { picked.head = Number(target.value); showAnswer(); });
   $("answer-sink").addEventListener("change", ({ target }) => { picked.without = target.checked; showAnswer(); });
-  if (!answer.sink) $("answer-without").replaceWith(element("span", { class: "muted small" }, "The sink cannot be taken out: neither sink_mass nor the weights of the answer were measured, or its tokens lie in several parts or are no longer in the cache."));
+  if (!answer.sink) $("answer-without").replaceWith(element("span", { class: "muted small" }, "The sink cannot be taken out: what it gets of each segment is not known."));
   partOf = Array(report.length).fill(-1);
   answer.runs.forEach(([start, segment], i) => {
     segmentStarts.set(start, segment);
