@@ -14,6 +14,7 @@ from report_page import Page, written
 from test_viz import Tokenizer
 
 from llama_attn import AttentionStatsConfig
+from llama_attn.analysis import sources
 from llama_attn.viz import report
 from llama_attn.viz.report.answer import AnswerRows, answer_shares, writers
 from llama_attn.viz.report.contents import one_row
@@ -71,7 +72,7 @@ def test_shares_are_sums_of_weights(run, tmp_path):
     assert [each["name"] for each in page.about["answer"]["segments"]] == list(SEGMENTS)
     assert [each["tokens"] for each in page.about["answer"]["segments"]] == [38, 19, NEW - 1]
     assert page.about["answer"]["runs"] == [[0, -1], [3, 0], [41, 1], [60, 2]]
-    assert page.about["answer"]["sink"] == {"keys": [0], "segment": -1}
+    assert page.about["answer"]["sink"] == {"keys": [0], "places": [3]}
     mean = with_mean(with_mean(shares.mean(2), 1), 0)
     np.testing.assert_allclose(page.array("answer mean")[0], mean, atol=1e-6)
     page.check("answer shares", with_mean(shares.mean(1), 0))
@@ -130,24 +131,59 @@ def test_without_an_answer_there_is_no_such_part(run, tmp_path):
         assert "row_weights" in page.about["notShown"]
 
 
-def test_a_sink_in_two_segments_is_not_taken_out(tmp_path):
-    model = tiny_model()
-    answers = [written(generated(model, sink_tokens=count)[0], tmp_path).about["answer"] for count in (3, 4)]
-    assert answers[0]["sink"] == {"keys": [0, 1, 2], "segment": -1}
-    assert answers[1]["sink"] is None
+def without_sink(page):
+    """What the cards of every token say once the sink is taken out, of single segments; the mean over layers and heads."""
+    page.check("#answer-sink")
+    shares = []
+    for at in range(NEW):
+        page.locator(".written-token").nth(1 + at).click()
+        of_token = f"Token {PROMPT + at}" if at < NEW - 1 else "The last token"
+        page.locator("#answer-whose", has_text=of_token).wait_for()
+        shares.append([state(page)[0][name] for name in SEGMENTS])
+    return shares
+
+
+@pytest.mark.parametrize("sink_tokens", [1, 3, 5])
+def test_a_sink_is_taken_out_of_every_segment_that_it_lies_in(sink_tokens, open_page, tmp_path):
+    """As `sources` does: the first 3 tokens are of no segment, the others of the document."""
+    model = tiny_model(dtype=torch.float64)
+    stats, fed = generated(model, sink_tokens=sink_tokens)
+    path = report(stats, tmp_path / "answer.html")
+    places = [0, 3] if sink_tokens > SEGMENT_ENDS[0] else [3]
+    assert sorted(Page(path).about["answer"]["sink"]["places"]) == places
+    page = open_page(path)
+    shares = without_sink(page)
+    told = sources(stats).query("position >= 0").without_sink.to_numpy().reshape(NEW, len(SEGMENTS))
+    np.testing.assert_allclose(shares, told, atol=2e-4)
+    weights = causal_weights(model, fed)[:, :, WRITERS].mean((0, 1))
+    edges = [*SEGMENT_ENDS, PROMPT, weights.shape[-1]]
+    left = np.where(np.arange(weights.shape[-1]) < sink_tokens, 0, weights)
+    expected = np.stack([left[:, a:b].sum(-1) for a, b in pairwise(edges)], -1) / left.sum(-1, keepdims=True)
+    np.testing.assert_allclose(shares, expected, atol=2e-4)
+    page.uncheck("#answer-sink")
+    page.locator("#answer-cards", has_text="on the sink").wait_for()
+    said = page.locator(".share", has_text="on the sink").evaluate_all("all => all.map(each => each.dataset.segment)")
+    assert sorted(said) == ["", "document"][: len(places)]
+
+
+def test_a_sink_in_two_segments_stays_where_no_weights_tell(tmp_path):
+    stats, _ = generated(tiny_model(), sink_tokens=4, rows=None)
+    assert written(stats, tmp_path).about["answer"]["sink"] is None
 
 
 def test_a_sink_of_which_the_weights_tell(run, tmp_path):
     """What it gets is the same whether it was measured by itself or is summed from the rows of the answer."""
     dataset = run[0].to_xarray()
     rows_alone = dataset.drop_vars("sink_mass")
-    assert written(rows_alone, tmp_path).about["answer"]["sink"] == {"keys": [0], "segment": -1}
-    of_sink, summed = (answer_shares(one_row(source, 0))[..., -1] for source in (dataset, rows_alone))
+    sink_alone = dataset.drop_vars("row_weights")
+    for source in (rows_alone, sink_alone):
+        assert written(source, tmp_path).about["answer"]["sink"] == {"keys": [0], "places": [3]}
+    of_sink, summed = (answer_shares(one_row(source, 0))[..., -1] for source in (sink_alone, rows_alone))
     assert np.isfinite(summed).all()
     np.testing.assert_allclose(summed, of_sink, atol=1e-6)
     neither = rows_alone.drop_vars("row_weights")
     assert written(neither, tmp_path).about["answer"]["sink"] is None
-    assert np.isnan(answer_shares(one_row(neither, 0))[..., -1]).all()
+    assert answer_shares(one_row(neither, 0)).shape[-1] == len(SEGMENTS) + 1, "no column of what is not known"
 
 
 def test_a_row_behind_padding(tmp_path):

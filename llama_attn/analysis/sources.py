@@ -79,6 +79,7 @@ def sources(
     Source: attention to parts of the prompt as in Chuang et al., arXiv 2407.07071; sinks: Xiao et al., arXiv 2309.17453.
     """
     import pandas
+    import xarray
 
     dataset = as_dataset(ds)
     require_segments(dataset)
@@ -95,7 +96,12 @@ def sources(
     seen, of_sink = seen_of_segments(dataset), seen_of_segments(dataset, marks)
     visible = dataset.visible_keys
     sinks_seen = seen_keys(dataset, marks.expand_dims(segment=["sink"])).isel(segment=0, drop=True)
-    taken, exact = _taken_by_sink(answer, marks, names)
+    taken, exact = sink_by_segment(answer, marks)
+    left_of_segments = answer.segment_mass.copy()
+    for name in taken.keys() & {*names}:
+        left_of_segments.loc[{"segment": name}] = answer.segment_mass.sel(segment=name) - taken[name]
+    nothing = xarray.zeros_like(answer.segment_mass.isel(segment=0, drop=True))
+    all_sinks = sum(taken.values(), answer.learned_sink_mass if "learned_sink_mass" in answer else nothing)
 
     def pooled(values: xarray.DataArray, where: xarray.DataArray) -> xarray.DataArray:
         return values.where(where).mean(["layer", "head"]).isel(batch=0)
@@ -108,8 +114,8 @@ def sources(
     everything = chosen | True
     share, of_all = pooled(answer.segment_mass, chosen), pooled(answer.segment_mass, everything)
     # Of the sums over heads: a head that rests on the sink says little of the rest.
-    rest = 1 - pooled(taken.total, chosen)
-    without = pooled((answer.segment_mass - taken.of_segment).clip(min=0), chosen) / rest.where(rest > 1e-6)
+    rest = 1 - pooled(all_sinks, chosen)
+    without = pooled(left_of_segments.clip(min=0), chosen) / rest.where(rest > 1e-6)
     tokens, left = per_query(seen), per_query(seen - of_sink)
     among_seen, among_left = tokens / per_query(visible), left / per_query(visible - sinks_seen)
     real = per_query(visible) > 0
@@ -146,35 +152,27 @@ def sources(
     return frame
 
 
-class _Taken:
-    """What the sink takes of the attention of each query.
+def sink_by_segment(answer: xarray.Dataset, marks: xarray.DataArray) -> tuple[dict[str, xarray.DataArray], bool]:
+    """What the sink takes of the attention of each query, by the segments that its tokens lie in.
 
     Args:
-        of_segment: Of each segment, (layer, batch, head, query, segment) [probability].
-        total: And in all, with a learned sink, (layer, batch, head, query) [probability].
+        answer: The queries that the answer was written from, in one row of the batch.
+        marks: Which keys are the sink, (batch, key), as `sink_keys` says.
+
+    Returns:
+        Shares of single segments, or of no segment, by name, (layer, batch, head, query) [probability], which are not a
+        number where a weight of the sink is none; and whether the weights themselves say so.
+
+    Raises:
+        NotMeasuredError: Neither the weights nor ``sink_mass`` of a sink in one segment were measured.
     """
-
-    def __init__(self, of_segment: xarray.DataArray, total: xarray.DataArray) -> None:
-        self.of_segment, self.total = of_segment, total
-
-
-def _taken_by_sink(answer: xarray.Dataset, marks: xarray.DataArray, names: list[str]) -> tuple[_Taken, bool]:
-    """What the sink takes, and whether the weights themselves say so."""
-    import xarray
-
-    queries = answer["query"].values
-    learned = answer.learned_sink_mass if "learned_sink_mass" in answer else 0.0
-    known = "row_weights" in answer and np.isin(queries, answer["row"].values).all()
-    if known:
-        # Where a weight is no number, what the sink takes is none either.
-        rows = answer.row_weights.sel(row=queries).rename(row="query").where(marks, 0)
-        of_segment = xarray.concat(
-            [rows.where(answer.key_segment == name, 0).sum("key", skipna=False) for name in names],
-            xarray.Variable("segment", names),
-            coords="minimal",
-            compat="override",
-        )
-        return _Taken(of_segment, rows.sum("key", skipna=False) + learned), True
+    queries, places = answer["query"].values, np.flatnonzero(marks.isel(batch=0).values)
+    labels = answer.key_segment.isel(batch=0, key=places).values.astype(str)
+    holding = sorted(set(labels.tolist()))
+    if "row_weights" in answer and np.isin(queries, answer["row"].values).all():
+        # Of few keys only: all of them may be more than memory holds once more.
+        rows = answer.row_weights.isel(key=places).sel(row=queries).rename(row="query")
+        return {name: rows.isel(key=labels == name).sum("key", skipna=False) for name in holding}, True
     if "sink_mass" not in answer:
         raise NotMeasuredError(
             "source: how much goes to the sink is not known",
@@ -182,15 +180,13 @@ def _taken_by_sink(answer: xarray.Dataset, marks: xarray.DataArray, names: list[
             'measure "sink_mass", or the rows themselves with AttentionStatsConfig(rows="generated")',
             answer.data_vars,
         )
-    holding = sorted(set(answer.key_segment.values[marks.values].tolist()))
     if len(holding) > 1:
         raise NotMeasuredError(
             f"source: the sink's tokens lie in {len(holding)} segments, {holding}, and nothing says what each of them gets",
             ["sink_tokens"],
             'measure the rows themselves with AttentionStatsConfig(rows="generated"), or with sink_tokens=1',
         )
-    inside = xarray.DataArray([float(name in holding) for name in names], {"segment": names}, "segment")
-    return _Taken(answer.sink_mass * inside, answer.sink_mass + learned), False
+    return dict.fromkeys(holding, answer.sink_mass), False
 
 
 def sink_keys(dataset: xarray.Dataset) -> xarray.DataArray:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_attn.analysis.dataset import direction_of, real_tokens
-from llama_attn.analysis.sources import sink_keys
+from llama_attn.analysis.not_measured import NotMeasuredError
+from llama_attn.analysis.sources import sink_by_segment, sink_keys
 from llama_attn.viz.report.embedding import Embedded, Level, Part, embed, embed_rounded
 from llama_attn.viz.report.links import FEWEST_BINS, TOP_KEYS, first_generated
 from llama_attn.viz.report.pooling import mean_of_known, pool_tokens, widths
@@ -63,23 +64,18 @@ def about_answer(row: xarray.Dataset) -> dict[str, Any] | None:
 
 
 def answer_shares(row: xarray.Dataset) -> Float[np.ndarray, "layer head writer share"]:
-    """Attention of the answer's queries on each segment, then on no segment, then on the sink [probability].
+    """Attention of the answer's queries on each segment, on no segment, and on the sink [probability].
 
-    What is on no segment includes a learned sink. The sink is one of the keys, so that it is in its segment too; NaN
-    if it is unknown.
+    What is on no segment includes a learned sink. The sink is some of the keys, so that it is in their segments too: the
+    last columns are its part in each of ``sink["places"]`` of `about_answer`, none if it is unknown.
     """
-    at = writers(row)
-    single = [row[f"{OF_SEGMENT}{name}"].isel(batch=0, query=at) for name in _segment_names(row)]
-    mass = np.stack([values.transpose("layer", "head", "query").values for values in single], -1).astype(np.float64)
-    rest = np.clip(1 - mass.sum(-1), 0, None)
-    sink = np.full_like(rest, np.nan)
-    if "sink_mass" in row:
-        sink = row["sink_mass"].isel(batch=0, query=at).transpose("layer", "head", "query").values
-    elif _all_rows(row):
-        of_rows = row[ROWS].isel(batch=0).sel(row=row["query"].values[at])
-        of_sink = of_rows.isel(key=sink_keys(row).isel(batch=0).values)
-        sink = of_sink.sum("key", skipna=False).transpose("layer", "head", "row").values
-    return np.concatenate([mass, rest[..., None], sink[..., None]], -1)
+    answer = row.isel(query=writers(row))
+    mass = [answer[f"{OF_SEGMENT}{name}"] for name in _segment_names(row)]
+    single = [*mass, *_sink_by_segment(row).values()]
+    shares = np.stack([each.isel(batch=0).transpose("layer", "head", "query").values for each in single], -1)
+    shares = shares.astype(np.float64)
+    rest = np.clip(1 - shares[..., : len(mass)].sum(-1), 0, None)
+    return np.insert(shares, len(mass), rest, -1)
 
 
 def answer_parts(row: xarray.Dataset) -> list[Part]:
@@ -247,20 +243,21 @@ def _rows(row: xarray.Dataset) -> Sequence[int]:
     return [int(position) for position in row["row"].values] if ROWS in row else []
 
 
-def _all_rows(row: xarray.Dataset) -> bool:
-    """Whether the weights of every query of the answer were measured."""
-    return set(row["query"].values[writers(row)].tolist()) <= set(_rows(row))
+def _sink_by_segment(row: xarray.Dataset) -> dict[str, xarray.DataArray]:
+    """What the answer's queries give the sink, by segment; nothing if that cannot be known."""
+    if row["key"].values[0]:
+        return {}
+    try:
+        return sink_by_segment(row.isel(query=writers(row)), sink_keys(row))[0]
+    except NotMeasuredError:
+        return {}
 
 
 def _sink(row: xarray.Dataset, names: Sequence[str]) -> dict[str, Any] | None:
-    """The sink's tokens and their segment; None if it cannot be taken out.
-
-    Several of them may lie in several segments, and the page holds what they get together.
-    """
-    if not ("sink_mass" in row or _all_rows(row)) or row["key"].values[0]:
+    """The sink's tokens, and places among the shares of the segments that they lie in; None if it cannot be taken out."""
+    holding = _sink_by_segment(row)
+    if not holding:
         return None
     marks = sink_keys(row).isel(batch=0).values
-    keys, labels = row["key"].values[marks].tolist(), row["key_segment"].isel(batch=0).values[marks].tolist()
-    if len(set(labels)) != 1:
-        return None
-    return {"keys": keys, "segment": names.index(labels[0]) if labels[0] in names else -1}
+    places = [names.index(name) if name in names else len(names) for name in holding]
+    return {"keys": row["key"].values[marks].tolist(), "places": places}

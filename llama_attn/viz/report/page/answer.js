@@ -76,7 +76,7 @@ async function showAnswer() {
   await Promise.all([showShares(picked.token), shadeAnswer()]);
 }
 
-// Attention on each segment, on none and on the sink, from the best that the page holds: { shares, at, pooled }.
+// Attention on each segment, on none and on the sink of each, from the best that the page holds: { shares, at, pooled }.
 async function sharesOf(at, head = picked.head) {
   const layer = picked.layer + 1;
   const [single, ofHeads, mean] = await Promise.all(["answer shares", "answer head shares", "answer mean"].map(table));
@@ -87,6 +87,14 @@ async function sharesOf(at, head = picked.head) {
   return { shares: mean.part(layer, head + 1), at: WHOLE, leftOut: at !== WHOLE };
 }
 
+// What the sink takes in all, and of each segment and of none; it may lie in several.
+function ofSinkIn(shares) {
+  const { segments, sink } = report.answer;
+  const taken = new Array(segments.length + 1).fill(0);
+  sink?.places.forEach((place, i) => { taken[place] += shares[segments.length + 1 + i]; });
+  return [taken.reduce((sum, value) => sum + value), taken];
+}
+
 let sharesRequest = 0;
 
 async function showShares(at) {
@@ -95,16 +103,15 @@ async function showShares(at) {
   if (mine !== sharesRequest) return;
   const { segments, sink, unnamed, learned } = report.answer;
   const values = [...found.shares].slice(0, segments.length + 1);
-  const ofSink = found.shares[segments.length + 1];
-  const sinkPlace = sink && (sink.segment < 0 ? segments.length : sink.segment);
+  const [ofSink, taken] = ofSinkIn(found.shares);
   const without = picked.without && sink;
-  if (without) values.forEach((value, i) => { values[i] = (value - (i === sinkPlace ? Math.min(ofSink, value) : 0)) / (1 - ofSink); });
+  if (without) values.forEach((value, i) => { values[i] = (value - Math.min(taken[i], value)) / (1 - ofSink); });
   const most = Math.max(...values.filter(Number.isFinite), 1e-9);
   const card = (value, i) => {
     const segment = segments[i];
     if (!segment && !unnamed && !learned) return null;
     const size = segment ? (segment.tokens === 1 ? "1 token" : `${segment.tokens.toLocaleString("en")} tokens`) : [unnamed && `${unnamed.toLocaleString("en")} tokens`, learned && "the learned sink"].filter(Boolean).join(" and ");
-    const ofThem = sink && i === sinkPlace && !without ? `, ${percent(ofSink)} on the sink` : "";
+    const ofThem = sink?.places.includes(i) && !without ? `, ${percent(taken[i])} on the sink` : "";
     return element("button", { type: "button", class: "card share", "data-segment": segment ? segment.name : "", "data-share": value, onclick: segment && (() => leadTo(i)), disabled: !segment },
       element("bdi", { class: "name" }, segment ? segment.name : "no segment"), element("strong", {}, percent(value)),
       element("span", { class: "meter", style: `width:${Number.isFinite(value) ? (100 * value) / most : 0}%` }), element("span", { class: "muted small" }, size + ofThem));
@@ -150,7 +157,7 @@ async function shadeAnswer() {
   const width = found.table.width;
   const without = picked.without && sink;
   const rescaled = without && !those.leftOut;
-  const left = rescaled ? 1 - those.shares[segments.length + 1] : 1;
+  const left = rescaled ? 1 - ofSinkIn(those.shares)[0] : 1;
   const values = Float32Array.from({ length: report.length }, (_, i) => found.numbers[Math.floor(i / width)] / left);
   const last = found.whole ? queries.at(-1) : queries[picked.token];
   for (let i = last + 1; i < report.length; i++) values[i] = NaN;
