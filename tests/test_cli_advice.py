@@ -26,7 +26,6 @@ PACKAGE = Path(llama_attn.__file__).parent
 DOCUMENTS = [["one"] * 20 + ["two"] * 17] * 2
 ANSWER = [["one"] * 20 + ["two"] * 10 + ["generated"] * 7] * 2
 PYTHON = "AttentionStatsConfig("
-ROWS = "no command measures them; in Python: AttentionStatsConfig(rows=(-1,))"
 
 
 def measured(ids, **settings):
@@ -37,7 +36,7 @@ def measured(ids, **settings):
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        (["--what", "rows"], "no command measures them; in Python: AttentionStatsConfig(rows=(-1,));"),
+        (["--what", "rows"], "llama-attn run MODEL … --rows -1;"),
         (["--what", "sources"], "llama-attn run MODEL --file ONE --file OTHER --documents --generate N;"),
         (["--what", "coverage"], "llama-attn run MODEL … --statistics weight_count,weight_mass;"),
         (["--kind", "logits"], "llama-attn run MODEL … --statistics logits_map;"),
@@ -115,12 +114,11 @@ def test_advice_that_is_followed_leads_to_what_was_asked_for(command, ids, tmp_p
         said = words(result)
         assert said not in followed
         followed.append(said)
-        if ROWS in said:
-            settings["rows"] = (-1,)
-            continue
         assert PYTHON not in said
         _, advice = said.split("measure with llama-attn run MODEL ")
-        if names := re.search(r"--statistics ([\w,]+);", advice):
+        if rows := re.search(r"--rows (\S+);", advice):
+            settings["rows"] = (int(rows[1]),)
+        elif names := re.search(r"--statistics ([\w,]+);", advice):
             settings["statistics"] += names[1].split(",")
         else:
             assert advice.startswith("--file ONE --file OTHER --documents --generate N;")
@@ -137,7 +135,7 @@ def test_every_statistic_that_was_not_measured_is_said_as_a_command(what, ids, t
         assert result.exit_code == 2
         advice = f"{name} {ELSEWHERE[name]}" if name in ELSEWHERE else f"llama-attn run MODEL … --statistics {name};"
         assert advice in words(result)
-        assert name == "row_weights" or PYTHON not in words(result)
+        assert PYTHON not in words(result)
 
 
 def test_in_python_it_is_said_in_python(ids):

@@ -6,6 +6,7 @@ import io
 import re
 
 import cli_models
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -65,6 +66,19 @@ def test_everything_is_measured_and_some_drawn(llama, tmp_path):
     assert pictures(tmp_path) == ["layer_0_attention.png"]
     assert "pictures are of layer 0; 2 more were measured" in said
     assert " of 3" not in said, "nothing rests on a part"
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("rows", "generate", "kept"),
+    [("generated", 3, slice(-3, None)), ("all", None, slice(None)), ("0,5,-1", None, [0, 5, -1])],
+)
+def test_the_weights_of_chosen_queries_are_kept(rows, generate, kept, llama, tmp_path):
+    """All of them; of an answer those of the queries that its tokens were drawn from."""
+    more = () if generate is None else ("--generate", generate)
+    stats, _ = run("run", llama, "--prompt", TEXT, "--rows", rows, *more, out=tmp_path)
+    assert list(stats.rows) == np.arange(stats.num_keys)[kept].tolist()
+    torch.testing.assert_close(stats["row_weights"].sum(-1), torch.ones(3, 1, 4, len(stats.rows)))
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -9,14 +9,14 @@ from llama_attn.stats.formats import STATS, SUMMARY, OtherFileError
 ELSEWHERE = {
     "segment_mass": "needs segments; give several --file with --documents",
     "kept_mass": "needs the keys that are kept; `llama-attn budget` chooses them and tells it",
-    "row_weights": "needs rows, which no option names; in Python: AttentionStatsConfig(rows=(-1,))",
+    "row_weights": "needs the queries that it is of: llama-attn run MODEL … --rows -1",
 }
 # What else than statistics may be missing: without an option for it, a run measures what is asked for here.
 PARAMETERS = {
     "generated": "measure with llama-attn run MODEL … --generate N, of which the model writes 2 tokens or more",
     "heads": "measure with llama-attn run MODEL …, which measures all heads",
     "query_stride": "measure with llama-attn run MODEL … --generate N, which measures every query",
-    "rows": "no command measures them; in Python: AttentionStatsConfig(rows=(-1,))",
+    "rows": "measure with llama-attn run MODEL … --rows -1",
     "segments": "measure with llama-attn run MODEL --file ONE --file OTHER --documents --generate N",
     "sink_tokens": "measure with llama-attn run MODEL …, whose sink is one token",
 }

@@ -14,7 +14,8 @@ from llama_attn.cli.advice import ELSEWHERE
 from llama_attn.cli.loading import DTYPES, check_adapter
 from llama_attn.cli.terminal import fail, first_line
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.segments import Segments
+from llama_attn.stats.row_positions import Rows, counts_from_end, read_rows
+from llama_attn.stats.segments import GENERATED, Segments
 from llama_attn.stats.table import default_statistics, statistics_table
 
 # What the report shows besides the default statistics.
@@ -52,6 +53,14 @@ Files = Annotated[
 Generate = Annotated[
     int | None, typer.Option(help="Generate so many tokens, greedily, and measure these too.", metavar="N")
 ]
+RowsOf = Annotated[
+    str | None,
+    typer.Option(
+        "--rows",
+        help="Queries of which the weight of every key is kept, so that the report's answer is exact: generated, all, or "
+        "positions such as 0,5,-1.",
+    ),
+]
 Out = Annotated[
     Path,
     typer.Option(help="Folder for all that is written; files of an older run in it are replaced."),
@@ -78,10 +87,11 @@ def check_loading(attn: str, dtype: str, device: str, adapter: Path | None) -> N
         check_adapter(adapter)
 
 
-def check_statistics(statistics: str | None, *, documents: bool = False) -> None:
+def check_statistics(statistics: str | None, *, documents: bool = False, rows: Rows | None = None) -> None:
     """End the command for statistics that need more than their name."""
+    there = {"segment_mass": documents, "row_weights": rows is not None}
     for name in names_of(statistics):
-        if name in ELSEWHERE and not (documents and name == "segment_mass"):
+        if name in ELSEWHERE and not there.get(name):
             fail(f"--statistics: {name} {ELSEWHERE[name]}")
 
 
@@ -103,12 +113,32 @@ def check_generate(generate: int | None) -> None:
         fail(f"--generate: expected 1 or more, got {generate}")
 
 
+def rows_of(rows: str | None, generate: int | None) -> Rows | None:
+    """What ``--rows`` names. Ends the command for anything else."""
+    if rows is None:
+        return None
+    if rows == GENERATED:
+        if generate is None:
+            fail(f"--rows: {GENERATED} needs --generate")
+        return rows
+    try:
+        found = slice(None) if rows == "all" else read_rows([int(position) for position in rows.split(",")])
+    except ValueError:
+        fail(f"--rows: expected {GENERATED}, all, or distinct positions such as 0,5,-1, got {rows!r}")
+    if generate is not None and counts_from_end(found):
+        fail(
+            f"--rows: with --generate the end is not known before, so that positions count from 0; {GENERATED} may be meant"
+        )
+    return found
+
+
 def stats_config(
     statistics: str | None = None,
     kind: str = "weights",
     layers: list[int] | None = None,
     segments: Segments | None = None,
     *,
+    rows: Rows | None = None,
     has_ids: bool = True,
 ) -> AttentionStatsConfig:
     """What the pictures, the report and the tables need, and what was asked for besides."""
@@ -120,7 +150,7 @@ def stats_config(
     asked = "all" if statistics == "all" else tuple(dict.fromkeys([*needed, *names_of(statistics)]))
     try:
         return AttentionStatsConfig(
-            statistics=asked, norms=True, layers=None if layers is None else tuple(layers), segments=segments
+            statistics=asked, norms=True, layers=None if layers is None else tuple(layers), segments=segments, rows=rows
         )
     except ValueError as error:
         fail(f"--statistics: {error}")

@@ -25,16 +25,19 @@ from llama_attn.cli.options import (
     GgufFile,
     Model,
     Out,
+    RowsOf,
     TrustRemoteCode,
     check_generate,
     check_loading,
     check_statistics,
+    rows_of,
     stats_config,
 )
 from llama_attn.cli.showing import show, table_of_documents
 from llama_attn.cli.terminal import console, fail, say
 from llama_attn.cli.texts import Prompt, Texts, read_texts, tokenize
 from llama_attn.demo import Checkpoint
+from llama_attn.stats.row_positions import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +54,7 @@ class Request:
         measured: Layers in the numbers.
         generate: Tokens to generate; None to read only.
         statistics: Names of more statistics.
+        rows: Queries whose weights are kept.
         kind: What attention maps show.
         out: Folder.
     """
@@ -61,6 +65,7 @@ class Request:
     out: Path
     generate: int | None = None
     statistics: str | None = None
+    rows: Rows | None = None
     kind: str = "weights"
 
 
@@ -116,6 +121,7 @@ def run(
     statistics: Annotated[
         str | None, typer.Option(help="Names with commas, or all; added to those of the pictures and the report.")
     ] = None,
+    rows: RowsOf = None,
     kind: Annotated[str, typer.Option(help="What the attention map shows: weights or logits.")] = "weights",
     adapter: Adapter = None,
     gguf_file: GgufFile = None,
@@ -128,9 +134,10 @@ def run(
     check_generate(generate)
     check_loading(attn, dtype, device, adapter)
     texts = read_texts(system, user, messages, prompt, file or [], documents)
-    request = Request(texts, *choose(layers, measure_layers), out, generate, statistics, kind)
-    check_statistics(statistics, documents=documents)
-    stats_config(statistics, kind)
+    chosen_rows = rows_of(rows, generate)
+    request = Request(texts, *choose(layers, measure_layers), out, generate, statistics, chosen_rows, kind)
+    check_statistics(statistics, documents=documents, rows=chosen_rows)
+    stats_config(statistics, kind, rows=chosen_rows)
     chosen = plan(Checkpoint(model, gguf_file), trust_remote_code)
     _measure(chosen, request, attn=attn, dtype=dtype, device=device, adapter=adapter)
 
@@ -159,7 +166,12 @@ def _measure(
         if subject.decodes and not has_documents and not subject.adds_tokens:
             tokens = tokens.with_own_segment()
         config = stats_config(
-            request.statistics, request.kind, layers, tokens.segments, has_ids=not subject.adds_tokens
+            request.statistics,
+            request.kind,
+            layers,
+            tokens.segments,
+            rows=request.rows,
+            has_ids=not subject.adds_tokens,
         )
         stats, ids = subject.measure(tokens, tokenizer, config, generate or 0)
         stats = stats.select(layers=request.measured.of(stats.layers))
