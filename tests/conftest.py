@@ -8,7 +8,9 @@ import copy
 import importlib
 import inspect
 import shutil
+from functools import cache
 
+import gguf
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -70,6 +72,24 @@ def left_padding() -> torch.Tensor:
     mask = torch.ones(2, 37, dtype=torch.long)
     mask[0, :9] = 0
     return mask
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _gguf_is_read_once():
+    """transformers parses a GGUF file three times per model, and lists its names once per tensor: most of what loading takes."""
+
+    @cache
+    def parsed(path, changed, size, parse=gguf.GGUFReader):
+        return parse(path)
+
+    def reader(path):
+        about = os.stat(path)
+        return parsed(path, about.st_mtime_ns, about.st_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", reader)
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,8 @@ def any_call(draw: Callable[[st.SearchStrategy], Any], name: str, forced: tuple[
 
     parameters = inspect.signature(getattr(viz, name)).parameters
     shape = draw(shapes())
-    run, other = shape.run(**draw(NUMBERS)), shape.run(**draw(NUMBERS))
+    run = shape.run(**draw(NUMBERS))
+    other = shape.run(**draw(NUMBERS)) if "b" in parameters else run
     chosen: dict[str, Any] = {}
     options = [each for each in parameters if each not in NOT_CHOSEN]
     for option in sorted(options, key=lambda each: FIRST.index(each) if each in FIRST else len(FIRST)):
@@ -74,7 +75,7 @@ def any_call(draw: Callable[[st.SearchStrategy], Any], name: str, forced: tuple[
         chosen[option] = choose(option, found)
     place = choose("ax", {where: st.just(make) for where, make in PLACES.items()}) if "ax" in parameters else None
     asked = Asked(run.stats, other.stats, pairs=run.pairs, **chosen)
-    sources = (run.stats, other.stats) if "a" in parameters else (run.stats,)
+    sources = (run.stats, other.stats) if "b" in parameters else (run.stats,)
     return Call(
         name, tuple(each.to_xarray() for each in sources), options_of(name, asked),
         lambda figure: READ[name](figure, asked), place,

@@ -85,9 +85,12 @@ def sources(figure, asked):
     def of_chosen(values):
         return average(values[chosen], 0)
 
-    rest = 1 - of_chosen(sink + learned)
+    # A head of which one of both is not known is left out of both.
+    known = ~np.isnan(sink + learned + mass.sum(-1))
+    rest = 1 - of_chosen(np.where(known, sink + learned, np.nan))
     # Of a query that sees the sink alone, as the only token before the answer does, nothing is left.
-    shares = of_chosen(np.maximum(mass - of_sink, 0)) / np.where(rest > 1e-6, rest, np.nan)[:, None]
+    of_rest = of_chosen(np.where(known[..., None], np.maximum(mass - of_sink, 0), np.nan))
+    shares = of_rest / np.where(rest > 1e-6, rest, np.nan)[:, None]
     count = chosen.sum(1) / chosen.sum()
     seen = np.stack([(asked.sees[:, queries] & (of_keys == name)).sum(-1) for name in names], -1)
     left = np.stack([(asked.sees[:, queries] & ~sinks & (of_keys == name)).sum(-1) for name in names], -1)

@@ -113,9 +113,10 @@ def sources(
 
     everything = chosen | True
     share, of_all = pooled(answer.segment_mass, chosen), pooled(answer.segment_mass, everything)
-    # Of the sums over heads: a head that rests on the sink says little of the rest.
-    rest = 1 - pooled(all_sinks, chosen)
-    without = pooled(left_of_segments.clip(min=0), chosen) / rest.where(rest > 1e-6)
+    # Of the sums over heads: a head that rests on the sink says little of the rest, and one without data nothing of either.
+    known = chosen & all_sinks.notnull() & answer.segment_mass.notnull().all("segment")
+    rest = 1 - pooled(all_sinks, known)
+    without = pooled(left_of_segments.clip(min=0), known) / rest.where(rest > 1e-6)
     tokens, left = per_query(seen), per_query(seen - of_sink)
     among_seen, among_left = tokens / per_query(visible), left / per_query(visible - sinks_seen)
     real = per_query(visible) > 0
