@@ -94,8 +94,7 @@ class AttentionInputs:
     @property
     def visibility(self) -> Visibility:
         """The same in the form that llama_attn's engines take."""
-        mask = self.attention_mask
-        real = None if mask is None else mask.bool()
+        real = None if self.attention_mask is None else self.attention_mask.bool()
         return Visibility(self.query.shape[0], self.cached, self.key.shape[2], self.query.device, real=real)
 
     def reference(self, config: AttentionStatsConfig | None = None) -> Reference:
@@ -176,14 +175,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest |a − b| / (1 + |b|), the measure of the error budget.
 
     Raises:
-        AssertionError: The shapes differ, or one is NaN where the other is not.
+        AssertionError: The shapes differ, or one is NaN or infinite where the other is not.
     """
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     if actual.shape != expected.shape:
         raise AssertionError(f"expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
-    if not torch.equal(actual.isnan(), expected.isnan()):
-        at = (actual.isnan() != expected.isnan()).nonzero()[0].tolist()
-        raise AssertionError(f"NaN on one side only, first at {at}: expected {expected[*at]}, got {actual[*at]}")
+    finite = actual.isfinite() & expected.isfinite()
+    if bool((differs := ~finite & (actual != expected) & ~(actual.isnan() & expected.isnan())).any()):
+        at = differs.nonzero()[0].tolist()
+        raise AssertionError(f"not finite on one side only, first at {at}: expected {expected[*at]}, got {actual[*at]}")
     errors = ((actual - expected).abs() / (1 + expected.abs())).nan_to_num(0.0)
     return float(errors.max()) if errors.numel() else 0.0
 

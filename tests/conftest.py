@@ -9,6 +9,7 @@ import importlib
 import inspect
 import shutil
 from functools import cache
+from pathlib import Path
 
 import gguf
 import pytest
@@ -83,7 +84,7 @@ def _gguf_is_read_once():
         return parse(path)
 
     def reader(path):
-        about = os.stat(path)
+        about = Path(path).stat()
         return parsed(path, about.st_mtime_ns, about.st_size)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from oracle import capture, stock_of
 from sentences import Truth, says
 
@@ -323,3 +324,16 @@ def check_lines(frame, truths, at_a, at_b):
         found = line[["mean_a", "mean_b", "difference", "matched", "effect"]].to_numpy(float)[0]
         np.testing.assert_allclose(found, expected, atol=2e-4, rtol=2e-4)
         assert abs(line.largest.item() - (b - a)[np.abs(b - a).argmax()]) < 1e-4
+
+
+@pytest.mark.parametrize(("width", "said"), [(8, True), (37, False)])
+def test_few_queries_see_the_first_token_behind_a_window(width, said, ids):
+    """Even uniform attention gives it a large share of what these few give."""
+    apart = torch.arange(37)[:, None] - torch.arange(37)
+    mask = ((apart >= 0) & (apart < width)).expand(1, 1, -1, -1)
+    with torch.no_grad():
+        stats = tiny_model()(
+            ids[:1], attention_mask=mask, output_attention_stats=AttentionStatsConfig(statistics="all", norms=True)
+        ).attention_stats
+    text = "".join(str(word) for word in findings(stats.to_xarray())[0].words)
+    assert (f"As few as {width} queries see it, where " in text) == said

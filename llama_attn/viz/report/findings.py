@@ -109,9 +109,9 @@ def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
     found = sink_positions(row).isel(batch=0)
     taken = found.share.mean(["layer", "head"])
     strongest = int(taken["key"].values[int(taken.fillna(-1).argmax("key"))])
+    share = _percent(taken.sel(key=strongest))
     if dropped := int(row["key"].values[0]):
         words: Words = [f"The first {dropped} tokens are no longer in the cache. ", *_other_sinks(found, None)]
-        share = _percent(taken.sel(key=strongest))
         words += ["The token that takes most of all attention is ", {"token": strongest}, f" at {strongest}: {share}. "]
         return share, "of all attention is taken by one token", [*words, _who_is_named(found)]
     rate, by_layer = sink_rate(row), sink_rate(row, by="layer").dropna("layer")
@@ -120,6 +120,9 @@ def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
         "The first token, ", {"token": first}, f", is a sink of {_percent(rate)} of the {_heads_of(row)}: it receives "
         f"more than {EPSILON:g} of the attention of the queries that see it. ",
     ]  # fmt: skip
+    seen, fewest = int(found.queries.sel(key=first).min()), found.attrs["fewest_queries"][0]
+    if np.isfinite(found.boost.values).any() and seen < fewest:
+        words.append(f"As few as {seen:,} queries see it, where {fewest:,} tell a sink from chance. ")
     boost = float(found.boost.sel(key=first).mean())
     words.append(f"On average it takes {_percent(taken.sel(key=first))} of all attention")
     words.append(f", {_times(boost)} what uniform attention would give it. " if np.isfinite(boost) else ". ")
@@ -132,7 +135,6 @@ def _sinks(row: xarray.Dataset) -> tuple[str, str, Words]:
         words.append(f" and first exceeds one half in layer {int(half[0])}. " if len(half) else ". ")
     words += _other_sinks(found, first)
     if strongest != first:
-        share = _percent(taken.sel(key=strongest))
         words += ["Yet the token that takes most is ", {"token": strongest}, f" at {strongest}: {share}. "]
     words.append(_who_is_named(found))
     return _percent(rate), f"of heads have a sink at the first token (ε = {EPSILON:g}, T = {rate.attrs['T']})", words
@@ -360,9 +362,8 @@ def _channels(row: xarray.Dataset, token: xarray.Dataset) -> str:
     for number in numbers[np.argsort(-counts, kind="stable")][:EXAMPLES]:
         layers = token.hidden_layer.values[(listed == number).any(-1)]
         first, last = (_enters(row, int(layers[end])) for end in (0, -1))
-        words.append(
-            f"channel {number} " + (f"in what {first}" if first == last else f"from what {first} to what {last}")
-        )
+        where = f"in what {first}" if first == last else f"from what {first} to what {last}"
+        words.append(f"channel {number} {where}")
     if len(numbers) > len(words):
         words.append(f"{len(numbers) - len(words)} more")
     # Where everything that was measured of the token is massive, more may be.
