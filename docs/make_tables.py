@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llama_attn import AttentionStatsConfig
 from llama_attn.stats.table import statistics_table
 
-INTRODUCTION = """# Statistics
+DEFAULT = AttentionStatsConfig()
+INTRODUCTION = f"""# Statistics
 
 A = attention weights, s = scaled scores, i = query, j = key. "May see" includes causality, padding, packing and masks.
 Positions that are padding are NaN, or −1 in integer statistics. ● marks the default set, † what `norms=True` adds.
+The first tokens are {DEFAULT.sink_tokens} (`sink_tokens`), the nearest keys {DEFAULT.window} (`window`), the most attended keys {DEFAULT.top_k} (`top_k`), unless
+`AttentionStatsConfig` says otherwise.
 This page is written by `docs/make_tables.py` from the table in `llama_attn/stats/`.
 
 | name | axes | unit | meaning | source |

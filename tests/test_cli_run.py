@@ -22,6 +22,15 @@ from llama_attn.cli.texts import Prompt
 from llama_attn.stats.config import AttentionStatsConfig
 
 TEXT = "Hello there, parrot"
+OWN = """
+from llama_attn import Statistic, register_statistic
+
+def double(attention):
+    return FACTOR * attention.weights.amax(-1)
+
+FACTOR = 2
+register_statistic(Statistic("twice", ("layer", "batch", "head", "query"), "-", "-", stream=double, textbook=double))
+"""
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +88,25 @@ def test_the_weights_of_chosen_queries_are_kept(rows, generate, kept, llama, tmp
     stats, _ = run("run", llama, "--prompt", TEXT, "--rows", rows, *more, out=tmp_path)
     assert list(stats.rows) == np.arange(stats.num_keys)[kept].tolist()
     torch.testing.assert_close(stats["row_weights"].sum(-1), torch.ones(3, 1, 4, len(stats.rows)))
+
+
+@pytest.mark.usefixtures("undrawn", "restored_registry")
+@pytest.mark.parametrize("command", ["run", "corpus"])
+def test_a_file_of_ones_own_comes_first(command, llama, tmp_path):
+    """It registers a statistic, which is a name like any other from then on."""
+    (tmp_path / "texts.txt").write_text(TEXT + "\n")
+    (tmp_path / "mine.py").write_text(OWN)
+    own = ["--import", tmp_path / "mine.py"]
+    read = ["--prompt", TEXT] if command == "run" else [tmp_path / "texts.txt"]
+    arguments = [command, llama, *read, "--statistics", "twice", "--out", tmp_path / "out"]
+    result = invoke(*arguments)
+    assert "unknown ['twice']" in result.output
+    result = invoke(*own, *arguments)
+    assert result.exit_code == 0, result.output
+    file = {"run": "stats", "corpus": "summary"}[command]
+    assert b"twice" in (tmp_path / "out" / f"{file}.safetensors").read_bytes()
+    result = invoke("--import", tmp_path / "none.py", *arguments)
+    assert (result.exit_code, "--import: there is no file" in result.output) == (2, True)
 
 
 @pytest.mark.usefixtures("undrawn")

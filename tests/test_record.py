@@ -101,7 +101,7 @@ def test_several_forwards_that_are_no_run(model):
         run(model)
         run(model, draw(9))
     assert [stats["entropy"].shape[-1] for stats in recording.forwards] == [12, 9]
-    with pytest.raises(ValueError, match=r"forward 1 of 2 does not go on.*recording\.forwards"):
+    with pytest.raises(ValueError, match=r"forward 2 of 2 does not go on.*recording\.forwards"):
         _ = recording.stats
     assert_same(recording.forwards[0], measured(model))
 

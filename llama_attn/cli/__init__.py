@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import runpy
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llama_attn import __version__
 from llama_attn.cli import ablate, budget, corpus, engine, heads, run, saved
-from llama_attn.cli.terminal import console, plain_warning
+from llama_attn.cli.terminal import console, fail, plain_warning
 
 # Help as plain text: in the columns of the other kind long names of options are cut where 80 columns are all there is.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -22,9 +24,21 @@ for _command in (
 
 
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    own: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--import", help="Python file to run before the command, that registers statistics or backends of your own."
+        ),
+    ] = None,
+) -> None:
     """Exact statistics of every attention head of a Llama."""
     warnings.formatwarning = plain_warning
     if version:
         console.print(__version__)
         raise typer.Exit
+    for path in own or []:
+        if not path.is_file():
+            fail(f"--import: there is no file {path}")
+        runpy.run_path(str(path))

@@ -35,11 +35,11 @@ KEY_STATISTICS = ("received", "received_total")
 
 def unavailable() -> str | None:
     """It needs the package triton and a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed: pip install 'llama_attn[triton]' (Linux)"
-    if not _interpreted() and not torch.cuda.is_available():
-        return "it needs a CUDA device; without one TRITON_INTERPRET=1 interprets the kernels, slowly"
-    return None
+    package = "the package triton is not installed: pip install 'llama_attn[triton]' (Linux)"
+    device = "it needs a CUDA device; without one TRITON_INTERPRET=1 interprets the kernels, slowly"
+    lacks = [package] * (importlib.util.find_spec("triton") is None)
+    lacks += [device] * (not _interpreted() and not torch.cuda.is_available())
+    return "; ".join(lacks) or None
 
 
 def knows(statistic: Statistic) -> bool:

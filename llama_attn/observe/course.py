@@ -209,7 +209,7 @@ class Course:
         """
         if len(self.past) == 1:
             return self.past[0].stats
-        for at, (earlier, later) in enumerate(zip(self.past, self.past[1:], strict=False), 1):
+        for at, (earlier, later) in enumerate(zip(self.past, self.past[1:], strict=False), 2):
             if (reason := later.link.follows(earlier.link)) is not None:
                 raise ValueError(
                     f"stats: forward {at} of {len(self.past)} does not go on from the one before: {reason}; "

@@ -124,7 +124,11 @@ class Block:
         return self.visibility.query_positions[self.rows.start : self.rows.stop]
 
     def distance(self, first: int, stop: int) -> Int[Tensor, "row key"]:
-        """How far slots ``first`` … ``stop`` − 1 lie behind each query [token]; |i − j| if it may see later keys."""
+        """How far slots ``first`` … ``stop`` − 1 lie behind each query [token]; |i − j| if it may see later keys.
+
+        Those of the block are ``block.keys.start`` to ``block.keys.stop``. A slot is the place of a token in the row, 0 for
+        the first, padding included.
+        """
         keys = torch.arange(first, stop, device=self.exponentials.device)
         signed = self.query_positions[:, None] - keys
         return signed if self.visibility.causal else signed.abs()

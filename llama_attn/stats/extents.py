@@ -106,6 +106,8 @@ def check_returned(
         if (tuple(returned.shape), returned.dtype) == (shape, dtype):
             return returned
         found = f"{tuple(returned.shape)} of {returned.dtype}"
+        if statistic.dtype is None and not returned.is_floating_point():
+            found += f"; of whole numbers say so with Statistic(…, dtype={returned.dtype})"
     raise ValueError(
         f"{statistic.name!r}: expected its {form} to return ({', '.join(axes)}) = {shape} of {dtype}, got {found}"
     )
