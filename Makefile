@@ -78,10 +78,10 @@ lowest: $(LOWEST)/.ready
 fuzz: $(VENV)/.ready
 	$(BIN)/python tests/attacks/fuzz.py --files $(or $(FILES),100000) --seed $(or $(SEED),0)
 
-# Twenty thousand random examples of the properties of the engines, every type of model on every backend in every
-# situation, and a corpus killed a hundred times; too long for CI.
+# Twenty thousand random examples of the properties of the engines, and every type of model on every backend in every
+# situation; too long for CI.
 long: $(VENV)/.native
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py tests/test_any_model.py tests/test_corpus_run.py
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py tests/test_any_model.py
 
 # transformers' own model tests on five of its models, also with every forward inside `record`, and on our Llama, also
 # with statistics in every forward: about 50 minutes. FAMILIES="qwen3 mistral" names some.
