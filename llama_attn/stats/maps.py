@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from llama_attn.stats.block import Block
+from llama_attn.stats.block import HIDDEN_SCORE, Block
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.counts import Counts
 from llama_attn.stats.reference import Reference
@@ -57,6 +57,8 @@ def _logits_map(block: Block) -> Float[Tensor, "batch head 2 query_bin key_bin"]
     # The sum and the number of pairs, so that blocks and steps of generation can be added.
     visible = block.visible.expand_as(block.centred)
     scores = torch.where(visible, block.logits, 0)
+    # A bias may hide a key that is visible.
+    scores = scores.masked_fill(scores < HIDDEN_SCORE / 2, -torch.inf)
     return torch.stack([_pooled(block, scores), _pooled(block, visible.to(scores.dtype))], dim=2)
 
 
