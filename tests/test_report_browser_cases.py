@@ -104,7 +104,7 @@ def test_unusual_runs_open(case, ids, open_page, tmp_path):
         for tensor in stats.values.values():
             if tensor.is_floating_point():
                 tensor[:] = torch.nan
-    settings = {"max_megabytes": 2.11} if case == "pooled" else {}
+    settings = {"max_megabytes": 2.1} if case == "pooled" else {}
     page = open_page(report(stats, tmp_path / "unusual.html", **settings))
     assert page.locator("#trouble").is_hidden()
     token(page, 0).click()

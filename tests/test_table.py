@@ -257,7 +257,8 @@ def check_refused(own, message, ids):
     [
         ((QUERY, lambda b: b.weights.sum(-1, keepdim=True)), rf"\(batch, head, query\) = {SHAPE}, got \(2, \d+, \d+, 1\)"),
         ((QUERY, lambda b: b.weights.sum((1, 3))), rf"\(batch, head, query\) = {SHAPE}, got \(2, \d+\) of"),
-        ((QUERY, lambda b: b.weights.argmax(-1)), r"got .* of torch.int64; of whole numbers .*, dtype=torch.int64\)"),
+        ((QUERY, lambda b: b.weights.argmax(-1)),
+         rf"\(batch, head, query\) = {SHAPE}, got .* of torch.int64; of whole numbers .*, dtype=torch.int64\)"),
         ((QUERY, lambda b: b.weights.sum(-1).bfloat16()), rf"\(batch, head, query\) = {SHAPE}, got .* of torch.bfloat16"),
         ((QUERY, lambda b: b.weights.sum(-1), torch.long), r" of torch.int64, got .* of torch.float"),
         ((QUERY, lambda b: 1.5), rf"\(batch, head, query\) = {SHAPE}, got 1.5"),

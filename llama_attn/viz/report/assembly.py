@@ -128,4 +128,6 @@ def name_of(model: str) -> str:
 
 
 def _joined(names: Sequence[str], ending: str) -> str:
-    return "\n".join((FOLDER / f"{name}.{ending}").read_text("utf-8") for name in names)
+    text = "\n".join((FOLDER / f"{name}.{ending}").read_text("utf-8") for name in names)
+    # Comments of scripts, each a line of its own, are for who changes them: the page has room for numbers.
+    return re.sub(r"^ *//.*\n", "", text, flags=re.MULTILINE)
