@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib.image
@@ -104,16 +105,26 @@ def test_files_that_cannot_be_read(command, saved):
         assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", [("plot",), ("report",), ("compare", "a.safetensors")])
-def test_folders_are_not_what_is_in_them(command, saved):
+@pytest.mark.parametrize(
+    ("command", "written"),
+    [(("plot",), "stats_attention-map.png"), (("report",), "stats.html"), (("compare", "a.safetensors"), None)],
+)
+def test_a_folder_stands_for_what_a_run_left_in_it(command, written, saved):
     command = [command[0], *(saved / name for name in command[1:])]
-    (saved / "run").mkdir()
-    result = invoke(*command, saved / "run")
+    folder = saved / "run"
+    folder.mkdir()
+    result = invoke(*command, folder)
     assert result.exit_code == 2
     assert "run is a folder; there is no summary.safetensors or stats.safetensors in it" in words(result)
-    for name in ("stats.safetensors", "summary.safetensors"):
-        (saved / "run" / name).touch()
-        assert words(invoke(*command, saved / "run")).endswith(f"run is a folder; give {saved / 'run' / name}")
+    shutil.copy(saved / "b.safetensors", folder / "stats.safetensors")
+    result = invoke(*command, folder)
+    assert result.exit_code == 0, result.output
+    assert result.output == invoke(*command, folder / "stats.safetensors").output
+    assert written is None or (folder / written).stat().st_size > 0
+    (folder / "summary.safetensors").touch()
+    result = invoke(*command, folder)
+    assert result.exit_code == 2
+    assert "run is a folder with summary.safetensors and stats.safetensors; give one of them" in words(result)
 
 
 def test_report(saved):

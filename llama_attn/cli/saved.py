@@ -38,12 +38,13 @@ OF_ONE_RUN = (
 # In lines that the help keeps as they are: by itself it would break names behind hyphens.
 WHICH = textwrap.fill(", ".join(OF_ONE_RUN), 48, break_on_hyphens=False)
 Saved = Annotated[
-    Path, typer.Argument(help="What AttentionStats.save wrote, e.g. stats.safetensors.", show_default=False)
+    Path, typer.Argument(help="What AttentionStats.save wrote, or the folder of a run.", show_default=False)
 ]
 OfEither = Annotated[
     Path,
     typer.Argument(
-        help="What AttentionStats.save wrote, or the summary of a corpus, e.g. summary.safetensors.", show_default=False
+        help="What AttentionStats.save wrote, the summary of a corpus, or the folder of a run that has one.",
+        show_default=False,
     ),
 ]
 Layer = Annotated[int | None, typer.Option(help="Index of the layer.")]
@@ -76,7 +77,7 @@ def plot(
     options: dict[str, Any] = {"layer": layer, "head": head, "batch": batch, "kind": kind, "statistic": statistic}
     options["query_slice"] = None if query_slice is None else _slice(query_slice)
     picture, given = _picture(what, _pictures("source"), options)
-    _check_files(file)
+    file = _in_folder(file)
     target = file.with_name(f"{file.stem}_{what}.png") if out is None else out
     _check_format("--out", target)
     stats = _load(file)
@@ -108,7 +109,7 @@ def report(
     from llama_attn import viz
     from llama_attn.corpus.store import is_summary
 
-    _check_files(file)
+    file = _in_folder(file)
     target = file.with_suffix(".json" if json else ".html") if out is None else out
     if target.suffix != (suffix := ".json" if json else ".html"):
         fail(f"--out: expected a name that ends in {suffix}, got {target.name!r}")
@@ -156,7 +157,7 @@ def compare(
     from llama_attn import analysis
     from llama_attn.corpus.store import is_summary
 
-    _check_files(a, b)
+    a, b = _in_folder(a), _in_folder(b)
     options = {"layer": layer, "head": head, "batch": batch, "kind": kind}
     of_corpora = is_summary(a), is_summary(b)
     if of_corpora == (True, True):
@@ -311,12 +312,16 @@ def _draw(
     say(str(target))
 
 
-def _check_files(*files: Path) -> None:
-    """End the command for a folder: what is in it is what is read."""
-    for file in files:
-        if file.is_dir():
-            found = [file / name for name in SAVED if (file / name).is_file()]
-            fail(f"{file} is a folder; " + (f"give {found[0]}" if found else f"there is no {' or '.join(SAVED)} in it"))
+def _in_folder(file: Path) -> Path:
+    """The file itself, or the one that a run has left in this folder."""
+    if not file.is_dir():
+        return file
+    found = [file / name for name in SAVED if (file / name).is_file()]
+    if len(found) > 1:
+        fail(f"{file} is a folder with {' and '.join(SAVED)}; give one of them")
+    if not found:
+        fail(f"{file} is a folder; there is no {' or '.join(SAVED)} in it")
+    return found[0]
 
 
 def _load(file: Path) -> AttentionStats:
