@@ -89,7 +89,7 @@ def test_nothing_is_loaded_from_elsewhere(pages, site):
         assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text()), style
 
 
-@pytest.mark.parametrize("name", ["llama_attn", "llama_attn.analysis", "llama_attn.viz", "llama_attn.corpus"])
+@pytest.mark.parametrize("name", [f"llama_attn{part}" for part in ("", ".analysis", ".viz", ".corpus", ".testing")])
 def test_every_public_name_is_in_the_reference(name, site):
     page = Page(site / "reference" / f"{name.removeprefix('llama_attn.')}.html")
     documented = {anchor.rsplit(".", 1)[-1] for anchor in page.anchors if anchor.startswith("llama_attn.")}
