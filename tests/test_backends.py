@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from zoo import ENTRIES
+from zoo_situations import draw, padding
 
 from llama_attn import available_backends, register_backend
 from llama_attn.backends.registry import get_backend
-from llama_attn.testing import assert_matches_reference, make_inputs, relative_error
+from llama_attn.engines import torch as torch_engine
+from llama_attn.testing import FEATURES, assert_matches_reference, make_inputs, relative_error
 
 BUILT_IN = {
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "streaming", "streaming_native",
@@ -34,9 +40,17 @@ def test_both_tables_are_filled():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "streaming", "streaming_torch"])
-def test_outputs_match_float64(backend, dtype):
-    assert_matches_reference(backend, dtype=dtype)
+@pytest.mark.parametrize(
+    ("backend", "also"),
+    [
+        ("eager", FEATURES),
+        ("sdpa", ("bidirectional", "window")),
+        ("streaming", FEATURES),
+        ("streaming_torch", FEATURES),
+    ],
+)
+def test_outputs_match_float64(backend, also, dtype):
+    assert_matches_reference(backend, also=also, dtype=dtype)
 
 
 def ignores_padding(module, query, key, value, attention_mask, **kwargs):
@@ -100,6 +114,132 @@ def test_the_check_can_fail(attend, message):
         assert_matches_reference("broken")
 
 
+def leaves_softcap(module, query, key, value, attention_mask, softcap=None, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def divides_by_softcap(module, query, key, value, attention_mask, scaling, softcap=1.0, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling / softcap, **kwargs)
+
+
+def is_always_causal(module, query, key, value, attention_mask, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=query.shape[2] > 1, **kwargs)
+
+
+def forgets_padding_of_encoders(module, query, key, value, attention_mask, **kwargs):
+    mask = attention_mask if module.is_causal else None
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def ignores_windows(module, query, key, value, attention_mask, **kwargs):
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is not None:
+        real = attention_mask.any(-2, keepdim=True)
+        attention_mask = real & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("attend", "also", "message"),
+    [
+        (
+            leaves_softcap,
+            "softcap",
+            r"'softcap': 2.0}: error \S+ is .*; the error is of the soft-cap \(it is not applied\)$",
+        ),
+        (divides_by_softcap, ["softcap"], r"'softcap': 2.0}: error \S+ is above \S+$"),
+        # It leaves `s_aux` among its keywords.
+        (sdpa_attention_forward, "sinks", r"'sinks': True}: .*; the error is of the sinks \(they are left out\)$"),
+        (
+            is_always_causal,
+            {"bidirectional"},
+            r"'bidirectional': True}: .* of both directions \(later keys are hidden\)$",
+        ),
+        (
+            forgets_padding_of_encoders,
+            ("bidirectional",),
+            r"'bidirectional': True}: .* of padding \(it is not hidden\)$",
+        ),
+        (ignores_windows, "window", r"'window': 7}: .* of the window \(keys before it are not hidden\)$"),
+    ],
+)
+@pytest.mark.usefixtures("restored_registry")
+def test_the_check_of_what_other_models_ask_can_fail(attend, also, message, dtype):
+    register_backend("broken", attend)
+    assert_matches_reference("broken", dtype=dtype)
+    with pytest.raises(AssertionError, match=message):
+        assert_matches_reference("broken", also=also, dtype=dtype)
+
+
+@pytest.mark.parametrize(("feature", "situation"), [(name, each) for name in FEATURES for each in FEATURES[name]])
+def test_every_situation_shows_its_feature(feature, situation):
+    """Left out, it changes the output by more than the roundings of bfloat16; engines are told the same as the reference."""
+    inputs = make_inputs(**situation, dtype=torch.float64)
+    real, expected = inputs.real_keys[:, inputs.cached :], inputs.reference().output.transpose(1, 2)
+    without = replace(inputs, **{feature: False if feature == "bidirectional" else None}).reference().output
+    assert relative_error(without.transpose(1, 2)[real], expected[real]) > 2 * 4 * torch.finfo(torch.bfloat16).eps
+    walk = torch_engine.walk(inputs.query, inputs.key, inputs.value, inputs.visibility, inputs.scoring)
+    assert relative_error(walk.output[real], expected[real]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("feature", "model", "own"),
+    [
+        ("softcap", "gemma2", {("softcap", float)}),
+        ("sinks", "gpt_oss", {("s_aux", (4,))}),
+        ("bidirectional", "bert", set()),
+        ("window", "mistral", {("sliding_window", int)}),
+    ],
+)
+@pytest.mark.usefixtures("restored_registry")
+def test_the_check_calls_as_a_model_calls(feature, model, own):
+    """With the keywords, a mask and a direction that the layers of such a model have, with padding and without."""
+    calls = []
+
+    def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        mask = None if attention_mask is None else (attention_mask.dtype, attention_mask.ndim)
+        given = {name: tuple(of.shape) if torch.is_tensor(of) else type(of) for name, of in kwargs.items()}
+        calls.append((module.is_causal, mask, set(given.items())))
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    register_backend("seen", attend)
+    assert_matches_reference("seen", also=feature, bound=math.inf)
+    asked = calls[-len(FEATURES[feature]) :]
+    assert all(given == own for *_, given in asked)
+    calls.clear()
+    network, ids = ENTRIES[model].build("seen"), draw(12)
+    with torch.no_grad():
+        for mask in (None, padding(12, "left")):
+            network(ids, attention_mask=mask)
+    for call in asked:
+        assert any(call[:2] == other[:2] and own <= other[2] for other in calls), call
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_an_unknown_word_is_refused_before_any_work():
+    calls = []
+    register_backend("broken", lambda *_, **options: calls.append(options))
+    for wrong in ("alibi", ["window", "alibi"]):
+        message = r"also: expected some of \['softcap', 'sinks', 'bidirectional', 'window'\], got \['alibi'\]"
+        with pytest.raises(ValueError, match=message):
+            assert_matches_reference("broken", also=wrong)
+    assert calls == []
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_a_kind_of_error_that_would_change_nothing_is_not_named():
+    """One query alone has no later keys that it could see."""
+
+    def inexact(*args, **kwargs):
+        output, weights = sdpa_attention_forward(*args, **kwargs)
+        return output + 1.5e-3, weights
+
+    register_backend("broken", inexact)
+    with pytest.raises(AssertionError, match=r"'queries': 1}: error \S+ is above 1.00e-03$"):
+        assert_matches_reference("broken", bound=1e-3)
+
+
 def test_relative_error_sees_nan_and_shapes():
     value = torch.tensor([1.0, torch.nan])
     assert relative_error(value, value) == 0
@@ -121,6 +261,12 @@ def test_make_inputs():
         make_inputs(heads=4, kv_heads=3)
     with pytest.raises(ValueError, match="padding"):
         make_inputs(padding="both")
+    with pytest.raises(ValueError, match="window: expected None or a number above 0, got 0"):
+        make_inputs(window=0)
+    with pytest.raises(ValueError, match=r"softcap: expected None or a number above 0, got -1.0"):
+        make_inputs(softcap=-1.0)
+    plain = make_inputs(heads=6, queries=5, cached=4, head_dim=8, seed=1)
+    assert torch.equal(plain.query, make_inputs(heads=6, queries=5, cached=4, head_dim=8, seed=1, sinks=True).query)
 
 
 @pytest.mark.usefixtures("restored_registry")

@@ -15,12 +15,12 @@ from llama_attn.stats.reference import Reference
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import statistics_table
 from llama_attn.stats.visibility import Visibility
-from llama_attn.testing import assert_matches_reference, make_inputs, relative_error
+from llama_attn.testing import FEATURES, assert_matches_reference, make_inputs, relative_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_outputs_match_float64(dtype, engine):
-    assert_matches_reference(backend(engine), dtype=dtype)
+    assert_matches_reference(backend(engine), also=FEATURES, dtype=dtype)
 
 
 @pytest.mark.parametrize("value_channels", [16, 40])

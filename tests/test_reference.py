@@ -15,7 +15,14 @@ import llama_attn
 from llama_attn import AttentionStatsConfig, Statistic, analysis, corpus, viz
 from llama_attn.engines import ENGINES
 from llama_attn.stats import table
-from llama_attn.testing import MEASURED, SITUATIONS, assert_matches_reference, assert_statistic_matches
+from llama_attn.testing import (
+    FEATURES,
+    MEASURED,
+    SITUATIONS,
+    Feature,
+    assert_matches_reference,
+    assert_statistic_matches,
+)
 
 ROOT = Path(__file__).parent.parent
 # As mkdocs.yml has it.
@@ -115,9 +122,10 @@ def test_situations_are_written_out():
     assert {"window", "bidirectional", "stride"} == {key for situation in MEASURED for key in situation} - {
         key for situation in SITUATIONS for key in situation
     }
-    sizes = {
-        situation[name] for situation in SITUATIONS for name in ("queries", "cached", "head_dim") if name in situation
-    }
+    every = [*SITUATIONS, *(situation for situations in FEATURES.values() for situation in situations)]
+    names = ("queries", "cached", "head_dim", "window", "softcap")
+    sizes = {situation[name] for situation in every for name in names if name in situation}
+    assert list(FEATURES) == list(get_args(Feature)) == re.findall(r'- ``"(\w+)"``:', doc)
     assert {size for size in sizes if not re.search(rf"\b{size}\b", doc)} == set()
     assert all(word in more for word in ("windows of 7 keys", "both directions", "every third query"))
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from llama_attn.testing.backends import assert_matches_reference
 from llama_attn.testing.comparing import relative_error
-from llama_attn.testing.inputs import SITUATIONS, AttentionInputs, Padding, make_inputs
+from llama_attn.testing.inputs import FEATURES, SITUATIONS, AttentionInputs, Feature, Padding, make_inputs
 from llama_attn.testing.statistics import MEASURED, assert_statistic_matches
 
 __all__ = [
+    "FEATURES",
     "MEASURED",
     "SITUATIONS",
     "AttentionInputs",
+    "Feature",
     "Padding",
     "assert_matches_reference",
     "assert_statistic_matches",

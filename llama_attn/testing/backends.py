@@ -2,42 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.llama import modeling_llama
 
-from llama_attn.backends.registry import attention_function, get_backend
+from llama_attn.backends.registry import get_backend
 from llama_attn.testing.comparing import relative_error
-from llama_attn.testing.inputs import SITUATIONS, AttentionInputs, make_inputs
+from llama_attn.testing.inputs import FEATURES, SITUATIONS, AttentionInputs, Feature, make_inputs
 
 
 def assert_matches_reference(
-    backend: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", bound: float | None = None
+    backend: str,
+    *,
+    also: Feature | Collection[Feature] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    bound: float | None = None,
 ) -> None:
     """Check the output of a registered backend against float64, masks included, in all of `SITUATIONS`.
 
-    These are: 1 query alone and behind a cache of 20 keys; 5, 7, 17, 33, 63 and 130 queries; groups of 1, 2, 3 and 4 query
-    heads per KV head; padding on the left and on the right, and on the left with a cache of 12 keys; 16 and 24 channels.
+    These are what a Llama asks: 1 query alone and behind a cache of 20 keys; 5, 7, 17, 33, 63 and 130 queries; groups of 1,
+    2, 3 and 4 query heads per KV head; padding on the left and on the right, and on the left with a cache of 12 keys; 16 and
+    24 channels. Other models ask for more, each in a way of its own, which ``also`` names:
+
+    - ``"softcap"``: the keyword ``softcap``, as Gemma 2 passes it, here 2.0; with padding, and with a cache of 12 keys.
+    - ``"sinks"``: the keyword ``s_aux``, (head), as gpt-oss passes it; with padding, and with a cache of 20 keys.
+    - ``"bidirectional"``: ``module.is_causal`` is False, as in BERT, and the mask hides padding alone; 33 queries without
+      padding, whose mask may be None, and 23 with padding.
+    - ``"window"``: a mask that hides all but the last 7 keys, and the keyword ``sliding_window``, as Mistral has it; with
+      padding, and 1 and 6 queries with a cache of 20 and 15 keys.
+
     Only real queries are compared: what a backend returns for padding is its own affair.
 
     Args:
         backend: Its name.
-        dtype: Of query, key and value.
+        also: What else it is meant to serve: one of these words, or several.
+        dtype: Of query, key, value and sinks.
         device: Where to run it.
         bound: Largest allowed |a − b| / (1 + |b|); by default twice the error that transformers' eager attention
-            makes on the same inputs, plus four roundings.
+            makes on the same inputs, plus four roundings, and one in float64 for each key. Eager attention is that of
+            Gemma 2 where there is a soft-cap, and of gpt-oss where there are sinks.
 
     Raises:
         AssertionError: It is wrong; the message says in which situation and by how much.
-        ValueError: There is no such backend.
+        ValueError: There is no such backend, or ``also`` has another word.
         ImportError: It does not run here.
     """
+    words, known = [also] if isinstance(also, str) else list(also), list(FEATURES)
+    if unknown := [word for word in words if word not in known]:
+        raise ValueError(f"also: expected some of {known}, got {unknown}")
     get_backend(backend)
-    for situation in SITUATIONS:
+    asked = (situation for word in known if word in words for situation in FEATURES[word])
+    for situation in (*SITUATIONS, *asked):
         inputs = make_inputs(**situation, dtype=dtype, device=device)
         real = inputs.real_keys[:, inputs.cached :]
         expected = inputs.reference().output.transpose(1, 2)
@@ -50,7 +79,8 @@ def assert_matches_reference(
         allowed = bound
         if allowed is None:
             eager = relative_error(_run("eager", inputs)[real], expected[real])
-            allowed = 2 * eager + 4 * torch.finfo(dtype).eps
+            # What is expected is rounded as well, in its sums over the keys.
+            allowed = 2 * eager + 4 * torch.finfo(dtype).eps + inputs.key.shape[2] * torch.finfo(torch.float64).eps
         try:
             error = relative_error(output[real], expected[real])
         except AssertionError as difference:
@@ -63,49 +93,68 @@ def assert_matches_reference(
 
 
 def _kind_of_error(inputs: AttentionInputs, output: Tensor, allowed: float) -> str:
-    """What a wrong output is the right one of: attention that does not hide what it should."""
-    reference, real = inputs.reference(), inputs.real_keys
-    num_queries, num_keys = reference.visible.shape[-2:]
-    nothing = torch.ones(len(real), 1, num_queries, num_keys, dtype=torch.bool)
-    causal = nothing.tril(num_keys - num_queries)
-    padding = nothing & real[:, None, None]
-    kinds = {
-        "causality (later keys are not hidden)": padding,
-        "causality (queries are counted from the first key, not from behind the cache)": padding & nothing.tril(),
-        "padding (it is not hidden)": causal,
-        "causality and padding (nothing is hidden)": nothing,
+    """What a wrong output is the right one of: attention that leaves out something that it was asked for."""
+    changes: dict[str, dict[str, Any]] = {
+        "causality (later keys are not hidden)": {"bidirectional": True},
+        "both directions (later keys are hidden)": {"bidirectional": False},
+        "padding (it is not hidden)": {"attention_mask": None},
+        "causality and padding (nothing is hidden)": {"bidirectional": True, "attention_mask": None},
+        "the window (keys before it are not hidden)": {"window": None},
+        "the soft-cap (it is not applied)": {"softcap": None},
+        "the sinks (they are left out)": {"sinks": None},
     }
+    others = {kind: replace(inputs, **change).reference() for kind, change in changes.items()}
+    reference, real = inputs.reference(), inputs.real_keys
+    from_the_first = torch.ones(reference.visible.shape[-2:], dtype=torch.bool).tril() & real[:, None, None]
+    others["causality (queries are counted from the first key, not from behind the cache)"] = replace(
+        reference, visible=from_the_first
+    )
     rows = real[:, inputs.cached :]
-    for kind, visible in kinds.items():
-        other = replace(reference, visible=visible).output.transpose(1, 2)
-        difference = (output.double() - other).abs() / (1 + other.abs())
-        if bool((difference[rows] <= 2 * allowed).all()):
+    output, expected = output[rows], reference.output.transpose(1, 2)[rows]
+    for kind, other in others.items():
+        its = other.output.transpose(1, 2)[rows]
+        # Where such an error changes nothing, it explains nothing.
+        if relative_error(output, its) <= 2 * allowed < relative_error(its, expected):
             return f"; the error is of {kind}"
     return ""
 
 
 @torch.no_grad()
 def _run(backend: str, inputs: AttentionInputs) -> Tensor:
-    """The output of ``backend``, called as a Llama layer calls it."""
+    """The output of ``backend``, called as the layers of a model call it that asks for such attention."""
     heads, kv_heads, head_dim = inputs.query.shape[1], inputs.key.shape[1], inputs.query.shape[-1]
     module: Any = nn.Module()
     module.config = LlamaConfig(
         hidden_size=heads * head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim
     )
     module.config._attn_implementation_internal = backend
-    module.layer_idx, module.is_causal, module.num_key_value_groups = 0, True, heads // kv_heads
-    # By place: transformers 5.24 has renamed the cache.
-    mask = create_causal_mask(
-        module.config, inputs.query[:, 0], inputs.attention_mask, _FilledCache(inputs.cached), layer_idx=0
-    )
-    extra = {"visibility": inputs.visibility} if get_backend(backend).is_streaming else {}
-    match attention_function(backend)(
-        module.eval(), inputs.query, inputs.key, inputs.value, mask, scaling=inputs.scaling, dropout=0.0, **extra
-    ):
+    module.config.sliding_window = inputs.window
+    module.layer_idx, module.is_causal, module.num_key_value_groups = 0, not inputs.bidirectional, heads // kv_heads
+    module.sinks = inputs.sinks
+    asked = (module.config, inputs.query[:, 0], inputs.attention_mask)
+    if inputs.bidirectional:
+        mask = create_bidirectional_mask(*asked)
+    else:
+        create = create_causal_mask if inputs.window is None else create_sliding_window_causal_mask
+        # By place: transformers 5.24 has renamed the cache.
+        mask = create(*asked, _FilledCache(inputs.cached), layer_idx=0)
+    # A layer passes what its model has, and no other keyword.
+    own = {"sliding_window": inputs.window, "softcap": inputs.softcap, "s_aux": inputs.sinks}
+    match ALL_ATTENTION_FUNCTIONS.get_interface(backend, _eager(inputs))(
+        module.eval(), inputs.query, inputs.key, inputs.value, mask, scaling=inputs.scaling, dropout=0.0,
+        **{name: value for name, value in own.items() if value is not None},
+    ):  # fmt: skip
         case (Tensor() as output, _):  # a tensor alone would be unpacked along its batch
             return output.cpu()
         case other:
             raise AssertionError(f"{backend!r}: expected (output, weights or None), got {type(other).__name__}")
+
+
+def _eager(inputs: AttentionInputs) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Eager attention of a model that knows what these inputs ask for: every model of transformers has its own."""
+    if inputs.sinks is not None:
+        return modeling_gpt_oss.eager_attention_forward
+    return (modeling_llama if inputs.softcap is None else modeling_gemma2).eager_attention_forward
 
 
 class _FilledCache:

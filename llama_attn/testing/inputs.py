@@ -31,6 +31,31 @@ SITUATIONS: tuple[dict[str, Any], ...] = (
 """What attention meets, as arguments of `make_inputs`: odd sizes, groups of 1, 2, 3 and 4 heads, padding on both sides, and a
 cache that is already filled."""
 
+Feature = Literal["softcap", "sinks", "bidirectional", "window"]
+"""What some models ask of attention and a Llama does not: scores that a soft-cap bounds (Gemma 2), learned sinks (gpt-oss),
+both directions (BERT), a sliding window (Mistral)."""
+
+FEATURES: dict[Feature, tuple[dict[str, Any], ...]] = {
+    "softcap": (
+        {"queries": 33, "padding": "left", "softcap": 2.0},
+        {"queries": 5, "cached": 12, "softcap": 2.0},
+    ),
+    "sinks": (
+        {"queries": 33, "padding": "left", "sinks": True},
+        {"queries": 1, "cached": 20, "sinks": True},
+    ),
+    "bidirectional": (
+        {"queries": 33, "bidirectional": True},
+        {"queries": 23, "padding": "right", "bidirectional": True},
+    ),
+    "window": (
+        {"queries": 33, "padding": "left", "window": 7},
+        {"queries": 6, "cached": 15, "window": 7},
+        {"queries": 1, "cached": 20, "window": 7},
+    ),
+}
+"""The situations that go with each `Feature`, all of them with grouped heads."""
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionInputs:
@@ -43,6 +68,10 @@ class AttentionInputs:
         attention_mask: (batch, key), 1 for real tokens; None without padding.
         cached: How many of the keys come from a cache.
         scaling: What scores are multiplied with.
+        bidirectional: Whether queries see later keys too.
+        window: How many keys back a query sees, its own included [token]; None for all.
+        softcap: Largest score before the softmax [logit]; None for no limit.
+        sinks: Score of one more outcome without a key, (head) [logit]; None without.
     """
 
     query: Float[Tensor, "batch head query channel"]
@@ -51,6 +80,10 @@ class AttentionInputs:
     attention_mask: Int[Tensor, "batch key"] | None
     cached: int
     scaling: float
+    bidirectional: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
 
     @property
     def real_keys(self) -> Bool[Tensor, "batch key"]:
@@ -62,31 +95,45 @@ class AttentionInputs:
     @property
     def scoring(self) -> Scoring:
         """How their scores are made, in the form that llama_attn's engines take."""
-        return Scoring(self.scaling)
+        return Scoring(self.scaling, softcap=self.softcap, sinks=self.sinks)
 
     @property
     def visibility(self) -> Visibility:
-        """The same in the form that llama_attn's engines take."""
+        """Who sees whom, in the form that llama_attn's engines take."""
+        device = self.query.device
         real = None if self.attention_mask is None else self.attention_mask.bool()
-        return Visibility(self.query.shape[0], self.cached, self.key.shape[2], self.query.device, real=real)
+        first = None
+        if self.window is not None:
+            positions = torch.arange(self.cached, self.key.shape[2], device=device)
+            first = (positions - self.window + 1).clamp(min=0)[None]
+        return Visibility(
+            self.query.shape[0], self.cached, self.key.shape[2], device,
+            causal=not self.bidirectional, real=real, first_key=first,
+        )  # fmt: skip
 
     def reference(self, config: AttentionStatsConfig | None = None) -> Reference:
         """Attention over these inputs written out in float64 on the CPU."""
-        real = self.real_keys
-        positions = torch.arange(self.cached, self.key.shape[2])
-        causal = torch.arange(self.key.shape[2]) <= positions[:, None]
+        real, keys = self.real_keys, torch.arange(self.key.shape[2])
+        positions = keys[self.cached :]
+        visible = real[:, None].expand(-1, len(positions), -1)
+        if not self.bidirectional:
+            visible = visible & (keys <= positions[:, None])
+        if self.window is not None:
+            visible = visible & (keys > positions[:, None] - self.window)
         config = config or AttentionStatsConfig()
-        rank = torch.where(real, real.long().cumsum(-1) - 1, config.sink_tokens)
         return Reference(
             query=self.query.double().cpu(),
             key=self.key.double().cpu(),
             value=self.value.double().cpu(),
             scaling=self.scaling,
-            visible=(causal & real[:, None])[:, None],
+            visible=visible[:, None],
             real_queries=real[:, self.cached :],
-            rank=rank,
+            rank=torch.where(real, real.long().cumsum(-1) - 1, config.sink_tokens),
             query_positions=positions,
             config=config,
+            bidirectional=self.bidirectional,
+            softcap=self.softcap,
+            sinks=None if self.sinks is None else self.sinks.cpu(),
         )
 
 
@@ -99,6 +146,10 @@ def make_inputs(
     cached: int = 0,
     head_dim: int = 16,
     padding: Padding = "none",
+    bidirectional: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -113,17 +164,24 @@ def make_inputs(
         cached: Tokens before them.
         head_dim: Channels per head.
         padding: On which side the first row is padded, by a third of its length.
-        dtype: Of query, key and value.
+        bidirectional: Whether queries see later keys too.
+        window: How many keys back a query sees, its own included [token]; None for all.
+        softcap: Largest score before the softmax [logit]; None for no limit.
+        sinks: Whether each head has a learned sink, which takes a good part of its weight.
+        dtype: Of query, key, value and sinks.
         device: Where.
         seed: Of the random numbers.
 
     Raises:
-        ValueError: ``kv_heads`` does not divide ``heads``, or ``padding`` is unknown.
+        ValueError: ``kv_heads`` does not divide ``heads``, ``padding`` is unknown, or ``window`` or ``softcap`` is not above 0.
     """
     if heads % kv_heads:
         raise ValueError(f"kv_heads: expected a divisor of heads={heads}, got {kv_heads}")
     if padding not in ("none", "left", "right"):
         raise ValueError(f'padding: expected "none", "left" or "right", got {padding!r}')
+    for name, limit in (("window", window), ("softcap", softcap)):
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name}: expected None or a number above 0, got {limit!r}")
     generator = torch.Generator().manual_seed(seed)
     keys = cached + queries
 
@@ -141,4 +199,8 @@ def make_inputs(
         attention_mask=None if mask is None else mask.to(device),
         cached=cached,
         scaling=head_dim**-0.5,
+        bidirectional=bidirectional,
+        window=window,
+        softcap=softcap,
+        sinks=3 + draw(heads) if sinks else None,
     )

@@ -17,13 +17,12 @@ from llama_attn.stats.labelling import finished, mark_padding
 from llama_attn.stats.norms import measured_norm
 from llama_attn.stats.table import Statistic
 from llama_attn.testing.comparing import relative_error
-from llama_attn.testing.inputs import SITUATIONS, make_inputs
+from llama_attn.testing.inputs import FEATURES, SITUATIONS, make_inputs
 
 MEASURED: tuple[dict[str, Any], ...] = (
     *SITUATIONS,
-    {"queries": 33, "padding": "left", "window": 7},
-    {"queries": 6, "cached": 15, "window": 7},
-    {"queries": 23, "padding": "right", "bidirectional": True},
+    *FEATURES["bidirectional"],
+    *FEATURES["window"],
     {"queries": 31, "padding": "left", "stride": 3},
 )
 """What a statistic meets: `SITUATIONS`, and windows, both directions, every third query."""
@@ -33,7 +32,7 @@ def assert_statistic_matches(statistic: Statistic, *, bound: float = torch.finfo
     """Check the streaming form of a statistic against its textbook form, in all of `MEASURED`, in float64.
 
     These are `SITUATIONS`, as `assert_matches_reference` lists them, and besides: windows of 7 keys with padding and
-    with a cache, attention in both directions with padding, and every third query with padding.
+    with a cache, attention in both directions with padding and without, and every third query with padding.
     The streaming form works in blocks of a few queries, as at long context; the textbook form sees whole matrices.
     Random tokens and segments are there for those that need them.
 
@@ -71,8 +70,6 @@ def assert_statistic_matches(statistic: Statistic, *, bound: float = torch.finfo
 def _both_forms(
     statistic: Statistic,
     *,
-    window: int | None = None,
-    bidirectional: bool = False,
     stride: int = 1,
     only_real: bool = False,
     **situation: Any,
@@ -94,19 +91,12 @@ def _both_forms(
     )  # fmt: skip
     hidden = torch.randn(batch, num_queries, 2 * channels, generator=generator, dtype=torch.float64)
     weight = torch.randn(2 * channels, heads * channels, generator=generator, dtype=torch.float64)
-    reference, visibility = inputs.reference(config), replace(inputs.visibility, causal=not bidirectional)
+    reference, visibility = inputs.reference(config), inputs.visibility.measured(stride=stride)
     positions = reference.query_positions
-    if window is not None:
-        first = (positions - window + 1).clamp(min=0)
-        visibility = replace(visibility, first_key=first[None])
-        reference = replace(reference, visible=reference.visible & (torch.arange(num_keys) >= first[:, None]))
-    if bidirectional:
-        reference = replace(reference, visible=inputs.real_keys[:, None, None].expand(-1, 1, num_queries, -1))
-    visibility = visibility.measured(stride=stride)
     rows = positions % stride == 0
     reference = replace(
         reference, query=reference.query[:, :, rows], visible=reference.visible[:, :, rows],
-        real_queries=reference.real_queries[:, rows], query_positions=positions[rows], bidirectional=bidirectional,
+        real_queries=reference.real_queries[:, rows], query_positions=positions[rows],
         segments=segments, tokens=tokens, keep=config.keep[0], hidden=hidden[:, rows], output_weight=weight,
     )  # fmt: skip
     if only_real:
