@@ -226,14 +226,36 @@ def test_the_check_of_a_statistic_says_that_padding_was_counted():
     with pytest.raises(AssertionError, match=r"'padding': 'right'}: the streaming form is off by .*" + hint):
         assert_statistic_matches(padded)
     other = dataclasses.replace(own, stream=lambda block: block.weights.pow(3).sum(-2), textbook=padded.textbook)
-    with pytest.raises(AssertionError, match=r"above 1.49e-08$"):
+    with pytest.raises(AssertionError, match=r"above 1.49e-08, most at [^;]+$"):
         assert_statistic_matches(other)
     # Right wherever nothing is padded, and wrong in more than padding where something is.
     twice = dataclasses.replace(
         own, textbook=lambda r: padded.textbook(r) * (1 + ~r.real_queries.all(1)[:, None, None])
     )
-    with pytest.raises(AssertionError, match=r"'padding': 'left'}.*above 1.49e-08$"):
+    with pytest.raises(AssertionError, match=r"'padding': 'left'}.*above 1.49e-08, most at [^;]+$"):
         assert_statistic_matches(twice)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wrong", "message"),
+    [
+        (None, 1.25, r"off by 1.11e-01, above 1.49e-08, most at batch 1, head 2, query 5: expected 1.25, got 1$"),
+        (None, torch.inf, r"not finite on one side only, first at batch 1, head 2, query 5: expected inf, got 1$"),
+        (torch.long, 3, r"off by 5.00e-01, above 0.00e\+00, most at batch 1, head 2, query 5: expected 3, got 1$"),
+    ],
+)
+def test_the_check_of_a_statistic_says_where(dtype, wrong, message):
+    def ones(weights):
+        return torch.ones_like(weights[..., 0], dtype=dtype)
+
+    def textbook(reference):
+        values = ones(reference.weights)
+        values[1:, 2:3, 5:6] = wrong
+        return values
+
+    own = Statistic("own", QUERY, "-", "-", stream=lambda block: ones(block.weights), textbook=textbook, dtype=dtype)
+    with pytest.raises(AssertionError, match=r"^'own' in \{'queries': 7, .*" + message):
+        assert_statistic_matches(own)
 
 
 SHAPE = r"\(2, \d+, \d+\) of torch.float\d\d"
