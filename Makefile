@@ -11,6 +11,8 @@ LOWEST := .venv-lowest
 EXTRAS := datatrove,demo,training,triton
 LOCK ?= requirements-lock.txt
 export HF_HUB_OFFLINE ?= 1
+# Tests start many processes: what one of them has compiled the others read.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The transformers of $(VENV), and others on which the tests must pass as well, beginning with the oldest.
 TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
@@ -20,7 +22,7 @@ VERSIONS ?= $(OLDEST) 5.24.0
 SAME := analysis compare container docs engine figures gradients native notebook properties report site style table threads \
 	torch triton tutorial visibility viz wheel
 
-.PHONY: demo test check wheel docs versions lowest newest long fuzz upstream bench bench-check claims gpu lock sanitize clean
+.PHONY: demo test check wheel libraries docs versions lowest newest long fuzz upstream bench bench-check claims gpu lock sanitize clean
 
 demo: $(VENV)/.native
 	$(BIN)/llama-attn demo
@@ -31,19 +33,22 @@ test: $(VENV)/.native
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
 
-# What CI runs: the tests, the documentation, the wheel outside the tree, and each benchmark once on small shapes.
-check: test docs wheel bench-check
+# What CI runs: the tests, that of the wheel outside the tree among them, the documentation, the engine as the wheel brings
+# it, and each benchmark once on small shapes.
+check: test docs libraries bench-check
 
 # The tests of the C++ engine: those that it has to itself, and its part of those that every engine passes.
 NATIVE := tests/test_native*.py tests/test_engine*.py tests/test_properties.py -k native
 
-# The wheel, in dist/, with the C++ engine for every processor in it (docs/wheels.md), tried outside the tree; then the
-# tests of that engine with each of its libraries that runs here.
-wheel: $(VENV)/.native
-	$(BIN)/python -m hatchling build -t wheel
+# The wheel, in dist/, with the C++ engine for every processor in it (docs/wheels.md), tried outside the tree.
+wheel: libraries
 	$(BIN)/python -m pytest tests/test_wheel.py
+
+# The tests of that engine with each library of the wheel that runs here; `make test` has tried what `llama-attn build` made.
+libraries: $(VENV)/.native
+	$(BIN)/python -m hatchling build -t wheel
 	for isa in $$($(BIN)/python -c "from llama_attn.engines import _library; print(*_library.choices())"); do \
-		LLAMA_ATTN_ISA=$$isa $(BIN)/python -m pytest $(NATIVE) || exit; done
+		[ $$isa = native ] || LLAMA_ATTN_ISA=$$isa $(BIN)/python -m pytest --numprocesses 2 $(NATIVE) || exit; done
 
 # The documentation, in site/, whose pages open from there and ask no network.
 docs: $(VENV)/.ready
@@ -117,10 +122,10 @@ $(LOWEST)/.ready: pyproject.toml tests/lowest.py | $(VENV)/.native
 	$(BIN)/pip --python $(LOWEST)/bin/python install --quiet --no-deps --ignore-installed $$($(BIN)/python tests/lowest.py)
 	touch $@
 
-# Each benchmark once on small shapes, whether it still runs; no number is kept.
+# Each benchmark once on small shapes, whether it still runs; on two processes nothing is timed, and no number is kept.
 bench-check: $(VENV)/.native
-	LLAMA_ATTN_BENCH=check $(BIN)/python -m pytest benchmarks -k "not transformer_lens" --benchmark-disable-gc \
-		--benchmark-max-time=0 --benchmark-min-rounds=1 --quiet
+	LLAMA_ATTN_BENCH=check OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks -o addopts=--strict-markers \
+		-k "not transformer_lens" --numprocesses 2 --dist loadfile --quiet
 
 # Whether what README.md claims of time and memory holds here, where nothing else should run: one script each, which takes
 # minutes. LLAMA_ATTN_BENCH=check tries the scripts and judges nothing.

@@ -22,7 +22,7 @@ def smollm2() -> LlamaForCausalLM:
 
 @cache
 def read_smollm2() -> LlamaForCausalLM:
-    """SmolLM2 itself, in check mode too."""
+    """SmolLM2 itself."""
     checkpoint = demo_checkpoint()
     loaded = LlamaForCausalLM.from_pretrained(checkpoint.name, gguf_file=checkpoint.gguf_file, dtype=torch.float32)
     # Loaded from GGUF it may be neither cast nor saved, so its weights are put into a model that may.

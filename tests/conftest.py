@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The models are tiny and the tests run in several processes: a second thread would only wait, also in those they start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import copy
 import importlib
@@ -28,9 +30,6 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parame
 # peft 0.21 asks for the cache by its old name. By the new one its prefix gets lost, and each step of generating gets its
 # virtual tokens again.
 PEFT_LOSES_CACHE = CACHE == "cache"
-
-# The models are tiny and the tests run in several processes: a second thread would only wait.
-torch.set_num_threads(1)
 
 # One failure at a time, so that it is raised as what it is.
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "report_multiple_bugs": False}
