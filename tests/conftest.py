@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from transformers import AutoTokenizer, LlamaConfig
+from transformers.initialization import no_init_weights
 
 from llama_attn import LlamaForCausalLM
 from llama_attn.demo import SYSTEM, USER, demo_checkpoint
@@ -101,7 +102,8 @@ def _smollm2():
     # Loaded from GGUF it may be neither cast nor saved, so its weights are put into a model that may.
     config = copy.deepcopy(loaded.config)
     del config.quantization_config
-    model = LlamaForCausalLM(config)
+    with no_init_weights():
+        model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     return model.eval(), tokenizer
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from decisions import kept_keys, rows_at
+from transformers.initialization import no_init_weights
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as upstream
@@ -32,7 +33,8 @@ def stock_of(model):
     config = copy.deepcopy(model.config)
     if config._attn_implementation != "eager":
         config._attn_implementation_internal = "sdpa"
-    stock = upstream.LlamaForCausalLM(config).to(next(model.parameters()).dtype)
+    with no_init_weights():
+        stock = upstream.LlamaForCausalLM(config).to(next(model.parameters()).dtype)
     stock.load_state_dict(model.state_dict())
     return stock.eval()
 

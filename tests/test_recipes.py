@@ -11,6 +11,7 @@ import torch
 from attention_of import AttentionOf, induction_pattern, kept_by_h2o, kept_by_snapkv, loss_of
 from oracle import stock_of
 from pages import blocks, code_in, rows, run, sections, value
+from transformers.initialization import no_init_weights
 
 from llama_attn import LlamaForCausalLM
 from llama_attn.cli import app
@@ -50,7 +51,8 @@ class Recipes:
         full.set_attn_implementation("sdpa")
         config = copy.deepcopy(full.config)
         config.num_hidden_layers = LAYERS
-        self.full, self.short = full, LlamaForCausalLM(config).double().eval()
+        with no_init_weights():
+            self.full, self.short = full, LlamaForCausalLM(config).double().eval()
         self.short.load_state_dict(full.state_dict(), strict=False)
         self.stock, self.stock_full = stock_of(self.short), stock_of(full)
         pieces = {name: tokenizer(text)["input_ids"] for name, text in DOCUMENTS.items()}
