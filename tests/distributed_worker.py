@@ -172,7 +172,6 @@ CASES = {f.__name__: f for f in (tensor_parallel, pipeline_parallel, data_parall
 if __name__ == "__main__":
     case, directory, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=2)
     CASES[case](directory)
     # Nobody leaves while another still speaks.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,8 +16,9 @@ import cli_models
 import pandas
 import pytest
 from corpora import assert_same, measured, run, write
-from corpus_process import measure
+from corpus_process import hold, measure
 from filelock import FileLock
+from forked import processes
 from test_cli import invoke
 
 from llama_attn.cli.corpus import _places
@@ -29,8 +29,6 @@ from llama_attn.corpus.records import find_files, read, survey
 from llama_attn.corpus.run import SHARDS, SKIPPED, SUMMARY, Run
 
 COUNT, EVERY, KILLS = 90, 4, 20
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["corpus_process"])
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +117,6 @@ def test_what_another_process_did_meanwhile_is_not_done_again(folder, expected, 
     monkeypatch.setattr(FileLock, "acquire", acquire)
     monkeypatch.setattr(Reader, "measure", lambda *arguments: pytest.fail("measured again"))
     assert_same(measured(folder, tmp_path / "run", every=EVERY), expected)
-
-
-def hold(lock):
-    with FileLock(lock):
-        time.sleep(600)
 
 
 def test_a_damaged_shard_is_measured_again(folder, expected, tmp_path):

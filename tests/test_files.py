@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import multiprocessing
 import os
 import stat
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from forked import processes
 
 import llama_attn
 from llama_attn import AttentionStats
@@ -72,9 +72,8 @@ def test_processes_that_save_the_same_path(stats, tmp_path):
     path.parent.mkdir()
     stats.save(source)
     stats.save(path)
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    writers = [context.Process(target=_save_in_a_process, args=(source, path, queue)) for _ in range(2)]
+    queue = processes.Queue()
+    writers = [processes.Process(target=_save_in_a_process, args=(source, path, queue)) for _ in range(2)]
     assert _load_beside(writers, path, stats) > 3
     assert [queue.get(timeout=10) for _ in writers] == [[], []]
     assert [writer.exitcode for writer in writers] == [0, 0]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cli_models
 import pytest
+from forked import Python
 
 ROOT = Path(__file__).parent.parent
 CLI = ("-c", "from llama_attn.cli import app; app()")
@@ -31,15 +32,15 @@ def copy(tmp_path):
 def run(copy):
     def run(*arguments):
         environment = os.environ | {"PYTHONPATH": str(copy), "COLUMNS": "200"}
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout + done.stderr
+        return Python(*arguments, folder=copy, environment=environment).ended()
 
     return run
 
 
 def pytested(run, *chosen):
-    return run("-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen)
+    # Plugins of pytest that transformers needs too.
+    imported = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+    return run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", imported, *chosen)
 
 
 def insert(file, before, new):

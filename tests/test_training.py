@@ -9,13 +9,12 @@ import os
 import pickle
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from forked import Python
 from torch import nn
 from trainers import (
     CHECKPOINTING,
@@ -451,20 +450,20 @@ print("RESULT", json.dumps([wrapper, attention_logs(trainer)[1], own]))
 
 
 def test_numbers_are_of_all_processes(tmp_path):
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DISTRIBUTED, str(tmp_path)]
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
-        subprocess.Popen(
-            command,
-            cwd=Path(__file__).parent,
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            text=True,
+        Python(
+            "-c",
+            DISTRIBUTED,
+            tmp_path,
+            folder=Path(__file__).parent,
+            environment=shared | {"RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in ("0", "1")
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    results = [json.loads(output.split("RESULT")[1]) for output in outputs]
+    ended = [process.ended(120) for process in processes]
+    assert [code for code, _ in ended] == [0, 0], ended
+    results = [json.loads(said.split("RESULT")[1].splitlines()[0]) for _, said in ended]
     (wrapper, logs, first), (_, same, second) = results
     assert wrapper == "DistributedDataParallel"
     assert logs == same
