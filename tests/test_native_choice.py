@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from forked import Python
 from typer.testing import CliRunner
 
 from llama_attn import engines
@@ -87,9 +88,9 @@ def test_a_library_is_no_engine():
 
 def test_a_wrong_choice_ends_the_import():
     code = "import os; os.environ['LLAMA_ATTN_ISA'] = 'x86-64-v9'; import llama_attn.engines"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "ValueError: LLAMA_ATTN_ISA: expected one of ['native'" in result.stderr
+    status, said = Python("-c", code).ended()
+    assert status == 1
+    assert "ValueError: LLAMA_ATTN_ISA: expected one of ['native'" in said
 
 
 def test_a_torch_that_shows_its_openmp_to_nobody():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -13,6 +10,7 @@ import torch
 from accelerate import cpu_offload
 from any_model import draw, left_padding, state
 from conftest import CACHE, PEFT_LOSES_CACHE
+from forked import Python
 from transformers import StaticCache, TextGenerationPipeline
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import ENTRIES
@@ -240,11 +238,8 @@ assert recording.stats.paths[0] == "module.model.layers.0.self_attn"
 torch.distributed.destroy_process_group()
 """
     folder = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "rendezvous")], capture_output=True, text=True,
-        check=False, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder.parent)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
+    status, said = Python("-c", code, tmp_path / "rendezvous", folder=folder).ended()
+    assert status == 0, said[-4000:]
 
 
 def test_a_wrapper_of_ones_own(model):
