@@ -22,7 +22,7 @@ PAGE = """# Analysis
 Each function takes an `AttentionStats`, an `xarray.Dataset` or the path of a saved file, and returns xarray or pandas.
 None needs a model. A statistic that is missing is an error that names the configuration to ask for. Padding is NaN in
 the statistics and counts nowhere. This page is written by `docs/make_gallery.py`; the figures are in
-[gallery.md](gallery.md), the numbers of papers and other tools in [recipes.md](recipes.md).
+[Gallery](gallery.md), the numbers of papers and other tools in [Recipes](recipes.md).
 
 A = attention weights, i = query, j = key, n_i = number of keys that query i may see, α_k = `received` of key k: the
 mean of A_ik over the queries that may see k.

@@ -40,7 +40,7 @@ typed by hand. `BENCH="forward decode" make bench` measures some of the groups a
 Times are medians of at least five rounds after one to warm up; in every round the baseline and all cases of a shape
 run in turns in one process, and the range is that of the ratios of single rounds. Ratios are time or memory over that of
 the baseline: less is better. Rows with a goal say plainly whether it was met. What was tried to get there is in
-[performance.md](performance.md).
+[Performance](performance.md).
 
 ![ratios](images/benchmarks.png)
 """

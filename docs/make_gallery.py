@@ -50,7 +50,7 @@ repeated = run(torch.cat([torch.full((4, 1), start), half, half], -1))
 
 Figures of one pair of axes take `ax=`, and draw there. Grey is "no data": pairs that may not see each other, padding, layers
 that were not measured. This page is written by `docs/make_gallery.py` from the files in `docs/gallery`, whose code drew the
-pictures; numbers that answer the same questions are in [analysis.md](analysis.md).
+pictures; numbers that answer the same questions are in [Analysis](analysis.md).
 """
 
 

@@ -249,7 +249,7 @@ make gpu
 
 It checks engines, backends (FlashAttention 2 and 3 where they are installed) and models against float64, times the kernels
 against those of PyTorch and Llama-3-8B's shape against stock sdpa, and measures memory at 32,768 and 131,072 tokens; what
-it found stands in [benchmarks.md](benchmarks.md) then. `python benchmarks/gpu.py --dry-run` rehearses it on a CPU.
+it found stands in [Benchmarks](benchmarks.md) then. `python benchmarks/gpu.py --dry-run` rehearses it on a CPU.
 
 | | |
 |---|---|
