@@ -63,7 +63,9 @@ def everything_in(artist: Artist) -> Iterator[Artist]:
 
 def listed(values: Any) -> list[Any]:
     """Numbers that are equal to themselves: where there are none stands None."""
-    return [] if values is None else np.ma.masked_invalid(np.ma.asarray(values, dtype=float)).tolist()
+    numbers = np.ma.asarray([] if values is None else values, dtype=float).filled(np.nan)
+    known = np.isfinite(numbers)
+    return numbers.tolist() if known.all() else np.where(known, numbers, None).tolist()
 
 
 def finite(values: Any) -> bool:

@@ -32,6 +32,10 @@ def measure(length=16, rows=2, padding=0, seed=0, tokens=True, answer=True, **se
     return stats.with_tokens(Tokenizer(), ids - 3) if tokens else stats
 
 
+# Of what no test changes.
+measured = cache(measure)
+
+
 def without_data(layer, **settings):
     """Nothing was finite in one layer."""
     stats = measure(**settings)
@@ -128,7 +132,7 @@ def test_vector_graphics_of_hostile_tokens_are_wellformed(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_tokens_positions_are_written(name):
-    asked = Asked(measure(tokens=False), measure(tokens=False, seed=1))
+    asked = Asked(measured(tokens=False), measured(tokens=False, seed=1))
     figure = drawn(name, asked)
     figure.savefig(io.BytesIO(), format="png", dpi=40)
     for axes in figure.axes:
@@ -139,13 +143,13 @@ def test_without_tokens_positions_are_written(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_not_measured_is_refused(name):
-    stats = measure(layers=(2, 0), heads=(4,))
+    stats = measured(layers=(2, 0), heads=(4,))
     asked = Asked(stats, stats, layer=2, batch=1)
     for parameter, wanted in (("layer", 1), ("layer", -1), ("batch", 2), ("batch", -1), ("head", 3)):
         if takes(name, parameter):
             with pytest.raises(ValueError, match=f"{parameter}: {wanted} was not measured; there are"):
                 drawn(name, Asked(stats, stats, **({"layer": 2} | {parameter: wanted})))
-    nothing = measure(statistics="topk_weight", norms=False, answer=False)
+    nothing = measured(statistics="topk_weight", norms=False, answer=False)
     function = getattr(viz, name)
     sources = (nothing, nothing) if "a" in inspect.signature(function).parameters else (nothing,)
     wanted = {"plot_rows": r"rows=\(-1,\)", "plot_sources": "segments=…"}.get(name, r"statistics=\(…, ")

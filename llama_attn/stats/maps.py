@@ -67,36 +67,33 @@ def _mean_over_pairs(total: Tensor, counts: Counts, config: AttentionStatsConfig
     return total.select(-3, 0) / total.select(-3, 1)
 
 
-def _map_edges(reference: Reference) -> tuple[int, list[slice], list[slice]]:
+def _map_edges(reference: Reference) -> tuple[list[slice], list[slice]]:
     width = 1
     while -(-reference.num_positions // width) > reference.config.map_size:
         width *= 2
     bins, offset = range(0, reference.num_positions, width), reference.offset
     rows = [torch.nonzero((offset + reference.query_positions) // width == b // width).flatten() for b in bins]
     query_bins = [slice(int(r[0]), int(r[-1]) + 1) if len(r) else slice(0, 0) for r in rows]
-    return width, query_bins, [slice(max(0, b - offset), max(0, b + width - offset)) for b in bins]
+    return query_bins, [slice(max(0, b - offset), max(0, b + width - offset)) for b in bins]
+
+
+def _sums_of_cells(values: Tensor, query_bins: list[slice], key_bins: list[slice]) -> Tensor:
+    columns = torch.stack([values[..., keys].sum(-1) for keys in key_bins], dim=-1)
+    return torch.stack([columns[..., rows, :].sum(-2) for rows in query_bins], dim=-2)
 
 
 def _weights_map_textbook(reference: Reference) -> Tensor:
-    _, query_bins, key_bins = _map_edges(reference)
-    cells = []
-    for rows in query_bins:
-        real = reference.real_queries[:, rows].double()
-        masses = [reference.weights[:, :, rows, keys].sum(-1) for keys in key_bins]
-        cells.append(torch.stack([(mass * real[:, None]).sum(-1) / real.sum(-1)[:, None] for mass in masses], -1))
-    return torch.stack(cells, dim=-2)
+    query_bins, key_bins = _map_edges(reference)
+    real = reference.real_queries.double()
+    masses = _sums_of_cells(reference.weights * real[:, None, :, None], query_bins, key_bins)
+    queries = torch.stack([real[:, rows].sum(-1) for rows in query_bins], dim=-1)
+    return masses / queries[:, None, :, None]
 
 
 def _logits_map_textbook(reference: Reference) -> Tensor:
-    _, query_bins, key_bins = _map_edges(reference)
-    pairs = (reference.visible & reference.real_queries[:, None, :, None]).expand_as(reference.scores)
-    cells = []
-    for rows in query_bins:
-        for keys in key_bins:
-            seen = pairs[:, :, rows, keys]
-            scores = torch.where(seen, reference.scores[:, :, rows, keys], 0)
-            cells.append(scores.sum((-2, -1)) / seen.sum((-2, -1)))
-    return torch.stack(cells, dim=-1).unflatten(-1, (len(query_bins), len(key_bins)))
+    bins = _map_edges(reference)
+    seen = (reference.visible & reference.real_queries[:, None, :, None]).expand_as(reference.scores)
+    return _sums_of_cells(torch.where(seen, reference.scores, 0), *bins) / _sums_of_cells(seen, *bins)
 
 
 def _distance_histogram(block: Block) -> Float[Tensor, "batch head distance_bin"]:

@@ -56,12 +56,13 @@ def _mean_count(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> 
 
 
 def _textbook(reference: Reference, numbers: Tensor) -> Tensor:
-    seen = (reference.visible & reference.real_queries[:, None, :, None]).expand_as(reference.weights)
+    weights, queries = reference.weights, reference.real_queries.sum(-1)[:, None]
+    seen = (reference.visible & reference.real_queries[:, None, :, None]).expand_as(weights)
     bins = []
     for b in range(NUM_WEIGHT_BINS):
         above = 2.0 ** -(b + 1) if b + 1 < NUM_WEIGHT_BINS else -1.0
-        inside = (reference.weights > above) & (reference.weights <= 2.0**-b) & seen
-        bins.append((numbers * inside).sum((-2, -1)) / reference.real_queries.sum(-1)[:, None])
+        inside = (weights > above) & (weights <= 2.0**-b) & seen
+        bins.append((numbers * inside).sum((-2, -1)) / queries)
     return torch.stack(bins, dim=-1)
 
 
