@@ -31,7 +31,7 @@ test: $(VENV)/.native
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # What CI runs: the tests, that of the wheel outside the tree among them, the documentation, the engine as the wheel brings
 # it, and each benchmark once on small shapes.

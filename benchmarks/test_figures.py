@@ -47,7 +47,9 @@ def shape(stats):
 def test_seed_figures(stats, benchmark, tmp_path):
     benchmark.group = "figures"
     layers = range(10)[: len(stats.layers)]
-    written = benchmark.pedantic(save_seed_figures, args=(stats, tmp_path, layers), rounds=once(3), warmup_rounds=none(1))
+    written = benchmark.pedantic(
+        save_seed_figures, args=(stats, tmp_path, layers), rounds=once(3), warmup_rounds=none(1)
+    )
     assert len(written) == 3 * len(layers)
     row = Row.over("30 pictures of ten layers", shape(stats), median(benchmark), "s", "the limit", 15.0, 1.0)
     keep(benchmark, [row])
