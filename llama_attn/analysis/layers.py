@@ -77,6 +77,12 @@ def head_means(ds: Source, statistic: str) -> xarray.DataArray:
     return means
 
 
+def one_per_layer(values: xarray.DataArray) -> bool:
+    """Whether means over heads and tokens leave one number per layer."""
+    left = set(values.dims) - {*HEAD_DIMS, *POSITION_DIMS}
+    return left in ({"layer"}, {"hidden_layer"}) and np.issubdtype(values.dtype, np.floating)
+
+
 def over_positions(values: xarray.DataArray) -> xarray.DataArray:
     """The mean over rows and tokens, of those that are real."""
     return values.mean([dim for dim in values.dims if dim in POSITION_DIMS], keep_attrs=True)

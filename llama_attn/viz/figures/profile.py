@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis import as_dataset, layer_evolution, require
+from llama_attn.analysis.layers import one_per_layer
 from llama_attn.analysis.part import named_range
 from llama_attn.analysis.row import row_alone
 from llama_attn.analysis.uniform import uniform_attention
@@ -62,11 +63,11 @@ def plot_layer_profile(
         TypeError: ``ax`` is something else than axes.
     """
     dataset = pick_segment(as_dataset(source), [statistic], segment)
-    summaries = layer_evolution(row_alone(dataset, batch))
-    evolution = summaries.get(statistic)
-    if evolution is None or evolution.ndim != 2:
-        suited = [str(name) for name, values in summaries.items() if values.ndim == 2]
+    row = row_alone(dataset, batch)
+    if not one_per_layer(row[statistic]):
+        suited = [str(name) for name, values in row.items() if one_per_layer(values)]
         raise ValueError(f"statistic: expected one number per layer and token, one of {suited}, got {statistic!r}")
+    evolution = layer_evolution(row[[statistic]])[statistic]
     axis = str(evolution.dims[0])
     evolution = evolution.sortby(axis)
     layers = evolution[axis].values
