@@ -178,7 +178,7 @@ def test_a_change_of_one_of_several_layers_that_are_one_module():
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "around it"])
 def test_a_graph_of_the_decoder_alone(in_place):
     """Our class observes it from outside, with one graph for all forwards."""
-    model = tiny_model("sdpa")
+    model = tiny_model("sdpa", num_hidden_layers=2)
     expected = run(model, output_attention_stats=True).attention_stats
     if in_place:
         model.model.compile(backend="aot_eager")

@@ -17,7 +17,7 @@ import gguf
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig, modeling_gguf_pytorch_utils as gguf_files
 from transformers.initialization import no_init_weights
 
 from llama_attn import LlamaForCausalLM
@@ -77,20 +77,45 @@ def left_padding() -> torch.Tensor:
 
 @pytest.fixture(scope="session", autouse=True)
 def _gguf_is_read_once():
-    """transformers parses a GGUF file three times per model, and lists its names once per tensor: most of what loading takes."""
+    """transformers parses a GGUF file three times per model, lists its names once per tensor and makes numbers of its
+    blocks again for every model: most of what loading takes.
+    """
 
     @cache
     def parsed(path, changed, size, parse=gguf.GGUFReader):
         return parse(path)
 
     def reader(path):
-        about = Path(path).stat()
-        return parsed(path, about.st_mtime_ns, about.st_size)
+        return parsed(path, *version(path))
+
+    @cache
+    def described(path, changed, size, load=gguf_files.load_gguf_checkpoint):
+        return load(path)
+
+    def load(path, return_tensors=False, *more, load=gguf_files.load_gguf_checkpoint, **settings):
+        if return_tensors:
+            return load(path, return_tensors, *more, **settings)
+        return copy.deepcopy(described(path, *version(path)))
+
+    # By the blocks, which the readers hold for good; with them beside the numbers, no other can take their place.
+    numbers = {}
+
+    def dequantize(blocks, kind, dequantize=gguf.dequantize):
+        if id(blocks) not in numbers:
+            numbers[id(blocks)] = blocks, dequantize(blocks, kind)
+        return numbers[id(blocks)][1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", reader)
         patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        patch.setattr(gguf, "dequantize", dequantize)
+        patch.setattr(gguf_files, "load_gguf_checkpoint", load)
         yield
+
+
+def version(path) -> tuple[int, int]:
+    about = Path(path).stat()
+    return about.st_mtime_ns, about.st_size
 
 
 @pytest.fixture(scope="session")
