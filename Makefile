@@ -11,8 +11,6 @@ LOWEST := .venv-lowest
 EXTRAS := datatrove,demo,training,triton
 LOCK ?= requirements-lock.txt
 export HF_HUB_OFFLINE ?= 1
-# For two cores: tests also wait, for a browser and for the processes that they start.
-WORKERS ?= 3
 # Tests start many processes: what one of them has compiled the others read.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -33,7 +31,7 @@ test: $(VENV)/.native
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # What CI runs: the tests, that of the wheel outside the tree among them, the documentation, the engine as the wheel brings
 # it, and each benchmark once on small shapes.
