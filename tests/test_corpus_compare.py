@@ -125,6 +125,11 @@ def test_what_only_one_has_is_named(folder, one, tmp_path):
     assert {*zip(frame.layer, frame["head"], strict=True)} == {(0, 4), (2, 4)}
     assert (frame.difference.abs() < 1e-6).all()
     assert frame.attrs["only_in_b"] == [name for name in one.about.scores if name not in ("entropy", "sink_mass")]
+    models = frame.attrs["models"]
+    assert [model.rsplit(", ", 1)[1] for model in models] == ["2 layers × 1 heads", "3 layers × 6 heads"]
+    assert all(model.startswith(one.about.model or "no name") for model in models)
+    assert frame.attrs["compared"] == "2 layers × 1 heads"
+    assert compare(one, one).attrs["models"] == []
 
 
 def test_what_cannot_be_compared(folder, one, tmp_path):

@@ -140,7 +140,10 @@ class AttentionStatsConfig:
             return None, None
         labels, names = self._segments
         if tuple(labels.shape) != tuple(shape):
-            raise ValueError(f"segments: expected shape {shape}, got {tuple(labels.shape)}")
+            raise ValueError(
+                f"segments: expected shape {shape}, got {tuple(labels.shape)}; each token of the inputs has one, those of "
+                "add_generation_prompt=True too"
+            )
         return labels.to(device), names
 
     @property
