@@ -42,8 +42,8 @@ def compare(
         - ``paired_difference`` over these, with ``paired_low`` and ``paired_high``, and ``paired_effect``, it over the
           standard deviation of the differences, or over the rounding error.
 
-        NaN where there are less than two texts. ``attrs`` hold ``models``, the name, layers and heads
-        of both if they differ, and how many layers and heads are ``compared``, those with the same number in both;
+        NaN where there are less than two texts. ``attrs`` hold ``models``, the name, layers and heads of
+        both if they differ, and how many layers and heads are ``compared``, those with the same number in both;
         ``texts_a``, ``texts_b``, ``texts_in_both`` and what is ``only_in_a`` and ``only_in_b``.
 
     Raises:
@@ -82,8 +82,9 @@ def compare(
     frame = pandas.concat(frames, ignore_index=True)
     strength = frame[["effect", "paired_effect"]].abs().max(axis=1).fillna(-1)
     frame = frame.loc[strength.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+    models = [_model(a), _model(b)]
     frame.attrs |= {
-        "models": [] if _model(a) == _model(b) else [_model(a), _model(b)],
+        "models": models if models[0] != models[1] else [],
         "compared": f"{len(layers)} layers × {len(heads)} heads",
         "texts_a": a.texts, "texts_b": b.texts, "texts_in_both": len(in_a), "confidence": confidence,
         "only_in_a": [name for name in a.about.scores if name not in names],
