@@ -161,10 +161,43 @@ def test_what_is_changed_in_a_compiled_model(backend):
     for change in (ablate_heads(model, {1: [0]}, "mean"), block_keys(model, [3], first_query=5)):
         with change:
             expected = run(model).logits
+            found = []
             for _ in range(3):
                 torch.testing.assert_close(run(compiled).logits, expected, rtol=0, atol=1e-5)
+                found.append(graphs())
+        assert found[2] == found[0]
         assert float((expected - plain).abs().max()) > 0.01
         torch.testing.assert_close(run(compiled).logits, plain, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_layer_that_calls_attention_twice_in_one_forward(is_compiled):
+    model = built("qwen3")
+    attention = model.model.layers[1].self_attn
+    once = attention.forward
+    attention.forward = lambda *args, **kwargs: [once(*args, **kwargs), once(*args, **kwargs)][1]
+    module = torch.compile(model, backend="aot_eager") if is_compiled else model
+    with pytest.raises(ValueError, match="Qwen3Attention calls attention several times"), ablate_heads(model, {0: [1]}):
+        run(module, use_cache=False)
+    with pytest.raises(ValueError, match="Qwen3Attention calls attention several times"), record(model):
+        run(module, use_cache=False)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_compiled_and_does_not_run():
+    """What a graph that was made before has done is asked of the forwards of the block."""
+    model = built("qwen3")
+    compiled = torch.compile(model, backend="aot_eager")
+    block = ablate_heads(model, {1: [0]})
+    with block:
+        run(compiled)
+    with pytest.raises(ValueError, match="nothing was changed"), block:
+        pass
+    found = graphs()
+    with block:
+        run(compiled)
+    assert graphs() == found
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from llama_attn.stats.visibility import Visibility
 
 # Operators that change nothing are left out of a graph: these are said to write to it.
 _token = torch.zeros(1)
-# Who is told when a graph runs: of a "call", and of hidden "states".
+# Who is told when a graph runs: of a "call", of hidden "states", and that a layer whose calls are changed is "called".
 receivers: dict[str, Callable[..., None]] = {}
 # Layers by identity, which is what an operator can be told.
 modules: dict[int, nn.Module] = {}
@@ -52,6 +52,11 @@ def observe(
 def show_states(module: nn.Module, states: Tensor, *, entering: bool) -> None:
     """Have the observers of a layer shown its input or output when the graph runs."""
     torch.ops.llama_attn.show_states(_token, states.detach(), id(module), entering)
+
+
+def called(module: nn.Module, who: object) -> None:
+    """Have ``who`` changes the calls of a layer told that it is called when the graph runs."""
+    torch.ops.llama_attn.called(_token, id(module), id(who))
 
 
 @torch.library.custom_op(
@@ -99,5 +104,17 @@ def _show_states(token: Tensor, states: Tensor, module: int, entering: bool) -> 
 
 
 @_show_states.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "llama_attn::called", mutates_args=("token",), schema="(Tensor(a!) token, int module, int who) -> ()"
+)
+def _called(token: Tensor, module: int, who: int) -> None:
+    receivers["called"](modules[module], who)
+
+
+@_called.register_fake
 def _(*arguments: Any) -> None:
     return None

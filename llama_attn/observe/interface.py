@@ -87,6 +87,9 @@ class Intervention(Protocol):
     def change_output(self, call: AttentionCall, name: str, output: Tensor) -> Tensor:
         """What the layer gets of it, (batch, query, head, value_channel)."""
 
+    def called(self, module: nn.Module) -> None:
+        """A layer is called in a compiled graph, where `change` saw the call once, when the graph was made."""
+
 
 # By identity: Dynamo would look into keys that are modules. `compiled.modules` keeps them alive.
 _watched: dict[int, tuple[Observer, ...]] = {}
@@ -160,9 +163,7 @@ def unwatch(modules: Iterable[nn.Module], observer: Observer, interfaces: Iterab
             _watched[at] = left
         else:
             _watched.pop(at, None)
-            compiled.modules.pop(at, None)
-            if at in _cross:
-                _forget_cross(module)
+            _forget(at)
     _leave_shadows(interfaces)
 
 
@@ -174,7 +175,9 @@ def intervene(
     Observers see the call as it is made, whether they came before or come later. Arguments as in `watch`.
     """
     for module in modules:
-        _intervening[id(module)] = (*_intervening.get(id(module), ()), intervention)
+        at = id(module)
+        _intervening[at] = (*_intervening.get(at, ()), intervention)
+        compiled.modules[at] = module
     for module in cross:
         _cross[id(module)] = None
     _take_shadows(interfaces)
@@ -188,7 +191,7 @@ def stop_intervening(modules: Iterable[nn.Module], intervention: Intervention, i
             _intervening[id(module)] = left
         else:
             _intervening.pop(id(module), None)
-            _forget_cross(module)
+            _forget(id(module))
     _leave_shadows(interfaces)
 
 
@@ -196,9 +199,11 @@ def _without(everyone: tuple[T, ...], one: T) -> tuple[T, ...]:
     return tuple(other for other in everyone if other is not one)
 
 
-def _forget_cross(module: nn.Module) -> None:
-    if id(module) not in _watched and id(module) not in _intervening:
-        _cross.pop(id(module), None)
+def _forget(at: int) -> None:
+    """Keep nothing of a layer that nobody watches or changes any more."""
+    if at not in _watched and at not in _intervening:
+        _cross.pop(at, None)
+        compiled.modules.pop(at, None)
 
 
 def _take_shadows(interfaces: Iterable[Any]) -> None:
@@ -251,10 +256,8 @@ def _attend(attend: Callable[..., Any], name: str, /, module: nn.Module, *args: 
         # Outside a graph that is being compiled nobody can be asked.
         outside = not all(observer.is_traced for observer in everyone)
         everyone = tuple(observer for observer in everyone if observer.is_traced)
-    observers = []
-    for observer in everyone:
-        if (asked := observer.for_call(module)) is not None:
-            observers.append(asked)
+    asked = [observer.for_call(module) for observer in everyone]
+    observers = [observer for observer in asked if observer is not None]
     if not observers and not outside and not changes:
         return attend(module, *args, **kwargs)
     return _observe(observers, changes, attend, name, module, args, kwargs, outside)
@@ -369,7 +372,14 @@ def _tell_states(module: nn.Module, states: Tensor, entering: bool) -> None:
             (observer.enter_layer if entering else observer.leave_layer)(module, states)
 
 
-compiled.receivers.update(call=_tell, states=_tell_states)
+def _tell_called(module: nn.Module, who: int) -> None:
+    """Tell who changes the calls of a layer in a compiled graph that it is called."""
+    for intervention in _intervening.get(id(module), ()):
+        if id(intervention) == who:
+            intervention.called(module)
+
+
+compiled.receivers.update(call=_tell, states=_tell_states, called=_tell_called)
 
 
 def _refuse(module: nn.Module, name: str, options: dict[str, Any], who: str) -> None:

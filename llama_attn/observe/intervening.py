@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from llama_attn.backends._rules import AttentionCall
 from llama_attn.backends.registry import rule_of
+from llama_attn.observe import compiled
 from llama_attn.observe.forward import Stack, is_replay
 from llama_attn.observe.hidden import Hook, owner_of
 from llama_attn.observe.interface import interfaces_of, intervene, stop_intervening
@@ -170,9 +171,27 @@ class Intervening:
             self._sees_forwards = True
         if self._stack is None or call.module not in self._stack.layers:
             return call
-        layer = self._layer_of(call.module)
+        return self.change_call(call, name, self._layer_of(call.module))
+
+    def called(self, module: nn.Module) -> None:
+        """A layer that one forward calls once is called.
+
+        Raises:
+            ValueError: It is called again before any other.
+        """
+        if self._stack is None or is_replay():
+            return
+        layer, _ = self._stack.layers[module]
+        if module is self._last:
+            raise ValueError(
+                f"{self.name}: {type(module).__name__} calls attention several times in one forward (once per image, "
+                f"window or part), so that there is no attention of a layer of {self._stack.name!r}"
+            )
+        if module in self._called:
+            self._new_forward()
+        self._called.add(module)
+        self._last = module
         self._ran[layer] = None
-        return self.change_call(call, name, layer)
 
     def _layer_of(self, module: nn.Module) -> int:
         """Which layer the call that ``module`` makes now is.
@@ -198,15 +217,12 @@ class Intervening:
         if self._brackets:
             index = self._calls if self._calls or self._is_shared else index
             self._calls += 1
-        elif module is self._last:
-            raise ValueError(
-                f"{self.name}: {type(module).__name__} calls attention several times in one forward (once per image, "
-                f"window or part), so that there is no attention of a layer of {self._stack.name!r}"
-            )
-        elif module in self._called:
-            self._new_forward()
-        self._called.add(module)
-        self._last = module
+            self._ran[index] = None
+        elif torch.compiler.is_compiling():
+            # What has been called differs from forward to forward, and a graph that asked would be compiled anew.
+            compiled.called(module, self)
+        else:
+            self.called(module)
         return index
 
     def sight(self, call: AttentionCall, name: str) -> Visibility:
