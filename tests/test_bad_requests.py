@@ -69,7 +69,10 @@ def test_whatever_counts_as_an_integer(one):
         ),
         (AttentionStatsConfig(segments=[["a"] * 37] * 3), r"expected shape \(2, 37\), got \(3, 37\)"),
         (AttentionStatsConfig(statistics=("segment_mass",)), "'segment_mass' needs `segments`"),
-        ("yes", "output_attention_stats: expected None, a bool or an AttentionStatsConfig, got 'yes'"),
+        (
+            "yes",
+            "output_attention_stats: expected None, a bool or an AttentionStatsConfig, got 'yes'; a statistic is named by",
+        ),
         (1, "output_attention_stats: expected"),
     ],
     ids=str,

@@ -91,7 +91,8 @@ ALLOWED_TO_ANALYSIS = {
     "llama_attn.stats.integers", "llama_attn.stats.integers.is_integer",
     "llama_attn.stats.runs", "llama_attn.stats.runs.Runs", "llama_attn.stats.runs.runs_of",
     "llama_attn.stats.runs.sum_of_runs",
-    "llama_attn.stats.table", "llama_attn.stats.table.TAKEN", "llama_attn.stats.table.statistics_table",
+    "llama_attn.stats.table", "llama_attn.stats.table.TAKEN", "llama_attn.stats.table.WHOLE_HAVE_NO_MEAN",
+    "llama_attn.stats.table.statistics_table",
 }  # fmt: skip
 ALLOWED_TO_VIZ = {
     "llama_attn.corpus.bins", "llama_attn.corpus.bins.position_starts", "llama_attn.corpus.bins.value_bins",

@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from corpora import measured, write
 from oracle import capture, errors, expected, stock_of
+from test_cli import invoke
+from trainers import trainer_for
 
 import llama_attn
 from llama_attn import AttentionStatsConfig, Statistic, register_statistic
+from llama_attn.analysis import head_means
+from llama_attn.observe.training import AttentionStatsCallback
 from llama_attn.stats.rows import QUERY_DIMS as QUERY
 from llama_attn.stats.table import DIMENSIONS, default_statistics, statistics_table
 from llama_attn.testing import assert_statistic_matches
+from llama_attn.viz import plot_head_grid, plot_layer_profile
 
 PACKAGE = Path(llama_attn.__file__).parent
 DEFAULT = {
@@ -360,3 +366,31 @@ def test_definitions_and_configuration_do_not_go_in_circles(module):
         left += new
     assert start not in reached
     assert reached or module == "scoring"
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_whole_numbers_have_no_mean(ids, tmp_path):
+    """Positions with −1 for none; every reader that averages says so before it does."""
+
+    def farthest(block):
+        return block.weights.argmax(-1)
+
+    def textbook(reference):
+        return reference.weights.argmax(-1)
+
+    register_statistic(Statistic("place", QUERY, "position", "-", farthest, textbook, dtype=torch.long))
+    config = AttentionStatsConfig(statistics=("entropy", "place"))
+    with torch.no_grad():
+        dataset = tiny_model()(ids, output_attention_stats=config).attention_stats.to_xarray()
+    whole = "whole numbers are positions or channels, with −1 for none; a count has a mean if it is of floats"
+    for read in (head_means, plot_layer_profile, plot_head_grid):
+        with pytest.raises(ValueError, match=rf"one of \['entropy'\], got 'place', {whole}"):
+            read(dataset, "place")
+    write(tmp_path / "texts", count=5)
+    with pytest.raises(ValueError, match=rf"\['place'\] do not add up over texts: {whole}"):
+        measured(tmp_path / "texts", tmp_path / "out", config=config)
+    refused = invoke("corpus", "no model", tmp_path / "texts", "--out", tmp_path / "out", "--statistics", "place")
+    assert refused.exit_code == 2
+    assert f"['place'] do not add up over texts: {whole}" in refused.output
+    with pytest.raises(ValueError, match=rf"which have a mean, got \['place'\]: {whole}"):
+        AttentionStatsCallback(trainer_for(tiny_model(), tmp_path), statistics="place")

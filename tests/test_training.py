@@ -409,7 +409,7 @@ def test_a_model_without_observable_attention_is_an_error(tmp_path):
         ({"query_stride": None}, "query_stride: expected a positive integer, got None"),
         ({"layers": (-1,)}, "layers: expected None or distinct indices"),
         ({"statistics": "entropie"}, "statistics: expected some of ['entropy', "),
-        ({"statistics": ("entropy", "topk_position")}, "which have a mean, got ['topk_position']"),
+        ({"statistics": ("entropy", "topk_position")}, "which have a mean, got ['topk_position']: whole numbers are"),
         ({"statistics": ("weights_map", "segment_mass", "topk_weight")}, "got ['weights_map', 'segment_mass', 'topk_"),
         ({"statistics": ()}, "which have a mean, got ()"),
         ({"per": "token"}, 'per: expected "layer" or "head", got '),

@@ -342,7 +342,7 @@ def test_identical_runs_have_no_difference(stats):
         (lambda stats: plot_head_grid(stats, statistic="hidden_norm"), "got 'hidden_norm'"),
         (lambda stats: plot_head_grid(stats, statistic="topk_position"), "got 'topk_position'"),
         (lambda stats: plot_layer_profile(stats, statistic="weights_map"), "one number per layer and token, one of .*hidden_norm"),
-        (lambda stats: plot_layer_profile(stats, statistic="hidden_max_channel"), "got 'hidden_max_channel'"),
+        (lambda stats: plot_layer_profile(stats, statistic="hidden_max_channel"), "got 'hidden_max_channel', whole numbers are positions or channels"),
         (lambda stats: plot_layer_profile(stats, statistic="topk_weight"), "got 'topk_weight'"),
         (lambda stats: plot_head_grid(stats, statistic="entropi"), "there is no statistic 'entropi'; did you mean 'entropy'.*; measured are .*'entropy'"),
         (lambda stats: plot_layer_profile(stats, statistic="qqqqqq"), "there is no statistic 'qqqqqq'; measured are"),
@@ -388,3 +388,15 @@ def test_where_uniform_attention_is_unknown_the_legend_says_so():
 def test_a_strip_of_states_alone_names_no_head_that_there_is_not(stats):
     with pytest.raises(ValueError, match="head: 99 was not measured; there are"):
         plot_token_strip(stats, head=99, statistics=["hidden_norm"])
+
+
+def test_without_tokens_ticks_are_positions():
+    """A text whose evenly spaced ticks would stand between tokens."""
+    stats = measure(torch.arange(3, 25)[None], torch.ones(1, 22, dtype=torch.long))
+    for call in (viz.plot_attention_map, viz.plot_layer_heads, viz.plot_token_strip):
+        figure = call(stats, layer=0)
+        figure.canvas.draw()
+        for axes in figure.axes:
+            for axis in (axes.xaxis, axes.yaxis):
+                if "[token]" in axis.get_label_text():
+                    assert all(place == round(place) for place in axis.get_majorticklocs()), call

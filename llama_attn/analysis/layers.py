@@ -8,8 +8,11 @@ import numpy as np
 
 from llama_attn.analysis.dataset import as_dataset, require
 from llama_attn.analysis.part import measured_part
+from llama_attn.stats.table import WHOLE_HAVE_NO_MEAN
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import xarray
 
     from llama_attn.analysis.dataset import Source
@@ -42,7 +45,7 @@ def layer_evolution(ds: Source) -> xarray.Dataset:
     evolution = {}
     for name, values in dataset.data_vars.items():
         pooled = {"query_bin", "key_bin", "distance_bin"} & set(values.dims)
-        if not {"layer", "hidden_layer"} & set(values.dims) or pooled or not np.issubdtype(values.dtype, np.floating):
+        if not {"layer", "hidden_layer"} & set(values.dims) or pooled or not has_mean(values):
             continue
         spread_over = [dim for dim in values.dims if dim in HEAD_DIMS]
         if spread_over:
@@ -61,26 +64,48 @@ def head_means(ds: Source, statistic: str) -> xarray.DataArray:
     """One number per head, (layer, head) or (layer, kv_head): the mean of a statistic over rows and tokens.
 
     Raises:
-        ValueError: It was not measured, or has other axes, such as a map.
+        ValueError: It was not measured, has other axes, such as a map, or is of whole numbers.
     """
     dataset = as_dataset(ds)
     require(dataset, statistic)
-    means = over_positions(dataset[statistic])
-    if means.ndim != 2 or means.dims[0] != "layer" or means.dims[1] not in HEAD_DIMS:
-        suited = [
-            str(name)
-            for name, values in dataset.data_vars.items()
-            if {"layer"} < set(values.dims) <= {"layer", *HEAD_DIMS, *POSITION_DIMS}
-            and set(values.dims) & set(HEAD_DIMS)
-        ]
-        raise ValueError(f"statistic: expected one number per head and token, one of {suited}, got {statistic!r}")
-    return means
+    check_suited(dataset, statistic, _one_per_head, "head")
+    return over_positions(dataset[statistic])
+
+
+def _one_per_head(values: xarray.DataArray) -> bool:
+    """Whether means over rows and tokens leave one number per layer and head."""
+    left = set(values.dims) - {*POSITION_DIMS}
+    return left in [{"layer", dim} for dim in HEAD_DIMS] and has_mean(values)
 
 
 def one_per_layer(values: xarray.DataArray) -> bool:
     """Whether means over heads and tokens leave one number per layer."""
     left = set(values.dims) - {*HEAD_DIMS, *POSITION_DIMS}
-    return left in ({"layer"}, {"hidden_layer"}) and np.issubdtype(values.dtype, np.floating)
+    return left in ({"layer"}, {"hidden_layer"}) and has_mean(values)
+
+
+def has_mean(values: xarray.DataArray) -> bool:
+    """Whether the numbers are quantities, and not positions or channels with −1 for none."""
+    return np.issubdtype(values.dtype, np.floating)
+
+
+def check_suited(dataset: xarray.Dataset, statistic: str, suits: Callable[[xarray.DataArray], bool], of: str) -> None:
+    """Check that a statistic is one that can be averaged.
+
+    Args:
+        dataset: Where it is.
+        statistic: Its name.
+        suits: Whether one can.
+        of: What has one number per token, for the message.
+
+    Raises:
+        ValueError: It cannot; the message says which can, and why whole numbers cannot.
+    """
+    if suits(dataset[statistic]):
+        return
+    suited = [str(name) for name, values in dataset.data_vars.items() if suits(values)]
+    why = "" if has_mean(dataset[statistic]) else f", {WHOLE_HAVE_NO_MEAN}"
+    raise ValueError(f"statistic: expected one number per {of} and token, one of {suited}, got {statistic!r}{why}")
 
 
 def over_positions(values: xarray.DataArray) -> xarray.DataArray:

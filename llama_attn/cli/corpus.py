@@ -280,7 +280,9 @@ def _config(statistics: str | None, layers: str, heads: str) -> AttentionStatsCo
         config = AttentionStatsConfig(
             statistics=names, layers=_indices("--layers", layers), heads=_indices("--heads", heads), offload="cpu"
         )
-        check_statistics({name: Label.of(statistics_table()[name]) for name in names})
+        wanted = {name: statistics_table()[name] for name in names}
+        whole = [name for name, statistic in wanted.items() if statistic.dtype is not None]
+        check_statistics({name: Label.of(statistic) for name, statistic in wanted.items()}, whole)
     except ValueError as error:
         fail(first_line(error))
     return config

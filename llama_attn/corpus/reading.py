@@ -45,7 +45,7 @@ def summarize(
         ValueError: A statistic does not add up over texts.
     """
     labels = {name: stats.labels[name] for name in stats.names}
-    check_statistics(labels)
+    check_statistics(labels, [name for name in labels if not stats[name].is_floating_point()])
     dataset = stats.to_xarray()
     by_position, scores, examples_for = of_positions(labels), of_heads(labels), with_examples(labels)
     if not scores:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from llama_attn.stats.labels import Label
+from llama_attn.stats.table import WHOLE_HAVE_NO_MEAN
 
 # Axes of a statistic that says something of every query or key of a text.
 OF_HEADS = (("layer", "batch", "head", "query"), ("layer", "batch", "head", "key"))
@@ -22,11 +23,16 @@ COUNTED = (
 )
 
 
-def check_statistics(labels: Mapping[str, Label]) -> None:
+def check_statistics(labels: Mapping[str, Label], whole: Collection[str] = ()) -> None:
     """Check that statistics can be summed up over texts.
 
+    Args:
+        labels: What they are.
+        whole: Those of whole numbers.
+
     Raises:
-        ValueError: One is neither of single queries or keys nor counted; the message names those that are.
+        ValueError: One is neither of single queries or keys nor counted, or it is of whole numbers; the message names
+            those that are.
     """
     other = [name for name, label in labels.items() if label.dims not in BY_POSITION and name not in COUNTED]
     if other:
@@ -34,6 +40,8 @@ def check_statistics(labels: Mapping[str, Label]) -> None:
             f"statistics: {other} do not add up over texts; expected statistics of every query or key, or some of "
             f"{list(COUNTED)}"
         )
+    if without_mean := [name for name in whole if name not in COUNTED]:
+        raise ValueError(f"statistics: {without_mean} do not add up over texts: {WHOLE_HAVE_NO_MEAN}")
 
 
 def of_positions(labels: Mapping[str, Label]) -> dict[str, Label]:

@@ -301,7 +301,7 @@ def record(module: nn.Module, config: AttentionStatsConfig | bool = True, *, sta
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    chosen = AttentionStatsConfig.from_argument(config)
+    chosen = AttentionStatsConfig.from_argument(config, "config")
     if chosen is None:
         raise ValueError(f"config: expected True or an AttentionStatsConfig, got {config!r}")
     return Recording(module, chosen, stack)

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from llama_attn.observe.recording import Recording, record
 from llama_attn.stats.config import AttentionStatsConfig
 from llama_attn.stats.container import AttentionStats
-from llama_attn.stats.table import statistics_table
+from llama_attn.stats.table import WHOLE_HAVE_NO_MEAN, statistics_table
 
 logger = logging.getLogger(__name__)
 
@@ -310,7 +310,9 @@ def _names(statistics: tuple[str, ...] | str) -> tuple[str, ...]:
     names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
     unknown = [name for name in names if name not in with_mean]
     if unknown or not names:
-        raise ValueError(f"statistics: expected some of {with_mean}, which have a mean, got {unknown or names}")
+        whole = any(name in table and table[name].dtype is not None for name in unknown)
+        why = f": {WHOLE_HAVE_NO_MEAN}" if whole else ""
+        raise ValueError(f"statistics: expected some of {with_mean}, which have a mean, got {unknown or names}{why}")
     return tuple(dict.fromkeys(names))
 
 

@@ -99,8 +99,10 @@ class AttentionStatsConfig:
             raise ValueError(f"engine: expected None or the name of an engine, got {self.engine!r}")
 
     @classmethod
-    def from_argument(cls, value: bool | AttentionStatsConfig | None) -> AttentionStatsConfig | None:
-        """Read an ``output_attention_stats`` argument: None and False are off, True is the default set.
+    def from_argument(
+        cls, value: bool | AttentionStatsConfig | None, name: str = "output_attention_stats"
+    ) -> AttentionStatsConfig | None:
+        """Read an argument of this name: None and False are off, True is the default set.
 
         Raises:
             ValueError: Anything else that is not a configuration.
@@ -112,7 +114,8 @@ class AttentionStatsConfig:
             return cls() if torch.compiler.is_compiling() else _default()
         if isinstance(value, cls):
             return value
-        raise ValueError(f"output_attention_stats: expected None, a bool or an AttentionStatsConfig, got {value!r}")
+        meant = "; a statistic is named by AttentionStatsConfig(statistics=…)" if isinstance(value, str) else ""
+        raise ValueError(f"{name}: expected None, a bool or an AttentionStatsConfig, got {value!r}{meant}")
 
     @property
     def labelled(self) -> int | None:

@@ -40,6 +40,10 @@ AXES: dict[Observed, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 }
 GROWING = ("key", "query_bin", "key_bin", "distance_bin")
 WHOLE_NUMBERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+# Said wherever one of them is asked for its mean.
+WHOLE_HAVE_NO_MEAN = (
+    "whole numbers are positions or channels, with −1 for none; a count has a mean if it is of floats, with NaN"
+)
 
 
 @dataclass(frozen=True)

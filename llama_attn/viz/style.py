@@ -153,6 +153,8 @@ def label_tokens(
     """
     target: Any = axes.xaxis if axis == "x" else axes.yaxis
     if tokens is None or len(positions) > most:
+        # There is no token between two others.
+        axes.locator_params(axis=axis, integer=True)
         return
     size = 8 if len(positions) <= 32 else 6
     labels = target.set_ticks(positions, [drawable(token) for token in tokens], fontsize=size)

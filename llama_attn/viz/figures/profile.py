@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_attn.analysis import as_dataset, layer_evolution, require
-from llama_attn.analysis.layers import one_per_layer
+from llama_attn.analysis.layers import check_suited, one_per_layer
 from llama_attn.analysis.part import named_range
 from llama_attn.analysis.row import row_alone
 from llama_attn.analysis.uniform import uniform_attention
@@ -64,9 +64,7 @@ def plot_layer_profile(
     """
     dataset = pick_segment(as_dataset(source), [statistic], segment)
     row = row_alone(dataset, batch)
-    if not one_per_layer(row[statistic]):
-        suited = [str(name) for name, values in row.items() if one_per_layer(values)]
-        raise ValueError(f"statistic: expected one number per layer and token, one of {suited}, got {statistic!r}")
+    check_suited(row, statistic, one_per_layer, "layer")
     evolution = layer_evolution(row[[statistic]])[statistic]
     axis = str(evolution.dims[0])
     evolution = evolution.sortby(axis)
