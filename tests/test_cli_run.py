@@ -293,3 +293,16 @@ def test_the_table_of_layers_fits_the_terminal(width, cut, steps, monkeypatch):
         assert (row[3] == "<|im_start|>:", row[12] == "␣Philadelphia") == (not cut, not cut)
         assert row[3][:2] == "<|"
         assert row[12][:2] == "␣P"
+
+
+def test_a_file_of_ones_own_that_fails(llama, tmp_path):
+    """With its line, and without all that led there."""
+    for text, said in (
+        ("a = 1\nb\n", ", line 2: NameError: name 'b' is not defined"),
+        ("a b\n", ": SyntaxError: invalid syntax"),
+    ):
+        (tmp_path / "mine.py").write_text(text)
+        result = invoke("--import", tmp_path / "mine.py", "run", llama, "--prompt", TEXT)
+        assert result.exit_code == 2
+        assert result.output.startswith(f"llama-attn: --import: {tmp_path / 'mine.py'}{said}")
+        assert result.output.count("\n") == 1

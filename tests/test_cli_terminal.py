@@ -278,7 +278,9 @@ def test_gguf_is_in_the_help(command):
 def test_a_repository_that_is_not_there_may_hold_gguf_files(tmp_path):
     result = invoke("run", "someone/model-GGUF", "--prompt", "x", "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert "in a repository of GGUF files, name one with --gguf-file" in result.output
+    assert (
+        "nor is there a folder someone/model-GGUF here; in a repository of GGUF files, name one with" in result.output
+    )
 
 
 @pytest.mark.parametrize(

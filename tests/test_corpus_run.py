@@ -322,7 +322,10 @@ def test_a_command_that_is_stopped(checkpoint, words, tmp_path, monkeypatch):
     assert "stopped; 1 of 6 shards are complete in" in said
     assert said.endswith("and the same command goes on from there")
     monkeypatch.undo()
-    assert "40 texts, " in invoke(*command, "--shard-records", "7").output
+    again = invoke(*command, "--shard-records", "7").output
+    assert f"1 of 6 shards are complete in {tmp_path / 'run'}; going on from there\n" in again
+    assert "40 texts, " in again
+    assert "going on" not in invoke(*command, "--shard-records", "7").output
 
 
 def test_several_files_of_lines(checkpoint, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import runpy
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ import typer
 
 from llama_attn import __version__
 from llama_attn.cli import ablate, budget, corpus, engine, heads, run, saved
-from llama_attn.cli.terminal import console, fail, plain_warning
+from llama_attn.cli.terminal import console, fail, first_line, plain_warning
 
 # Help as plain text: in the columns of the other kind long names of options are cut where 80 columns are all there is.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -41,4 +42,11 @@ def main(
     for path in own or []:
         if not path.is_file():
             fail(f"--import: there is no file {path}")
-        runpy.run_path(str(path))
+        try:
+            runpy.run_path(str(path))
+        except (
+            Exception
+        ) as error:  # The user's own code may fail in any way: its line is named, and not all that led there.
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+            line = f", line {lines[-1]}" if lines else ""
+            fail(f"--import: {path}{line}: {type(error).__name__}: {first_line(error)}")

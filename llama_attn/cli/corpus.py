@@ -115,7 +115,7 @@ def corpus(
     from llama_attn.corpus.batches import Reader
     from llama_attn.corpus.hub import HubDataset, is_hub_dataset
     from llama_attn.corpus.records import find_files, survey
-    from llama_attn.corpus.run import SHARDS as PARTS, SKIPPED, SUMMARY, Run
+    from llama_attn.corpus.run import SKIPPED, SUMMARY, Run
     from llama_attn.corpus.weights import fingerprint
 
     check_statistics(statistics)
@@ -163,6 +163,8 @@ def corpus(
         summary = run.finished()
         ending = "is" if summary is None else "was finished before,"
         if summary is None:
+            if (done := run.complete) and _speaks():
+                say(f"{done} of {len(run.shards)} shards are complete in {out}; going on from there")
             with reading(records, shown=_speaks()) as advance, refusals(loaded):
                 summary = run.measure(advance)
     except OSError as error:
@@ -173,9 +175,9 @@ def corpus(
         fail(first_line(error))
     except KeyboardInterrupt:
         if _speaks():
-            done = len([*(out / PARTS).glob("*.safetensors")])
             say(
-                f"stopped; {done} of {len(run.shards)} shards are complete in {out}, and the same command goes on from there"
+                f"stopped; {run.complete} of {len(run.shards)} shards are complete in {out}, and the same command goes on "
+                "from there"
             )
         raise typer.Exit(STOPPED) from None
     if summary is None:

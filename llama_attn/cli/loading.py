@@ -163,8 +163,9 @@ def _advice(checkpoint: Checkpoint) -> str:
     """The way out where a model was not found."""
     if checkpoint.name == demo_model.HUB_ID:
         return f"; {demo_model.how_to_get_it()}"
-    is_on_hub = checkpoint.gguf_file is None and not Path(checkpoint.name).exists()
-    return "; in a repository of GGUF files, name one with --gguf-file" if is_on_hub else ""
+    if checkpoint.gguf_file is not None or Path(checkpoint.name).exists():
+        return ""
+    return f"; nor is there a folder {checkpoint.name} here; in a repository of GGUF files, name one with --gguf-file"
 
 
 def load_tokenizer(chosen: Plan) -> PreTrainedTokenizerBase:

@@ -194,7 +194,8 @@ def _measure(
 def _print_generated(ids: Tensor, start: int, asked: int, tokens: Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
     for at, row in enumerate(ids[:, start:].tolist()):
         whose = f"{tokens.names[at]}, " if tokens.names else ""
-        console.print(f"{whose}generated: {tokenizer.decode(row, skip_special_tokens=True).strip()}")
+        text = tokenizer.decode(row, skip_special_tokens=True).strip()
+        console.print(f"{whose}generated: {text or f'{len(row)} tokens that are no text'}")
     if (written := ids.shape[1] - start) < asked:
         unread = "; it was never fed back, so that no token measured is of the answer" if written == 1 else ""
         say(f"the model ended by itself, after {written} of {asked} tokens{unread}")

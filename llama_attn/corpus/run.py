@@ -126,6 +126,11 @@ class Run:
                     f"{self.folder} is of another run: {name} was {was}, and is now {now}; choose another --out"
                 )
 
+    @property
+    def complete(self) -> int:
+        """How many shards are measured, by whichever process."""
+        return sum(1 for _ in (self.folder / SHARDS).glob("*.safetensors"))
+
     def finished(self) -> CorpusSummary | None:
         """The summary, if the run has ended."""
         try:
