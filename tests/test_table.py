@@ -185,7 +185,7 @@ def of_all_rows(block):
 
 
 def unsigned(block):
-    return block.mean((block.key_positions - block.first_key).to(block.exponentials.dtype))
+    return block.mean((block.key_slots - block.first_key).to(block.exponentials.dtype))
 
 
 def first_of_block(block):

@@ -94,7 +94,7 @@ class Block:
         return slice(self.first_key, self.first_key + self.num_keys)
 
     @property
-    def key_positions(self) -> Int[Tensor, " key"]:
+    def key_slots(self) -> Int[Tensor, " key"]:
         """Slot of each key in this block [token]."""
         return torch.arange(self.keys.start, self.keys.stop, device=self.exponentials.device)
 
@@ -119,9 +119,9 @@ class Block:
         return self.visibility.real_queries[:, self.rows.start : self.rows.stop]
 
     @property
-    def query_positions(self) -> Int[Tensor, " row"]:
+    def query_slots(self) -> Int[Tensor, " row"]:
         """Slot of each row [token]."""
-        return self.visibility.query_positions[self.rows.start : self.rows.stop]
+        return self.visibility.query_slots[self.rows.start : self.rows.stop]
 
     def distance(self, first: int, stop: int) -> Int[Tensor, "row key"]:
         """How far slots ``first`` … ``stop`` − 1 lie behind each query [token]; |i − j| if it may see later keys.
@@ -130,7 +130,7 @@ class Block:
         the first, padding included.
         """
         keys = torch.arange(first, stop, device=self.exponentials.device)
-        signed = self.query_positions[:, None] - keys
+        signed = self.query_slots[:, None] - keys
         return signed if self.visibility.causal else signed.abs()
 
     @cached_property
@@ -168,7 +168,7 @@ class Block:
     @cached_property
     def row_tokens(self) -> Int[Tensor, "batch row"]:
         """Token id of every row of this block."""
-        return self.tokens_at(self.query_positions)
+        return self.tokens_at(self.query_slots)
 
     def mass(self, pairs: Bool[Tensor, "_ row key"]) -> Float[Tensor, "batch head row"]:
         """Σ_j A_ij over the marked pairs, the same for every head."""

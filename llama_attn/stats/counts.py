@@ -97,7 +97,7 @@ class Counts:
         return self.offset + self.first_query
 
     @property
-    def query_positions(self) -> Int[Tensor, " query"]:
+    def query_slots(self) -> Int[Tensor, " query"]:
         """Slots of the measured queries."""
         return self.first_query + self.stride * torch.arange(self.num_queries, device=self.visible_keys.device)
 

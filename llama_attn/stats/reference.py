@@ -29,7 +29,7 @@ class Reference:
         real_queries: Whether each query is a real token that sees something, (batch, query).
         rank: Real keys of the same sequence before each key; no less than ``sink_tokens`` for keys that are
             padding, (batch, key).
-        query_positions: Slot of every query [token], (query).
+        query_slots: Slot of every query [token], (query).
         config: Parameters of the statistics.
         bidirectional: Whether distances count to both sides.
         bias: What is added to the scores, by a position bias or an additive mask, broadcastable to
@@ -53,7 +53,7 @@ class Reference:
     visible: Bool[Tensor, "batch _ query key"]
     real_queries: Bool[Tensor, "batch query"]
     rank: Int[Tensor, "batch key"]
-    query_positions: Int[Tensor, " query"]
+    query_slots: Int[Tensor, " query"]
     config: Parameters
     bidirectional: bool = False
     bias: Tensor | None = None
@@ -122,5 +122,5 @@ class Reference:
     @cached_property
     def distance(self) -> Int[Tensor, "query key"]:
         """How far each key lies behind each query [token]."""
-        signed = self.query_positions[:, None] - torch.arange(self.num_keys)
+        signed = self.query_slots[:, None] - torch.arange(self.num_keys)
         return signed.abs() if self.bidirectional else signed

@@ -77,7 +77,7 @@ def _mean_distance(block: Block) -> Float[Tensor, "batch head row"]:
     if before:
         dtype, device = block.exponentials.dtype, block.exponentials.device
         from_first = torch.arange(first - block.first_key, first - middle, -1, dtype=dtype, device=device)
-        beyond_first = (block.query_positions - first).to(dtype)
+        beyond_first = (block.query_slots - first).to(dtype)
         earlier = block.exponentials[..., :before]
         total += torch.matmul(earlier, from_first) + beyond_first * earlier.sum(-1)
     return total * block.scale

@@ -133,7 +133,7 @@ class Visibility(Spans):
         if self.sees is not None:
             real = self.sees
         elif self.aligned and self.real is not None:
-            real = self.real_keys[:, self.query_positions]
+            real = self.real_keys[:, self.query_slots]
         else:
             real = torch.ones(self.batch, self.num_queries, dtype=torch.bool, device=self.device)
         return real if self.rows is None else real & self.rows[:, None]

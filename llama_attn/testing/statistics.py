@@ -93,11 +93,11 @@ def _both_forms(
     hidden = torch.randn(batch, num_queries, 2 * channels, generator=generator, dtype=torch.float64)
     weight = torch.randn(2 * channels, heads * channels, generator=generator, dtype=torch.float64)
     reference, visibility = inputs.reference(config), inputs.visibility.measured(stride=stride)
-    positions = reference.query_positions
+    positions = reference.query_slots
     rows = positions % stride == 0
     reference = replace(
         reference, query=reference.query[:, :, rows], visible=reference.visible[:, :, rows],
-        real_queries=reference.real_queries[:, rows], query_positions=positions[rows],
+        real_queries=reference.real_queries[:, rows], query_slots=positions[rows],
         segments=segments, tokens=tokens, keep=config.keep[0], hidden=hidden[:, rows], output_weight=weight,
     )  # fmt: skip
     if only_real:
