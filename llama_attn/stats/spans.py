@@ -120,7 +120,7 @@ class Spans:
 
     @Kept
     def query_slots(self) -> Int[Tensor, " query"]:
-        """Slots of the measured queries [token]."""
+        """Slots of the measured queries."""
         places = torch.arange(self.num_queries, device=self.device)
         return self.first_query + (places if self.stride == 1 else self.stride * places)
 
