@@ -85,7 +85,7 @@ def errors(layers: list, ids: torch.Tensor, engine: str, dtype: torch.dtype) -> 
             visible=torch.ones(1, 1, length, length, dtype=torch.bool).tril(),
             real_queries=torch.ones(1, length, dtype=torch.bool),
             rank=torch.arange(length)[None],
-            query_positions=torch.arange(length),
+            query_slots=torch.arange(length),
             config=config,
             segments=config.segments,
             tokens=ids,

@@ -205,7 +205,7 @@ def gather(
                 visible=seen,
                 real_queries=real_queries,
                 rank=ranks,
-                query_positions=torch.tensor(queries),
+                query_slots=torch.tensor(queries),
                 distance=(torch.tensor(queries)[:, None] - torch.arange(length)).abs(),
                 config=config,
                 bidirectional=True,
@@ -279,7 +279,7 @@ def expected(found: Layers, names: Sequence[str], config: AttentionStatsConfig, 
                 real = found.real_queries if of_stream else layer.real_queries
                 value = _hide(value, dims, "query", ~real, none)
             elif "row" in dims:
-                value = value[:, :, rows_at(config, layer.query_positions)]
+                value = value[:, :, rows_at(config, layer.query_slots)]
                 value = _hide(value, dims, "key", ~found.real_keys[n] & found.present[n], none)[..., keys]
             elif "key" in dims:
                 shown = found.real_keys[n] & found.present[n] if statistic.is_norm else found.pairs[n].any(2).any(1)

@@ -143,7 +143,7 @@ class Call:
         tensors = {"query": self.query, "key": self.key, "value": self.value, "bias": self.bias}
         return Reference(
             **tensors | {"sinks": self.scoring.sinks} | leaves, scaling=self.scoring.scale, visible=self.sees[:, None],
-            real_queries=self.real_queries, rank=self.rank, query_positions=torch.tensor(self.slots),
+            real_queries=self.real_queries, rank=self.rank, query_slots=torch.tensor(self.slots),
             config=self.config, bidirectional=not self.visibility.causal, softcap=self.scoring.softcap,
             offset=self.visibility.offset, length=self.visibility.length, segments=self.config.segments,
             tokens=self.tokens, token_before=self.token_before, keep=self.config.kept[0],

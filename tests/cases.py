@@ -80,11 +80,11 @@ class Case:
         visible, real_queries, rank, _ = visible_by_hand(
             self.visibility.real_keys, self.key.shape[2], self.sequences, self.visibility.causal, self.mask
         )
-        slots = self.visibility.query_positions
+        slots = self.visibility.query_slots
         real_queries = real_queries[:, slots] if self.rows is None else real_queries[:, slots] & self.rows[:, None]
         return Reference(
             query=self.query, key=self.key, value=self.value, scaling=self.scoring.scale, visible=visible[:, :, slots],
-            real_queries=real_queries, rank=rank, query_positions=slots, config=self.config,
+            real_queries=real_queries, rank=rank, query_slots=slots, config=self.config,
             bidirectional=not self.visibility.causal, bias=self.bias, segments=self.config.segments,
             tokens=self.tokens, keep=self.config.kept[0],
         )  # fmt: skip

@@ -149,7 +149,7 @@ def expected(
             visible=visible[:, :, rows],
             real_queries=real_queries[:, rows],
             rank=rank,
-            query_positions=positions[rows],
+            query_slots=positions[rows],
             config=config,
             bidirectional=visibility.get("mask") is not None or not visibility.get("causal", True),
             bias=None if bias is None else bias[:, :, rows],

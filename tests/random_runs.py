@@ -114,7 +114,7 @@ class Shape:
             query=draw(batch, heads, length, CHANNELS) * spread, key=draw(batch, kv_heads, length, CHANNELS),
             value=draw(batch, kv_heads, length, CHANNELS) * size, scaling=CHANNELS**-0.5,
             visible=torch.from_numpy(seen)[:, None], real_queries=torch.from_numpy(seen.any(-1)), rank=torch.tensor(rank),
-            query_positions=torch.arange(length), config=self.config, bidirectional=self.about["direction"] != "causal",
+            query_slots=torch.arange(length), config=self.config, bidirectional=self.about["direction"] != "causal",
             segments=self.config.segments_of((batch, length), CPU)[0], hidden=hidden,
             tokens=torch.randint(0, 5, (batch, length), generator=generator),
             output_weight=draw(HIDDEN, heads * CHANNELS),

@@ -143,6 +143,9 @@ def test_every_block_runs(name, a_reader):
             run(code, left)
 
 
+FILE = re.compile(r"# (\w+\.py)\n")
+
+
 def on_the_command_line(lines):
     """What the commands print."""
     for line in lines.splitlines():
@@ -189,6 +192,9 @@ def test_every_lesson_prints_what_it_says(name, a_reader):
     a_reader.patch.setattr(corpus, "load_model", lambda *_, **__: a_reader.model)
     a_reader.patch.setattr(corpus, "load_tokenizer", lambda *_: a_reader.tokenizer)
     for language, code, said in steps((ROOT / name).read_text()):
+        # A block that begins with the name of a file is what stands in it.
+        if named := FILE.match(code):
+            (a_reader.folder / named[1]).write_text(code)
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown):
             run(code, known) if language == "python" else on_the_command_line(code)

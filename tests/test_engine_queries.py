@@ -61,7 +61,7 @@ def test_a_mask_of_the_users_own(kind, heads, engine):
 def test_some_of_the_queries(changes, slots, padding, engine):
     inputs = make_inputs(queries=90, cached=13, padding=padding, dtype=torch.float64)
     visibility = inputs.visibility.measured(**changes)
-    assert visibility.query_positions.tolist() == list(slots)
+    assert visibility.query_slots.tolist() == list(slots)
     query = inputs.query[:, :, [slot - 13 for slot in slots]]
     case = case_of(replace(inputs, query=query), visibility, rows=changes.get("rows"))
     check(engine, case, 1e-10, gradients=False)

@@ -166,7 +166,7 @@ def test_kept_keys(queries, kind, dtype, engine):
 def test_kept_keys_that_nobody_gave_or_of_other_tokens(engine):
     inputs = make_inputs()
     call = (inputs.query, inputs.key, None, inputs.visibility, inputs.scoring)
-    with pytest.raises(ValueError, match="kept_mass: needs `keep`"):
+    with pytest.raises(ValueError, match="'kept_mass' needs `keep`"):
         engine.walk(*call, Wanted([KEPT], CONFIG))
     with pytest.raises(ValueError, match=r"ke(ep|pt): expected"):
         engine.walk(*call, Wanted([KEPT], CONFIG, keep=torch.ones(2, 1, 3, dtype=torch.bool)))

@@ -119,7 +119,7 @@ def test_values_are_written_out():
 
 def test_situations_are_written_out():
     doc, more = inspect.getdoc(assert_matches_reference), inspect.getdoc(assert_statistic_matches)
-    assert {"window", "bidirectional", "stride"} == {key for situation in MEASURED for key in situation} - {
+    assert {"window", "bidirectional", "stride", "dropped"} == {key for situation in MEASURED for key in situation} - {
         key for situation in SITUATIONS for key in situation
     }
     every = [*SITUATIONS, *(situation for situations in FEATURES.values() for situation in situations)]
@@ -127,7 +127,9 @@ def test_situations_are_written_out():
     sizes = {situation[name] for situation in every for name in names if name in situation}
     assert list(FEATURES) == list(get_args(Feature)) == re.findall(r'- ``"(\w+)"``:', doc)
     assert {size for size in sizes if not re.search(rf"\b{size}\b", doc)} == set()
-    assert all(word in more for word in ("windows of 7 keys", "both directions", "every third query"))
+    assert all(
+        word in more for word in ("windows of 7 keys", "the 9 keys before", "both directions", "every third query")
+    )
 
 
 def test_tables_and_examples_are_no_paragraphs():
@@ -143,16 +145,30 @@ def test_tables_and_examples_are_no_paragraphs():
     assert [module.__name__ for module in modules if re.search(r"^>>>", inspect.getdoc(module), re.MULTILINE)] == []
 
 
-def own_types(function):
-    """Types of this library that a signature names."""
-    annotations = [argument.annotation for argument in function.parameters] + [function.returns]
+SHOWN = {*NAMED, *(name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M))}
+
+
+def own_types(annotations):
+    """Types of this library that annotations name."""
     names = [part for each in annotations if isinstance(each, griffe.Expr) for part in each.iterate(flat=True)]
-    return {name.canonical_path for name in names if isinstance(name, griffe.ExprName)} - {"llama_attn"}
+    paths = {name.canonical_path for name in names if isinstance(name, griffe.ExprName)}
+    return {path for path in paths if path.startswith("llama_attn.")}
 
 
 def test_types_in_signatures_are_in_the_reference():
     """A reader who meets `Source` in a signature can follow it."""
-    shown = {*NAMED, *(name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M))}
-    types = set().union(*(own_types(function) for function in SIGNATURES.values()))
-    assert {name for name in types if name.startswith("llama_attn.")} - shown == set()
+    signatures = SIGNATURES.values()
+    types = own_types(
+        each for function in signatures for each in (*(a.annotation for a in function.parameters), function.returns)
+    )
+    assert types - SHOWN == set()
     assert "llama_attn.analysis.dataset.Source" in types, "the check can fail"
+
+
+def test_types_of_what_a_statistic_is_given_are_in_the_reference():
+    given = ["block.Block", "block.Wanted", "reference.Reference", "counts.Counts"]
+    assert {f"llama_attn.stats.{name}" for name in given} - SHOWN == set()
+    members = [member for name in given for member in PACKAGE[f"stats.{name}"].members.values() if member.is_attribute]
+    types = own_types(member.annotation for member in members)
+    assert types - SHOWN == set()
+    assert "llama_attn.stats.visibility.Visibility" in types, "the check can fail"

@@ -101,7 +101,7 @@ MEANT = {
     "llama_attn": (
         "observe.recording.Recording.stats", "observe.recording.Recording.forwards", "observe.recording.Recording.stacks",
         "stats.images.ImageSegments", "stats.images.ImageSpan", "stats.labels.Label", "stats.block.Block.weights",
-        "stats.reference.Reference.weights", "observe.training.AttentionStatsCallback", "demo.demo_checkpoint",
+        "stats.reference.Reference.weights", "stats.block.HIDDEN_SCORE", "stats.parameters.Parameters.sink_tokens", "observe.training.AttentionStatsCallback", "demo.demo_checkpoint",
     ),
     "corpus": (
         "corpus.summary.About", "corpus.moments.Moments", "corpus.table.Table", "corpus.examples.Strongest",

@@ -98,7 +98,7 @@ class Case:
         whole = Visibility(batch, cached, keys, torch.device("cpu"), causal, real=real)
         self.visibility = replace(whole, sequence=self.sequences).measured(stride=stride)
         # Wide enough that some rows attend to one key and others to many.
-        self.query = 2 * draw(heads, queries)[:, :, self.visibility.query_positions - cached]
+        self.query = 2 * draw(heads, queries)[:, :, self.visibility.query_slots - cached]
         # As they lie in memory after the projections: heads next to each other.
         self.key, self.value = (draw(kv_heads, keys).transpose(1, 2).contiguous().transpose(1, 2) for _ in range(2))
         self.real, self.causal, self.scaling = mask.bool(), causal, head_dim**-0.5
@@ -114,11 +114,11 @@ class Case:
     def reference(self, **leaves) -> Reference:
         num_queries = self.key.shape[2] - self.visibility.first_query
         visible, real, rank, _ = visible_by_hand(self.real, num_queries, self.sequences, self.causal)
-        rows = self.visibility.query_positions - self.visibility.first_query
+        rows = self.visibility.query_slots - self.visibility.first_query
         tensors = {name: getattr(self, name).double().cpu() for name in ("query", "key", "value")}
         return Reference(
             **(tensors | leaves), scaling=self.scaling, visible=visible[:, :, rows], real_queries=real[:, rows],
-            rank=rank, query_positions=self.visibility.query_positions, config=self.config,
+            rank=rank, query_slots=self.visibility.query_slots, config=self.config,
             bidirectional=not self.causal,
         )  # fmt: skip
 

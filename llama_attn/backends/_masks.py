@@ -229,7 +229,7 @@ class MaskRequest:
         if real is None:
             return visibility
         # A query of padding may well see keys: those that its window or an image shows.
-        own = real[:, visibility.query_positions] if aligned else True
+        own = real[:, visibility.query_slots] if aligned else True
         return replace(visibility, real=real, sees=visibility.real_queries & own)
 
     def _real(self, num_keys: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

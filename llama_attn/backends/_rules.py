@@ -140,7 +140,7 @@ def _hides_what_comes_later(visibility: Visibility) -> bool:
     """Whether no query sees a later key, looked at block by block."""
     if torch.compiler.is_compiling():
         return False
-    positions = visibility.query_positions
+    positions = visibility.query_slots
     for start in range(0, visibility.num_queries, 256):
         rows = range(start, min(start + 256, visibility.num_queries))
         first, stop = visibility.span_of(rows)

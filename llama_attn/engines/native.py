@@ -191,7 +191,7 @@ class _Told(NamedTuple):
             call.put("row_places", held[-1])
         if "kept_mass" in names:
             if wanted.keep is None:
-                raise ValueError("kept_mass: needs `keep` in the AttentionStatsConfig")
+                raise ValueError("'kept_mass' needs `keep` in the AttentionStatsConfig")
             held.append(wanted.keep.expand(query.shape[0], key.shape[1], -1).contiguous())
             call.put("kept", held[-1])
         call.sink_tokens = min(wanted.config.sink_tokens, _BEYOND)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama_attn.engines._threads import in_threads
 from llama_attn.engines._walk import Gradients, Walk, check_call, compute_dtype
-from llama_attn.stats.block import HIDDEN_SCORE, Block, Wanted
+from llama_attn.stats.block import HIDDEN_SCORE, Block, NotGivenError, Wanted
 from llama_attn.stats.extents import Extents, check_returned
 from llama_attn.stats.scoring import Scoring
 from llama_attn.stats.table import BUILT_IN, Statistic
@@ -149,7 +149,7 @@ def walk(
             raw[statistic.name] = logsumexp.new_zeros(shape, dtype=statistic.dtype)
         # A row that sees nothing, or NaN, has no statistics.
         if statistic.per_query:
-            taken, none = raw[statistic.name], torch.nan if statistic.dtype is None else -1
+            taken, none = raw[statistic.name], statistic.none
             # Of padding, keys that its block did not meet would otherwise be zero.
             shown = sees
             if "row" in statistic.dims:
@@ -279,7 +279,10 @@ def _take(block: Block, raw: dict[str, Tensor], sums: dict[str, Tensor], num_que
             of_all, first = len(wanted), bisect_left(wanted, first)
             if not (chosen := [row - block.rows.start for row in wanted if row in block.rows]):
                 continue
-        taken = statistic.stream(block)
+        try:
+            taken = statistic.stream(block)
+        except NotGivenError as error:
+            raise error.by(statistic) from None
         if statistic.name not in BUILT_IN:
             axes = Extents.of_block(block).axes(statistic)
             check_returned(statistic, "streaming form", taken, axes, block.scale.dtype)

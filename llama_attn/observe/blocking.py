@@ -107,7 +107,7 @@ class Blocking(Intervening):
                 "block_keys: the queries of this call have no positions among its keys (cross-attention); expected keys "
                 "without first_query and without an axis of queries"
             )
-        queries = sight.offset + sight.query_positions
+        queries = sight.offset + sight.query_slots
         first = self._first_query
         # Numbers, so that nothing waits for a device.
         if first is not None and sight.offset + sight.queries.stop <= first:

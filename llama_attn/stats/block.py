@@ -11,12 +11,31 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama_attn.stats.config import AttentionStatsConfig
-from llama_attn.stats.table import Statistic
+from llama_attn.stats.table import Needed, Statistic
 from llama_attn.stats.visibility import Visibility
 
-# The score of a key that may not be seen. Finite, so that its zero weight times a score, or its square, is zero and
-# not NaN; so low that no real score comes near it.
 HIDDEN_SCORE = -1e15
+"""The score of a key that may not be seen [logit]. Finite, so that its zero weight times a score, or its square, is zero and
+not NaN; so low that no real score comes near it. It is no number to compute with: ask `Block.visible`."""
+
+
+class NotGivenError(ValueError):
+    """A block was asked for something that it has only for statistics that need it.
+
+    Args:
+        need: What they need.
+    """
+
+    def __init__(self, need: Needed) -> None:
+        super().__init__(f"`{need}` is not there")
+        self.need = need
+
+    def by(self, statistic: Statistic) -> ValueError:
+        """The same, said of the statistic that asked."""
+        mend = f'; say so with Statistic(…, needs="{self.need}")'
+        if statistic.needs is not None:
+            mend = "" if statistic.needs == self.need else f"; it can need one thing only, which is `{statistic.needs}`"
+        return ValueError(f"{statistic.name!r} needs `{self.need}`, which is not there{mend}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +69,10 @@ class Wanted:
 class Block:
     """Scores and weights of some query rows, all heads, for the run of keys that they could see.
 
+    Queries and keys are counted by *slot*: 0 for the first key of the call, padding included. Its position in the row is
+    ``visibility.offset`` more, which is above 0 where a cache has dropped keys. The first key of a block need not be slot 0:
+    tensors with an axis ``key`` begin at ``first_key``.
+
     Args:
         centred: Scores less their row maximum [logit], about `HIDDEN_SCORE` for hidden keys, (batch, head, row, key).
         exponentials: exp of the above, zero for hidden keys, (batch, head, row, key).
@@ -59,8 +82,8 @@ class Block:
             (batch, head, row).
         scale: What turns exponentials into weights: the share of the keys / row_sum, and 0 for rows that are padding
             or see nothing, (batch, head, row).
-        rows: Which of the measured queries these are.
-        first_key: Slot of the first column.
+        rows: Which of the measured queries these are, counted from 0; their slots are ``query_slots``.
+        first_key: Slot of the first key.
         visibility: Who may see whom.
         wanted: What is measured, and its parameters.
         sink_odds: ln of the learned sink's weight over that of all keys, (batch, head, row); ``None`` without sinks.
@@ -94,8 +117,8 @@ class Block:
         return slice(self.first_key, self.first_key + self.num_keys)
 
     @property
-    def key_positions(self) -> Int[Tensor, " key"]:
-        """Slot of each key in this block [token]."""
+    def key_slots(self) -> Int[Tensor, " key"]:
+        """Slot of each key in this block."""
         return torch.arange(self.keys.start, self.keys.stop, device=self.exponentials.device)
 
     @cached_property
@@ -105,7 +128,7 @@ class Block:
 
     @cached_property
     def logits(self) -> Float[Tensor, "batch head row key"]:
-        """Scores [logit]; meaningless where a key is hidden."""
+        """Scores [logit]; where a key is hidden they mean nothing: use `visible`."""
         return self.centred + self.row_max[..., None]
 
     @cached_property
@@ -119,18 +142,17 @@ class Block:
         return self.visibility.real_queries[:, self.rows.start : self.rows.stop]
 
     @property
-    def query_positions(self) -> Int[Tensor, " row"]:
-        """Slot of each row [token]."""
-        return self.visibility.query_positions[self.rows.start : self.rows.stop]
+    def query_slots(self) -> Int[Tensor, " row"]:
+        """Slot of each row."""
+        return self.visibility.query_slots[self.rows.start : self.rows.stop]
 
     def distance(self, first: int, stop: int) -> Int[Tensor, "row key"]:
         """How far slots ``first`` … ``stop`` − 1 lie behind each query [token]; |i − j| if it may see later keys.
 
-        Those of the block are ``block.keys.start`` to ``block.keys.stop``. A slot is the place of a token in the row, 0 for
-        the first, padding included.
+        Those of the block are ``block.keys.start`` to ``block.keys.stop``.
         """
         keys = torch.arange(first, stop, device=self.exponentials.device)
-        signed = self.query_positions[:, None] - keys
+        signed = self.query_slots[:, None] - keys
         return signed if self.visibility.causal else signed.abs()
 
     @cached_property
@@ -155,31 +177,52 @@ class Block:
         return values, torch.nn.functional.pad(keys + self.first_key, (0, missing))
 
     def tokens_at(self, slots: slice | Int[Tensor, " slot"]) -> Int[Tensor, "batch slot"]:
-        """Token ids at ``slots``."""
+        """Token ids at ``slots``, for statistics with ``needs="tokens"``."""
         if self.wanted.tokens is None:
-            raise ValueError("the statistic needs token ids, which this forward does not have")
+            raise NotGivenError("tokens")
         return self.wanted.tokens[:, slots]
 
     @cached_property
     def tokens(self) -> Int[Tensor, "batch key"]:
-        """Token id of every key of this block."""
+        """Token id of every key of this block, for statistics with ``needs="tokens"``."""
         return self.tokens_at(self.keys)
 
     @cached_property
     def row_tokens(self) -> Int[Tensor, "batch row"]:
-        """Token id of every row of this block."""
-        return self.tokens_at(self.query_positions)
+        """Token id of every row of this block, for statistics with ``needs="tokens"``."""
+        return self.tokens_at(self.query_slots)
+
+    @property
+    def segments(self) -> Int[Tensor, "batch key"]:
+        """Segment of every key of this block, −1 for none, for statistics with ``needs="segments"``."""
+        if self.wanted.segments is None:
+            raise NotGivenError("segments")
+        return self.wanted.segments[:, self.keys]
+
+    @property
+    def keep(self) -> Bool[Tensor, "batch _ key"]:
+        """Which keys of this block are kept, (batch, 1 or kv_head, key), for statistics with ``needs="keep"``.
+
+        Raises:
+            ValueError: The mask is of another number of keys.
+        """
+        keep, num_keys = self.wanted.keep, self.visibility.num_keys
+        if keep is None:
+            raise NotGivenError("keep")
+        if keep.shape[-1] != num_keys:
+            raise ValueError(f"keep: expected {num_keys} keys, got {keep.shape[-1]}")
+        return keep[:, :, self.keys]
 
     def mass(self, pairs: Bool[Tensor, "_ row key"]) -> Float[Tensor, "batch head row"]:
         """Σ_j A_ij over the marked pairs, the same for every head."""
         return (self.exponentials * pairs[:, None]).sum(-1) * self.scale
 
-    def mean(self, columns: Float[Tensor, "*batch key"]) -> Float[Tensor, "batch head row"]:
-        """Σ_j A_ij c_j for a number per key of this block, (key) or (batch, key)."""
-        if columns.ndim == 2:
-            columns = columns[:, None, :, None]
-            return torch.matmul(self.exponentials, columns).squeeze(-1) * self.scale
-        return torch.mv(self.exponentials.flatten(0, 2), columns).view_as(self.scale) * self.scale
+    def mean(self, numbers: Float[Tensor, "*batch key"]) -> Float[Tensor, "batch head row"]:
+        """Σ_j A_ij c_j for a number c_j of each key of this block, (key) or (batch, key)."""
+        if numbers.ndim == 2:
+            numbers = numbers[:, None, :, None]
+            return torch.matmul(self.exponentials, numbers).squeeze(-1) * self.scale
+        return torch.mv(self.exponentials.flatten(0, 2), numbers).view_as(self.scale) * self.scale
 
     def received(self) -> Float[Tensor, "batch head key"]:
         """Σ_i A_ij over the rows of this block."""

@@ -24,12 +24,16 @@ VECTORS = ("visible_keys", "visible_queries_per_head")
 class Counts:
     """Measured queries and keys of one layer, and how many of the one saw how many of the other.
 
+    ``finish(total, counts, config)`` of a statistic is given them; ``total`` has an axis of layers in front. Queries and keys are
+    counted by *slot*, as those of a `Block`.
+
     Args:
         first_query: Slot of the first measured query.
         stride: Distance of the measured queries [token].
-        offset: Position of the first key [token].
+        offset: Position of slot 0, the first key, in the row [token].
         visible_keys: Real keys that each query sees, (batch, query).
-        visible_queries_per_head: Real queries that see each key, (batch, head or 1, key).
+        visible_queries_per_head: Real queries that see each key, (batch, head or 1, key): what a sum over queries,
+            (layer, batch, head, key), is divided by.
         length: Positions that bins of maps and of distances are laid out for.
         direction: Which way attention goes.
         real: Which measured queries, (batch, query), and keys, (batch, key), are real tokens; None if all are, and every
@@ -97,13 +101,13 @@ class Counts:
         return self.offset + self.first_query
 
     @property
-    def query_positions(self) -> Int[Tensor, " query"]:
+    def query_slots(self) -> Int[Tensor, " query"]:
         """Slots of the measured queries."""
         return self.first_query + self.stride * torch.arange(self.num_queries, device=self.visible_keys.device)
 
     @property
     def visible_queries(self) -> Int[Tensor, "batch key"]:
-        """Real queries that see each key, most over heads, (batch, key)."""
+        """Real queries that see each key, most over heads, (batch, key), which has no axis of heads to divide by."""
         seen = self.visible_queries_per_head
         return seen[:, 0] if seen.shape[1] == 1 else seen.amax(1)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from llama_attn.stats.block import Block, Wanted
 from llama_attn.stats.config import bin_width
 from llama_attn.stats.maps import num_distance_bins
-from llama_attn.stats.table import Statistic
+from llama_attn.stats.table import WHOLE_NUMBERS, Statistic
 from llama_attn.stats.visibility import Visibility
 from llama_attn.stats.weight_bins import NUM_WEIGHT_BINS
 
@@ -106,8 +106,10 @@ def check_returned(
         if (tuple(returned.shape), returned.dtype) == (shape, dtype):
             return returned
         found = f"{tuple(returned.shape)} of {returned.dtype}"
-        if statistic.dtype is None and not returned.is_floating_point():
-            found += f"; of whole numbers say so with Statistic(…, dtype={returned.dtype})"
+        if statistic.dtype is None and not (returned.is_floating_point() or returned.is_complex()):
+            found += "; give counts in the type of what it is given, as .to(block.weights.dtype), whose padding is NaN"
+            if returned.dtype in WHOLE_NUMBERS:
+                found += f"; of positions say so with Statistic(…, dtype={returned.dtype}), whose padding is −1"
     raise ValueError(
         f"{statistic.name!r}: expected its {form} to return ({', '.join(axes)}) = {shape} of {dtype}, got {found}"
     )

@@ -114,7 +114,7 @@ def _widened(
             tensor = torch.stack([columns.get(own, whole.select(axis, 0)) for own in segments], axis)
         elif dim == "row":
             index = {row: at for at, row in enumerate(part.rows)}
-            none = torch.full_like(tensor.select(axis, 0), torch.nan)
+            none = torch.full_like(tensor.select(axis, 0), _padding(name, tensor))
             tensor = torch.stack([tensor.select(axis, index[row]) if row in index else none for row in rows], axis)
         elif dim in sizes and sizes[dim] > tensor.shape[axis]:
             more = sizes[dim] - tensor.shape[axis]

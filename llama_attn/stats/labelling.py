@@ -149,7 +149,7 @@ class _Sheet:
         parts = [self._finished(statistic, group, at) for at, group in enumerate(self.groups)]
         if self._in_order:
             return parts[0]
-        return self._side_by_side(statistic.dims, parts, torch.nan if statistic.dtype is None else -1)
+        return self._side_by_side(statistic.dims, parts, statistic.none)
 
     def hidden(self, statistic: Statistic, raw: Tensor) -> Tensor:
         """A statistic of the residual stream, (hidden_layer, …)."""
@@ -182,7 +182,7 @@ class _Sheet:
         )
         tensor = finished(statistic, tensor, counts.of_heads(list(self.heads)), self.config)
         if statistic.of_distance and counts.direction == "cross":
-            return torch.full_like(tensor, torch.nan)
+            return torch.full_like(tensor, statistic.none)
         return mark_padding(statistic, tensor, counts)
 
     def _side_by_side(self, dims: tuple[str, ...], parts: Sequence[Tensor], none: float) -> Tensor:
@@ -240,6 +240,6 @@ def mark_padding(statistic: Statistic, tensor: Tensor, counts: Counts) -> Tensor
     else:
         return tensor
     shape = [size if dim in ("batch", "query", "key") else 1 for dim, size in zip(dims, tensor.shape, strict=True)]
-    hidden, none = ~real.view(shape), -1 if statistic.dtype is not None else torch.nan
+    hidden, none = ~real.view(shape), statistic.none
     # Sums over queries and norms of keys may have to go on: a key that nobody has seen may be seen by a later forward.
     return tensor.masked_fill(hidden, none) if "key" in dims else tensor.masked_fill_(hidden, none)

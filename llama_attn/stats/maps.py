@@ -36,7 +36,7 @@ def _pooled(block: Block, values: Shaped[Tensor, "*batch row key"]) -> Float[Ten
     padding = -(before + values.shape[-1]) % width
     columns = torch.nn.functional.pad(values, (before, padding)).unflatten(-1, (-1, width)).sum(-1)
     pooled = columns.new_zeros(*columns.shape[:-2], bins, bins)
-    rows = (visibility.offset + block.query_positions) // width
+    rows = (visibility.offset + block.query_slots) // width
     pooled[..., first_bin : first_bin + columns.shape[-1]].index_add_(-2, rows, columns)
     return pooled
 
@@ -48,7 +48,7 @@ def _weights_map(block: Block) -> Float[Tensor, "batch head query_bin key_bin"]:
 def _mean_over_queries(total: Tensor, counts: Counts, config: AttentionStatsConfig) -> Tensor:
     width = config.bin_width(counts.length)
     queries = total.new_zeros(counts.batch, total.shape[-2])
-    bins = (counts.offset + counts.query_positions) // width
+    bins = (counts.offset + counts.query_slots) // width
     queries.index_add_(-1, bins, counts.real_queries.to(total.dtype))
     return total / queries[:, None, :, None]
 
@@ -72,7 +72,7 @@ def _map_edges(reference: Reference) -> tuple[list[slice], list[slice]]:
     while -(-reference.num_positions // width) > reference.config.map_size:
         width *= 2
     bins, offset = range(0, reference.num_positions, width), reference.offset
-    rows = [torch.nonzero((offset + reference.query_positions) // width == b // width).flatten() for b in bins]
+    rows = [torch.nonzero((offset + reference.query_slots) // width == b // width).flatten() for b in bins]
     query_bins = [slice(int(r[0]), int(r[-1]) + 1) if len(r) else slice(0, 0) for r in rows]
     return query_bins, [slice(max(0, b - offset), max(0, b + width - offset)) for b in bins]
 

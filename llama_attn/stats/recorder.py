@@ -357,7 +357,7 @@ class Recorder:
         sight = self.sight(visibility)
         if sight.whole:
             return tensor
-        places = sight.visibility.query_positions.to(tensor.device) - visibility.first_query
+        places = sight.visibility.query_slots.to(tensor.device) - visibility.first_query
         return tensor.index_select(axis, places)
 
 

@@ -18,7 +18,10 @@ from llama_attn.stats.parameters import Parameters
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Everything that a definition in the literature refers to, materialised; keys are counted by slot.
+    """Everything that a definition in the literature refers to, materialised.
+
+    Queries and keys are counted by *slot*, as those of a `Block`: 0 for the first key, padding included; its position in the
+    row is ``offset`` more. Here ``key`` begins at slot 0.
 
     Args:
         query: Queries after RoPE, (batch, head, query, channel).
@@ -29,14 +32,14 @@ class Reference:
         real_queries: Whether each query is a real token that sees something, (batch, query).
         rank: Real keys of the same sequence before each key; no less than ``sink_tokens`` for keys that are
             padding, (batch, key).
-        query_positions: Slot of every query [token], (query).
+        query_slots: Slot of every query, (query).
         config: Parameters of the statistics.
         bidirectional: Whether distances count to both sides.
         bias: What is added to the scores, by a position bias or an additive mask, broadcastable to
             (batch, head, query, key).
         softcap: Largest score before the bias [logit]; ``None`` for no limit.
         sinks: Score of one more outcome without a key, (head) [logit].
-        offset: Absolute position of slot 0 [token].
+        offset: Position of slot 0 in the row [token]; above 0 where a cache has dropped keys.
         length: Tokens that maps and distances are laid out for; ``None`` for ``offset`` and the keys.
         segments: Segment of every key, −1 for none, (batch, key).
         tokens: Token id of every key, (batch, key).
@@ -53,7 +56,7 @@ class Reference:
     visible: Bool[Tensor, "batch _ query key"]
     real_queries: Bool[Tensor, "batch query"]
     rank: Int[Tensor, "batch key"]
-    query_positions: Int[Tensor, " query"]
+    query_slots: Int[Tensor, " query"]
     config: Parameters
     bidirectional: bool = False
     bias: Tensor | None = None
@@ -121,6 +124,6 @@ class Reference:
 
     @cached_property
     def distance(self) -> Int[Tensor, "query key"]:
-        """How far each key lies behind each query [token]."""
-        signed = self.query_positions[:, None] - torch.arange(self.num_keys)
+        """How far each key lies behind each query [token]; |i − j| if queries may see later keys."""
+        signed = self.query_slots[:, None] - torch.arange(self.num_keys)
         return signed.abs() if self.bidirectional else signed

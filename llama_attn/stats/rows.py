@@ -77,7 +77,7 @@ def _mean_distance(block: Block) -> Float[Tensor, "batch head row"]:
     if before:
         dtype, device = block.exponentials.dtype, block.exponentials.device
         from_first = torch.arange(first - block.first_key, first - middle, -1, dtype=dtype, device=device)
-        beyond_first = (block.query_positions - first).to(dtype)
+        beyond_first = (block.query_slots - first).to(dtype)
         earlier = block.exponentials[..., :before]
         total += torch.matmul(earlier, from_first) + beyond_first * earlier.sum(-1)
     return total * block.scale
@@ -106,11 +106,9 @@ def _topk_textbook(reference: Reference) -> tuple[Tensor, Tensor]:
 
 
 def _segment_mass(block: Block) -> Float[Tensor, "batch head row segment"]:
-    labels = block.wanted.segments
-    if labels is None:
-        raise ValueError("segment_mass: needs `segments` in the AttentionStatsConfig")
+    labels = block.segments
     names = torch.arange(block.wanted.num_segments, device=labels.device)
-    columns = (labels[:, block.keys, None] == names).to(block.exponentials.dtype)
+    columns = (labels[..., None] == names).to(block.exponentials.dtype)
     return torch.matmul(block.exponentials, columns[:, None]) * block.scale[..., None]
 
 
@@ -123,13 +121,8 @@ def _segment_mass_textbook(reference: Reference) -> Tensor:
 
 
 def _kept_mass(block: Block) -> Float[Tensor, "batch head row"]:
-    keep = block.wanted.keep
-    if keep is None:
-        raise ValueError("kept_mass: needs `keep` in the AttentionStatsConfig")
-    if keep.shape[-1] != block.visibility.num_keys:
-        raise ValueError(f"keep: expected {block.visibility.num_keys} keys, got {keep.shape[-1]}")
-    columns = keep[:, :, block.keys].to(block.exponentials.dtype)
-    by_group = block.exponentials.unflatten(1, (keep.shape[1], -1))
+    columns = block.keep.to(block.exponentials.dtype)
+    by_group = block.exponentials.unflatten(1, (columns.shape[1], -1))
     return torch.matmul(by_group, columns[:, :, None, :, None]).squeeze(-1).flatten(1, 2) * block.scale
 
 

@@ -102,6 +102,9 @@ class Sight:
             raise ValueError(f"keep: expected 1 or {len(layers)} layers, got {keep.shape[0]}")
         on_blocks = [s for s in statistics if not s.is_norm and s.needs != "rows"]
         before = token_before(known, visibility)
+        if not any(s.needs == "tokens" for s in on_blocks):
+            # Not every model shows them unasked: a statistic that takes them must have said so.
+            tokens = before = None
         wanted = Wanted(on_blocks, config, segments, len(names or ()), tokens, before, layers=len(layers))
         rows, runs = _rows(visibility, config, step)
         return cls(

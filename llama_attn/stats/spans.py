@@ -119,8 +119,8 @@ class Spans:
         return not (self.sequence is self.first_key is self.stop_key is None)
 
     @Kept
-    def query_positions(self) -> Int[Tensor, " query"]:
-        """Slots of the measured queries [token]."""
+    def query_slots(self) -> Int[Tensor, " query"]:
+        """Slots of the measured queries."""
         places = torch.arange(self.num_queries, device=self.device)
         return self.first_query + (places if self.stride == 1 else self.stride * places)
 
@@ -167,7 +167,7 @@ class Spans:
             yield (keys < self._spans[0][:, None, part, None]), first
         if first_stop < stop:
             keys = torch.arange(first_stop, stop, device=self.device)
-            stops = self._spans[1][:, None, part, None] if self.has_spans else self.query_positions[part, None] + 1
+            stops = self._spans[1][:, None, part, None] if self.has_spans else self.query_slots[part, None] + 1
             yield (keys >= stops).view(-1, 1, len(rows), len(keys)), first_stop
         if self.real is not None:
             yield ~self.real[:, None, None, first:stop], first
@@ -196,7 +196,7 @@ class Spans:
     @Kept
     def _spans(self) -> tuple[Int[Tensor, "_ query"], Int[Tensor, "_ query"]]:
         """The span of each measured query, in one row if it is the same in all rows of the batch."""
-        positions = self.query_positions[None]
+        positions = self.query_slots[None]
         first, stop = torch.zeros_like(positions), torch.full_like(positions, self.num_keys)
         if self.sequence is not None:
             sequence = self.sequence.contiguous()

@@ -5,6 +5,7 @@ One entry is all that a new statistic needs; the engines, the labels, the tests 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -73,10 +74,12 @@ class Statistic:
             sum over queries leaves them out with ``reference.real_queries``.
         meaning: One line for labels and docs.
         default: Whether it belongs to the default set.
-        finish: ``finish(total, counts, config)`` turns the finished running sum, (…, batch, head, …), into the
-            statistic, e.g. divides it by ``counts.visible_queries_per_head``, (batch, 1 or head, key).
-        dtype: Integer type of positions and channels, where −1 is "none"; ``None`` for floats, where it is NaN. The
-            streaming form returns this type; floats are of the type of what it is given.
+        finish: ``finish(total, counts, config)`` turns the finished running sum, (layer, batch, head, …), into the
+            statistic, e.g. divides it by ``counts.visible_queries_per_head``, (batch, head or 1, key), of the `Counts`;
+            ``config`` is the `AttentionStatsConfig`.
+        dtype: Integer type of positions and channels, where −1 is "none", as in padding; ``None`` for floats, where it is
+            NaN. Counts are better floats, since means leave out NaN and not −1. The streaming form returns this type;
+            floats are of the type of what it is given.
         parts: Sizes of axes which the running sum has behind ``head`` and ``finish`` removes.
         observes: What the streaming form is given. Everything but ``"block"`` is a norm (``norms=True``).
 
@@ -91,10 +94,13 @@ class Statistic:
         needs: What it cannot be measured without; None for nothing. A block has it.
 
             - ``"tokens"``: ids, which are ``block.tokens`` (batch, key) and ``block.row_tokens`` (batch, row).
-            - ``"segments"``: those of the configuration, ``block.wanted.segments`` (batch, all keys).
+            - ``"segments"``: those of the configuration, ``block.segments`` (batch, key), of which there are
+              ``block.wanted.num_segments``.
             - ``"rows"``: those of the configuration; it has the axis ``row``.
-            - ``"keep"``: that of the configuration, ``block.wanted.keep`` (batch, 1 or kv_head, all keys).
-        of_distance: Whether it compares positions of queries and keys, which cross-attention does not have.
+            - ``"keep"``: that of the configuration, ``block.keep`` (batch, 1 or kv_head, key).
+        of_distance: Whether it compares places of queries and of keys, as by ``block.distance``, or ``block.query_slots`` with
+            ``block.key_slots``. In cross-attention, where they are of two texts, it is then NaN; elsewhere nothing
+            changes.
     """
 
     name: str
@@ -158,11 +164,20 @@ class Statistic:
                 f"needs: expected 'rows' for {self.name!r} if and only if it has the axis 'row', got {self.needs!r} for "
                 f"{self.dims!r}"
             )
+        if "segment" in self.dims and self.needs != "segments":
+            raise ValueError(
+                f"needs: expected 'segments' for {self.name!r}, which has the axis 'segment', got {self.needs!r}"
+            )
 
     @property
     def is_norm(self) -> bool:
         """Whether it is measured on a tensor of the model rather than on attention weights."""
         return self.observes != "block"
+
+    @property
+    def none(self) -> float:
+        """What stands where there is no number, as in padding: NaN, and −1 of whole numbers."""
+        return math.nan if self.dtype is None else -1
 
     @property
     def per_query(self) -> bool:

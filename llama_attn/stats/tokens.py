@@ -15,14 +15,14 @@ LENS = "TransformerLens, head_detector"
 
 
 def _previous_token(block: Block) -> Float[Tensor, "batch head row"]:
-    columns = block.query_positions - 1 - block.first_key
+    columns = block.query_slots - 1 - block.first_key
     inside = (columns >= 0) & (columns < block.num_keys)
     columns = torch.where(inside, columns, 0).expand(*block.scale.shape)
     return block.exponentials.gather(-1, columns[..., None]).squeeze(-1) * inside * block.scale
 
 
 def _earlier(block: Block) -> Bool[Tensor, "row key"]:
-    return block.key_positions < block.query_positions[:, None]
+    return block.key_slots < block.query_slots[:, None]
 
 
 def _duplicate_token(block: Block) -> Float[Tensor, "batch head row"]:
@@ -32,7 +32,7 @@ def _duplicate_token(block: Block) -> Float[Tensor, "batch head row"]:
 
 def _induction(block: Block) -> Float[Tensor, "batch head row"]:
     # A key whose predecessor is padding or of another sequence, or is not there, follows nothing.
-    visibility, keys = block.visibility, block.key_positions
+    visibility, keys = block.visibility, block.key_slots
     predecessors = (keys - 1).clamp(min=0)
     is_there, tokens = visibility.real_keys[:, predecessors] & (keys > 0), block.tokens_at(predecessors)
     if (before := block.wanted.token_before) is not None:
@@ -41,7 +41,7 @@ def _induction(block: Block) -> Float[Tensor, "batch head row"]:
         tokens = torch.where(keys == 0, before[:, None], tokens)
     follows = (visibility.rank[:, block.keys] > 0) & is_there
     matches = (tokens[:, None] == block.row_tokens[..., None]) & follows[:, None]
-    return block.mass(matches & (keys <= block.query_positions[:, None]))
+    return block.mass(matches & (keys <= block.query_slots[:, None]))
 
 
 def _textbook(reference: Reference, role: str) -> Tensor:
@@ -63,7 +63,7 @@ def _textbook(reference: Reference, role: str) -> Tensor:
             return rank[b][0] > 0 and before[b] == ids[b][i]
         return 0 < j <= i and 0 < rank[b][j] == rank[b][j - 1] + 1 and ids[b][j - 1] == ids[b][i]
 
-    rows = reference.query_positions.tolist()
+    rows = reference.query_slots.tolist()
     pairs = torch.tensor([[[matches(b, i, j) for j in range(num_keys)] for i in rows] for b in range(batch)])
     return (reference.weights * pairs[:, None]).sum(-1)
 

@@ -21,7 +21,15 @@ from llama_attn.stats.spans import VECTORS, Kept, Spans
 class Visibility(Spans):
     """Which keys every query of one call may see, and what statistics need to know of it.
 
-    The fields are those of `Spans`.
+    The streaming form of a statistic may ask it, of all keys and all measured queries of the call, of which ``block.keys`` and
+    ``block.rows`` are those of its block:
+
+    - ``real_keys``, (batch, key), and ``real_queries``, (batch, query): whether each is a real token.
+    - ``visible_keys``, (batch, query), and ``visible_queries_per_head``, (batch, head or 1, key): how many real ones each sees,
+      and is seen by.
+    - ``rank``, (batch, key): how many real keys of the same sequence come before each.
+    - ``num_keys``, and ``offset``: the position of slot 0 [token].
+    - ``causal``: whether a query sees no later key; ``aligned``: False in cross-attention.
     """
 
     @classmethod
@@ -133,7 +141,7 @@ class Visibility(Spans):
         if self.sees is not None:
             real = self.sees
         elif self.aligned and self.real is not None:
-            real = self.real_keys[:, self.query_positions]
+            real = self.real_keys[:, self.query_slots]
         else:
             real = torch.ones(self.batch, self.num_queries, dtype=torch.bool, device=self.device)
         return real if self.rows is None else real & self.rows[:, None]

@@ -129,7 +129,7 @@ class AttentionInputs:
             visible=visible[:, None],
             real_queries=real[:, self.cached :],
             rank=torch.where(real, real.long().cumsum(-1) - 1, config.sink_tokens),
-            query_positions=positions,
+            query_slots=positions,
             config=config,
             bidirectional=self.bidirectional,
             softcap=self.softcap,
