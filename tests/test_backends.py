@@ -50,7 +50,28 @@ def test_both_tables_are_filled():
     ],
 )
 def test_outputs_match_float64(backend, also, dtype):
-    assert_matches_reference(backend, also=also, dtype=dtype)
+    if (backend, dtype) == ("eager", torch.float64):
+        # Its softmax is in float32, where the lowest float64 is -inf.
+        with pytest.raises(AssertionError, match="'padding': 'left'}: a row that sees nothing is NaN"):
+            assert_matches_reference(backend, also=also, dtype=dtype)
+    else:
+        assert_matches_reference(backend, also=also, dtype=dtype)
+
+
+def test_eager_attention_of_transformers_is_nan_in_float64_behind_padding(ids, left_padding):
+    """What the check says of it is what happens."""
+    with torch.no_grad():
+        logits = tiny_model("eager").double()(ids, attention_mask=left_padding).logits
+    assert logits[left_padding.bool()].isnan().any()
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_a_name_may_have_a_space(ids):
+    """transformers reads nothing in it, files are not named after it, and a shell quotes it."""
+    register_backend("my topk", sdpa_attention_forward)
+    with torch.no_grad():
+        stats = tiny_model("my topk")(ids, output_attention_stats=True).attention_stats
+    assert stats.backend == "my topk"
 
 
 def ignores_padding(module, query, key, value, attention_mask, **kwargs):
@@ -79,6 +100,57 @@ def forgets_scaling(module, query, key, value, attention_mask, scaling, **kwargs
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=1.0, **kwargs)
 
 
+def scales_twice(module, query, key, value, attention_mask, scaling, **kwargs):
+    return sdpa_attention_forward(module, query * scaling, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def scales_half(module, query, key, value, attention_mask, scaling, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling / 2, **kwargs)
+
+
+def repeats_in_turn(module, query, key, value, attention_mask, **kwargs):
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat(1, groups, 1, 1), value.repeat(1, groups, 1, 1)
+    module.num_key_value_groups = 1
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def written_out(apply_mask, grouped=True):
+    """Attention as it is written by hand, with a mask that is applied in some way."""
+
+    def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        if grouped:
+            key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+        queries, keys = query.shape[2], key.shape[2]
+        if attention_mask is None:
+            attention_mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        scores = apply_mask(query @ key.mT * scaling, attention_mask)
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    return attend
+
+
+def hides_by_lowest(scores, mask):
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+
+
+def hides_by_infinity(scores, mask):
+    return scores.masked_fill(~mask, -torch.inf)
+
+
+def inverts(scores, mask):
+    return hides_by_lowest(scores, ~mask)
+
+
+def inverts_by_infinity(scores, mask):
+    return hides_by_infinity(scores, ~mask)
+
+
+def inverts_for_sdpa(module, query, key, value, attention_mask, **kwargs):
+    mask = None if attention_mask is None else ~attention_mask
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
 def wrong_layout(module, query, key, value, attention_mask, **kwargs):
     output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output.transpose(1, 2), weights
@@ -96,14 +168,24 @@ def of_half_precision(module, query, key, value, attention_mask, **kwargs):
 @pytest.mark.parametrize(
     ("attend", "message"),
     [
-        (without_weights, r"'broken': expected \(output, weights or None\), got Tensor"),
+        (without_weights, r"'broken' in {'queries': 1}: expected \(output, weights or None\), got Tensor"),
         (lambda *_, **options: None, r"expected \(output, weights or None\), got NoneType"),
         (of_half_precision, r"expected output .* of torch.float32, got .* of torch.float16"),
         (ignores_padding, r"'left'.*error .* is above \S+; the error is of padding \(it is not hidden\)"),
         (ignores_causality, r"'queries': 7.*the error is of causality \(later keys are not hidden\)"),
         (ignores_everything, r"'queries': 7.*the error is of causality \(later keys are not hidden\)"),
         (forgets_the_cache, r"'cached': 12.*the error is of causality \(queries are counted from the first key"),
-        (forgets_scaling, r"error \S+ is above \S+$"),
+        (forgets_scaling, r"'queries': 7.*; the error is of scaling \(it is left out\)$"),
+        (scales_twice, r"'queries': 7.*; the error is of scaling \(it is applied twice\)$"),
+        (scales_half, r"'queries': 7.* error \S+ is above \S+$"),
+        (
+            repeats_in_turn,
+            r"{'queries': 1}: .* is of grouped heads \(KV heads are repeated by repeat, not by repeat_inter",
+        ),
+        (written_out(inverts), r"'queries': 7.*; the error is of the mask \(it is inverted"),
+        (written_out(inverts_by_infinity), r"{'queries': 1}.* got nan; the error is of the mask \(it is inverted"),
+        (inverts_for_sdpa, r"'padding': 'left'.*; the error is of the mask \(it is inverted"),
+        (written_out(torch.add), r"'queries': 7.*; the error is of the mask \(bool, it is added to the scores"),
         (wrong_layout, "expected output"),
     ],
 )
@@ -112,6 +194,80 @@ def test_the_check_can_fail(attend, message):
     register_backend("broken", attend)
     with pytest.raises(AssertionError, match=message):
         assert_matches_reference("broken")
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_an_error_inside_names_its_situation():
+    register_backend("broken", written_out(hides_by_lowest, grouped=False))
+    message = r"'broken' in {'queries': 1}: RuntimeError: The size of tensor a \(4\) .*; the error is of grouped heads \(there are"
+    with pytest.raises(AssertionError, match=message) as found:
+        assert_matches_reference("broken")
+    assert isinstance(found.value.__cause__, RuntimeError)
+
+    def fails_behind_a_cache(module, query, key, *rest, **kwargs):
+        if query.shape[2] < key.shape[2]:
+            raise IndexError("no cache")
+        return sdpa_attention_forward(module, query, key, *rest, **kwargs)
+
+    register_backend("broken", fails_behind_a_cache)
+    with pytest.raises(AssertionError, match=r"'broken' in {'queries': 1, 'cached': 20}: IndexError: no cache$"):
+        assert_matches_reference("broken")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("restored_registry")
+def test_padding_has_to_be_finite(dtype, ids, left_padding):
+    """It reaches real tokens: what the check says is what happens in a model."""
+    register_backend("broken", written_out(hides_by_infinity))
+    message = r"'padding': 'left'}: a row that sees nothing is NaN, first batch row 0, query 0; expected finite output"
+    with pytest.raises(AssertionError, match=message):
+        assert_matches_reference("broken", dtype=dtype)
+    with torch.no_grad():
+        logits = tiny_model("broken")(ids, attention_mask=left_padding).logits
+    assert logits[left_padding.bool()].isnan().any()
+    register_backend("broken", written_out(hides_by_lowest))
+    assert_matches_reference("broken", dtype=dtype)
+    with torch.no_grad():
+        logits = tiny_model("broken")(ids, attention_mask=left_padding).logits
+    assert logits.isfinite().all()
+
+    def infinite_where_padded(module, query, key, value, attention_mask, **kwargs):
+        output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        padded = (
+            torch.zeros(1, dtype=torch.bool) if attention_mask is None else ~attention_mask.diagonal(0, -2, -1)[:, 0]
+        )
+        return output.masked_fill(padded[..., None, None], torch.inf) if query.shape[2] > 5 else output, weights
+
+    register_backend("broken", infinite_where_padded)
+    with pytest.raises(AssertionError, match=r"a row that sees nothing is infinite, first batch row 0, query 0"):
+        assert_matches_reference("broken", dtype=dtype)
+
+    def infinite_on_the_right(module, query, key, value, attention_mask, **kwargs):
+        output, weights = infinite_where_padded(module, query, key, value, attention_mask, **kwargs)
+        return output if attention_mask is None or attention_mask[0, 0, 0, 0] else output.nan_to_num(
+            posinf=0.0
+        ), weights
+
+    register_backend("broken", infinite_on_the_right)
+    with pytest.raises(AssertionError, match=r"'right'}: a row of padding is infinite, first batch row 0, query 22;"):
+        assert_matches_reference("broken", dtype=dtype)
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_a_function_that_takes_no_other_keywords_is_refused(ids):
+    def without(
+        module, query, key, value, attention_mask, scaling=None, dropout=0.0, position_ids=None, use_cache=None
+    ):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+
+    register_backend("broken", without)
+    with pytest.raises(
+        AssertionError, match=r"'broken': expected a function that ends with \*\*kwargs, got .*; add \*\*kwargs"
+    ):
+        assert_matches_reference("broken")
+    model = ENTRIES["qwen2"].build("broken")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sliding_window'"):
+        model(draw(12))
 
 
 def leaves_softcap(module, query, key, value, attention_mask, softcap=None, **kwargs):
@@ -206,14 +362,35 @@ def test_the_check_calls_as_a_model_calls(feature, model, own):
     register_backend("seen", attend)
     assert_matches_reference("seen", also=feature, bound=math.inf)
     asked = calls[-len(FEATURES[feature]) :]
-    assert all(given == own for *_, given in asked)
+    # Asked for in `test_the_check_hands_over_what_a_llama_does`; BERT counts its positions elsewhere.
+    handed_down = {"position_ids", "use_cache"}
+    assert all({each for each in given if each[0] not in handed_down} == own for *_, given in asked)
+    asked = [(causal, mask) for causal, mask, _ in asked]
     calls.clear()
     network, ids = ENTRIES[model].build("seen"), draw(12)
     with torch.no_grad():
         for mask in (None, padding(12, "left")):
             network(ids, attention_mask=mask)
     for call in asked:
-        assert any(call[:2] == other[:2] and own <= other[2] for other in calls), call
+        assert any(call == other[:2] and own <= other[2] for other in calls), call
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_the_check_hands_over_what_a_llama_does():
+    calls = []
+
+    def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        given = {name: tuple(of.shape) if torch.is_tensor(of) else type(of) for name, of in kwargs.items()}
+        calls.append((query.shape[2], given))
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    register_backend("seen", attend)
+    assert_matches_reference("seen", bound=math.inf)
+    by_check = [given for queries, given in calls if queries == 7]
+    calls.clear()
+    with torch.no_grad():
+        tiny_model("seen")(draw(7))
+    assert by_check == [calls[0][1]] == [{"position_ids": (1, 7), "use_cache": bool}]
 
 
 @pytest.mark.usefixtures("restored_registry")

@@ -23,6 +23,7 @@ from llama_attn.backends._rules import AttentionCall, by_mask, by_request
 from llama_attn.stats.visibility import Visibility
 
 # transformers reads these in a name as "a FlashAttention variant", "a kernel on the hub" and "paged".
+# A space means nothing to it, nor to a shell that quotes it, and no file is named after a backend.
 RESERVED = ("flash", "/", "|")
 
 
