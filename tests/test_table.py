@@ -291,7 +291,7 @@ def check_refused(own, message, ids):
         ((QUERY, lambda b: b.weights.argmax(-1)),
          rf"\(batch, head, query\) = {SHAPE}, got .* of torch.int64; give counts in .*, as .to\(block.weights.dtype\), whose "
          r"padding is NaN; of positions say so with Statistic\(…, dtype=torch.int64\), whose padding is −1"),
-        ((QUERY, lambda b: b.weights.sum(-1) > 1), r"got .* of torch.bool; give counts in .* padding is NaN(\n.*)?$"),
+        ((QUERY, lambda b: b.weights.sum(-1) > 1), r"got .* of torch.bool; give counts in .* padding is NaN(\n'own' in \{.*\})?$"),
         ((QUERY, lambda b: b.weights.sum(-1).bfloat16()), rf"\(batch, head, query\) = {SHAPE}, got .* of torch.bfloat16"),
         ((QUERY, lambda b: b.weights.sum(-1), torch.long), r" of torch.int64, got .* of torch.float"),
         ((QUERY, lambda b: 1.5), rf"\(batch, head, query\) = {SHAPE}, got 1.5"),
@@ -303,7 +303,7 @@ def check_refused(own, message, ids):
          r"\(batch, head, distance_bin\) = \(2, \d+, \d\) of"),
         ((STATES, lambda states: states), rf"\(batch, query\) = \(2, \d+\) of .*, got {SHAPE}"),
         ((STATES, lambda states: states.norm(dim=-1).half()), r"\(batch, query\) = .*, got .* of torch.float16"),
-        ((STATES, lambda states: 3), r"\(batch, query\) = .*, got 3(\n.*)?$"),
+        ((STATES, lambda states: 3), r"\(batch, query\) = .*, got 3(\n'own' in \{.*\})?$"),
         (((*STATES, "rank"), lambda states: states[..., :1]), r"\(batch, query, rank\) = \(2, \d+, [38]\) of"),
         ((OF_KEYS, lambda key: key.sum((1, 3)), None, "key"), rf"\(batch, kv_head, key\) = {SHAPE}, got \(2, \d+\) of"),
         ((OF_KEYS, lambda value: value.argmax(-1), None, "value"), rf"\(batch, kv_head, key\) = {SHAPE}, got .*int64"),

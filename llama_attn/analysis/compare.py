@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from llama_attn.analysis.alignment import Pairs, align_tokens, how_much, ranks, usual_at
 from llama_attn.analysis.dataset import as_dataset, direction_of
+from llama_attn.analysis.layers import has_mean
 from llama_attn.analysis.part import in_ranges, measured_part
 from llama_attn.analysis.row import starts_of_text
 
@@ -87,7 +88,7 @@ def compare(a: Source, b: Source) -> pandas.DataFrame:
     for name in _statistics(first):
         if name not in second:
             continue
-        if not np.issubdtype(first[name].dtype, np.floating) or set(first[name].dims) != set(second[name].dims):
+        if not has_mean(first[name]) or set(first[name].dims) != set(second[name].dims):
             left_out.append(f"{name}: not numbers to subtract")
         elif same_text or not set(TEXT_DIMS) & set(first[name].dims):
             lines.extend(_lines(name, first, second, pairs, starts))

@@ -74,7 +74,7 @@ def head_means(ds: Source, statistic: str) -> xarray.DataArray:
 
 def _one_per_head(values: xarray.DataArray) -> bool:
     """Whether means over rows and tokens leave one number per layer and head."""
-    left = set(values.dims) - {*POSITION_DIMS}
+    left = set(values.dims) - set(POSITION_DIMS)
     return left in [{"layer", dim} for dim in HEAD_DIMS] and has_mean(values)
 
 

@@ -44,9 +44,8 @@ def main(
             fail(f"--import: there is no file {path}")
         try:
             runpy.run_path(str(path))
-        except (
-            Exception
-        ) as error:  # The user's own code may fail in any way: its line is named, and not all that led there.
+        except Exception as error:
+            # The user's own code may fail in any way: its line is named, and not all that led there.
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
             line = f", line {lines[-1]}" if lines else ""
             fail(f"--import: {path}{line}: {type(error).__name__}: {first_line(error)}")

@@ -92,8 +92,7 @@ class Sight:
         """
         segments, names = step.segments(config, visibility)
         known = step.known_tokens(visibility)
-        tokens = None if known is None else known[:, visibility.offset :].to(visibility.device)
-        statistics = wanted_statistics(config, has_tokens=tokens is not None, alone=step.prompt is None)
+        statistics = wanted_statistics(config, has_tokens=known is not None, alone=step.prompt is None)
         measured = visibility.measured(stride=config.query_stride, first=step.first, rows=step.rows)
         if not measured.num_queries and not step.first:
             raise ValueError(f"query_stride: no query of this call is at a multiple of {config.query_stride}")
@@ -101,10 +100,11 @@ class Sight:
         if keep is not None and keep.shape[0] not in (1, len(layers)):
             raise ValueError(f"keep: expected 1 or {len(layers)} layers, got {keep.shape[0]}")
         on_blocks = [s for s in statistics if not s.is_norm and s.needs != "rows"]
-        before = token_before(known, visibility)
-        if not any(s.needs == "tokens" for s in on_blocks):
-            # Not every model shows them unasked: a statistic that takes them must have said so.
-            tokens = before = None
+        tokens = before = None
+        # Not every model shows them unasked: a statistic that takes them must have said so.
+        if known is not None and any(s.needs == "tokens" for s in on_blocks):
+            tokens = known[:, visibility.offset :].to(visibility.device)
+            before = token_before(known, visibility)
         wanted = Wanted(on_blocks, config, segments, len(names or ()), tokens, before, layers=len(layers))
         rows, runs = _rows(visibility, config, step)
         return cls(

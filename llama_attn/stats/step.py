@@ -85,9 +85,9 @@ class Step:
         return min(length, given or length) if goes_on else length
 
 
-def token_before(tokens: Tensor | None, visibility: Visibility) -> Tensor | None:
+def token_before(tokens: Tensor, visibility: Visibility) -> Tensor | None:
     """Token id in front of the first slot, (batch,); None if there is none, −1 for padding."""
-    if not visibility.offset or tokens is None:
+    if not visibility.offset:
         return None
     before = tokens[:, visibility.offset - 1].to(visibility.device)
     return before if visibility.dropped is None else torch.where(visibility.dropped > 0, before, -1)

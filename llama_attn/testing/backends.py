@@ -196,12 +196,15 @@ def _output(named: str, backend: str, inputs: AttentionInputs) -> Tensor:
 def _runs_without_groups(backend: str, inputs: AttentionInputs) -> bool:
     """Whether a function that raises where KV heads are shared runs where each query head has its own."""
     groups = inputs.query.shape[1] // inputs.key.shape[1]
+    if groups == 1:
+        return False
     own = {name: getattr(inputs, name).repeat_interleave(groups, 1) for name in ("key", "value")}
     try:
         _call(backend, replace(inputs, **own))
     except Exception:
+        # It may fail in any way of its own, whose first error is the one that is told; groups are not what it fails at.
         return False
-    return groups > 1
+    return True
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import numpy as np
 
 from llama_attn.analysis import head_means, layer_evolution
 from llama_attn.analysis.dataset import real_tokens
+from llama_attn.analysis.layers import has_mean
 from llama_attn.analysis.row import row_alone
 from llama_attn.viz.figures.attention import bin_width
 from llama_attn.viz.figures.multiples import pooled_maps
@@ -61,7 +62,7 @@ def along_text(row: xarray.Dataset) -> list[str]:
     return [
         str(name)
         for name, values in row.data_vars.items()
-        if np.issubdtype(values.dtype, np.floating)
+        if has_mean(values)
         and set(values.dims) <= {*LAYER_AXES, *HEAD_AXES, *TOKEN_AXES, "batch"}
         and all(len(set(axes) & set(values.dims)) == 1 for axes in (LAYER_AXES, TOKEN_AXES))
         and len(set(HEAD_AXES) & set(values.dims)) <= 1
