@@ -125,7 +125,7 @@ $(LOWEST)/.ready: pyproject.toml tests/lowest.py | $(VENV)/.native
 # Each benchmark once on small shapes, whether it still runs; on two processes nothing is timed, and no number is kept.
 bench-check: $(VENV)/.native
 	LLAMA_ATTN_BENCH=check OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks -o addopts=--strict-markers \
-		-k "not transformer_lens" --numprocesses 2 --dist loadfile --quiet
+		-k "not transformer_lens" --numprocesses 2 --dist worksteal --quiet
 
 # Whether what README.md claims of time and memory holds here, where nothing else should run: one script each, which takes
 # minutes. LLAMA_ATTN_BENCH=check tries the scripts and judges nothing.

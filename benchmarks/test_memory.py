@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 import pytest
-from check import once, shrunk
+from check import last, once, shrunk
 from fresh_process import NUM_LAYERS, run
 from memory import growth, measuring_peak, plain_peak, settled, shape
 from results import Row
@@ -21,7 +21,7 @@ GROWTH = 2.2
 LONGEST = 32768
 
 
-@pytest.mark.parametrize("length", [8192, 16384, 32768])
+@pytest.mark.parametrize("length", last([8192, 16384, 32768]))
 def test_long(benchmark, length):
     """One row; what statistics add, and how that grows with the length."""
     measured, engine = benchmark.pedantic(measuring_peak, args=(length,), rounds=1)
@@ -44,7 +44,7 @@ def test_threshold_of_glibc(benchmark):
     keep(benchmark, [Row.over(case, shape(length), measured, "MiB", STOCK, plain, GOALS[length])])
 
 
-@pytest.mark.parametrize(("length", "layers"), [(8192, NUM_LAYERS), (LONGEST, 2)])
+@pytest.mark.parametrize(("length", "layers"), last([(8192, NUM_LAYERS), (LONGEST, 2)]))
 def test_padded_batch(benchmark, length, layers):
     """Two rows, the first with an eighth of padding; stock builds a mask of T × T for it, so not only against that."""
     options = ("--rows", 2, "--layers", layers)

@@ -52,19 +52,21 @@ def test_without_a_gpu():
     assert "there is no CUDA device here; --dry-run rehearses without" in said.stderr
 
 
-def test_what_fails_or_takes_too_long_is_said(script, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("minutes", "names", "said"),
+    [
+        ("3", ("wrong", "right"), ("wrong    FAILED: 1 failed", "right    ok: 1 passed")),
+        ("0.02", ("slow", "left"), ("slow     stopped: time is out", "left     not run: time is out")),
+    ],
+)
+def test_what_fails_or_takes_too_long_is_said(minutes, names, said, script, tmp_path, monkeypatch, capsys):
     (tmp_path / "test_wrong.py").write_text("def test_wrong():\n    assert False\n")
     (tmp_path / "test_slow.py").write_text("import time\n\n\ndef test_slow():\n    time.sleep(60)\n")
     (tmp_path / "test_right.py").write_text("def test_right():\n    pass\n")
-    steps = tuple(
-        script["Step"](name, name, str(tmp_path / f"test_{name}.py")) for name in ("wrong", "right", "slow", "left")
-    )
+    steps = tuple(script["Step"](name, name, str(tmp_path / f"test_{name}.py")) for name in names)
     main = script["main"]
     monkeypatch.setitem(main.__globals__, "STEPS", steps)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--minutes", "0.4"])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--minutes", minutes])
     assert main() == 1
-    *_, wrong, right, slow, left = capsys.readouterr().out.splitlines()
-    assert wrong.startswith("wrong    FAILED: 1 failed")
-    assert right.startswith("right    ok: 1 passed")
-    assert slow.startswith("slow     stopped: time is out")
-    assert left.startswith("left     not run: time is out")
+    lines = capsys.readouterr().out.splitlines()[-len(said) :]
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True)), lines

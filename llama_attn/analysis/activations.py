@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_attn.analysis.dataset import as_dataset, direction_of, require
+from llama_attn.analysis.dataset import as_dataset, direction_of, of_queries, require
 from llama_attn.analysis.part import measured_part
-from llama_attn.analysis.sinks import EPSILON, seen_enough
+from llama_attn.analysis.sinks import EPSILON, GU, seen_enough
 
 if TYPE_CHECKING:
     import xarray
@@ -67,23 +67,14 @@ def massive_activations(ds: Source, magnitude: float = MAGNITUDE, ratio: float =
     for name, bound in (("magnitude", magnitude), ("ratio", ratio)):
         if isinstance(bound, bool) or not isinstance(bound, (int, float, np.number)) or not bound >= 0:
             raise ValueError(f"{name}: expected a number from 0 up, got {bound!r}")
-    largest, channels = _largest(dataset)
-    median, of_what = _median(dataset)
+    measured = dataset.variables
+    largest, channels = _largest(measured)
+    median, of_what = _median(measured)
     over_median = largest / median.where(median > 0)
     each = (largest > magnitude) & (over_median >= ratio)
     massive = each.any("rank")
-    layers = dataset["hidden_layer"]
-    # Selected layers may stand in any order; appearing and disappearing is along the model.
-    along = massive.sortby("hidden_layer")
-    last = along.sizes["hidden_layer"] - 1 - along[::-1].argmax("hidden_layer")
-    ordered = along["hidden_layer"].values
-    after = np.append(ordered[1:], -1)
-    ever = along.any("hidden_layer")
-    appears = xarray.where(ever, ordered[along.argmax("hidden_layer").values], -1)
-    disappears = xarray.where(ever, after[last.values], -1)
-    first, first_over_median, first_channel = (
-        values.isel(rank=0, drop=True) for values in (largest, over_median, channels)
-    )
+    appears, disappears = _along_the_model(massive, dataset["hidden_layer"].values)
+    first, first_over_median, first_channel = (values.isel(rank=0) for values in (largest, over_median, channels))
     described = {
         "massive": (massive, "bool", f"|x| > {magnitude:g} and ≥ {ratio:g} × median"),
         "magnitude": (first, "activation", "largest magnitude of the token"),
@@ -91,32 +82,29 @@ def massive_activations(ds: Source, magnitude: float = MAGNITUDE, ratio: float =
         "channel": (first_channel, "channel", "channel of the largest magnitude"),
         "channels": (channels.where(each, -1), "channel", "channels of the massive activations, largest first"),
         "magnitudes": (largest.where(each), "activation", "magnitudes of the massive activations, largest first"),
-        "complete": (~each.isel(rank=-1, drop=True), "bool", "whether all massive activations are listed"),
+        "complete": (~each.isel(rank=-1), "bool", "whether all massive activations are listed"),
         "median": (median, "activation", of_what),
         "appears": (appears, "layer", "first hidden layer with a massive activation"),
         "disappears": (disappears, "layer", "first hidden layer after the last one"),
     }
-    result = xarray.Dataset(
-        {
-            name: array.assign_attrs(units=unit, long_name=meaning, source=SUN)
-            for name, (array, unit, meaning) in described.items()
-        },
-        {"hidden_layer": layers},
-        {"part": measured_part(dataset)},
-    )
+    arrays = {
+        name: (array.dims, array.values, {"units": unit, "long_name": meaning, "source": SUN})
+        for name, (array, unit, meaning) in described.items()
+    }
     # In cross-attention the keys are other tokens than those of the residual stream.
     if "received" in dataset and direction_of(dataset) != "cross":
-        alpha = (
-            dataset.received.where(seen_enough(dataset))
-            .reindex(key=dataset["query"].values)
-            .drop_vars(["key", "key_token"], errors="ignore")
-        )
-        alpha = alpha.rename(key="query").assign_coords(query=dataset["query"])
-        heads = (alpha > EPSILON).where(alpha.notnull()).mean("head")
-        result["sink_heads"] = heads.assign_attrs(
-            units="fraction", long_name=f"share of heads from which the token receives more than {EPSILON:g}"
-        )
-    return result
+        alpha, is_key = of_queries(measured["received"].where(seen_enough(measured)), dataset)
+        heads = (alpha > EPSILON).where(alpha.notnull() & is_key).mean("head")
+        meaning = f"share of heads from which the token receives more than {EPSILON:g}"
+        arrays["sink_heads"] = heads.dims, heads.values, {"units": "fraction", "long_name": meaning, "source": GU}
+    axes = {axis for dims, *_ in arrays.values() for axis in dims}
+    coordinates: dict[Hashable, Any] = {
+        name: values for name, values in dataset.coords.items() if set(values.dims) <= axes
+    }
+    if "rank" not in measured[needed(dataset)[0]].dims:
+        # That of the dataset, if any, is of other statistics.
+        coordinates["rank"] = [0]
+    return xarray.Dataset(arrays, coordinates, {"part": measured_part(dataset)})
 
 
 def needed(dataset: Container[Any]) -> tuple[str, ...]:
@@ -126,16 +114,27 @@ def needed(dataset: Container[Any]) -> tuple[str, ...]:
     return *largest, "hidden_layer_median" if "hidden_layer_median" in dataset else "hidden_median"
 
 
-def _largest(dataset: xarray.Dataset) -> tuple[xarray.DataArray, xarray.DataArray]:
+def _largest(measured: Mapping[Any, xarray.Variable]) -> tuple[xarray.Variable, xarray.Variable]:
     """The largest magnitudes of every token and their channels, (hidden_layer, batch, query, rank)."""
-    magnitudes, channels = (dataset[name] for name in needed(dataset)[:2])
+    magnitudes, channels = (measured[name] for name in needed(measured)[:2])
     if "rank" not in magnitudes.dims:
-        magnitudes, channels = (values.expand_dims(rank=[0], axis=-1) for values in (magnitudes, channels))
+        axes = (*magnitudes.dims, "rank")
+        magnitudes, channels = (values.set_dims(axes, shape=(*values.shape, 1)) for values in (magnitudes, channels))
     return magnitudes, channels
 
 
-def _median(dataset: xarray.Dataset) -> tuple[xarray.DataArray, str]:
+def _median(measured: Mapping[Any, xarray.Variable]) -> tuple[xarray.Variable, str]:
     """The median of every state, (hidden_layer, batch), and what it is."""
-    if "hidden_layer_median" in dataset:
-        return dataset.hidden_layer_median, "median magnitude of all tokens and channels"
-    return dataset.hidden_median.median("query"), "median over tokens of the median magnitude"
+    if "hidden_layer_median" in measured:
+        return measured["hidden_layer_median"], "median magnitude of all tokens and channels"
+    return measured["hidden_median"].median("query"), "median over tokens of the median magnitude"
+
+
+def _along_the_model(massive: xarray.Variable, layers: np.ndarray) -> tuple[xarray.Variable, xarray.Variable]:
+    """The first hidden layer where each token is massive, and the first after it has been for the last time; −1 for never."""
+    # Selected layers may stand in any order.
+    order = np.argsort(layers)
+    ordered, along = layers[order], massive.transpose("hidden_layer", ...).values[order]
+    first, last = along.argmax(0), len(order) - 1 - along[::-1].argmax(0)
+    ever, after = massive.any("hidden_layer"), np.append(ordered[1:], -1)
+    return tuple(ever.copy(data=found).where(ever, -1) for found in (ordered[first], after[last]))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     Source = AttentionStats | xarray.Dataset | str | os.PathLike[str]
     """Statistics, as they were measured, labelled, or the path of their file."""
+    Array = TypeVar("Array", xarray.DataArray, xarray.Variable)
+    """With coordinates or without: what comes from one dataset has the same, and comparing them costs more than adding."""
 
 
 def as_dataset(source: Source) -> xarray.Dataset:
@@ -111,10 +113,18 @@ def direction_of(dataset: xarray.Dataset) -> Literal["causal", "bidirectional", 
     return cast('Literal["causal", "bidirectional", "cross"]', direction)
 
 
-def real_tokens(dataset: xarray.Dataset, axis: Literal["query", "key"]) -> xarray.DataArray:
+def real_tokens(measured: Mapping[Any, Array], axis: Literal["query", "key"]) -> Array:
     """Which queries see some key in some layer, or which keys some query of some layer sees, (batch, axis)."""
-    seen = (dataset.visible_keys if axis == "query" else dataset.visible_queries) > 0
+    seen = measured["visible_keys" if axis == "query" else "visible_queries"] > 0
     return seen.any("layer") if "layer" in seen.dims else seen
+
+
+def of_queries(of_keys: xarray.Variable, dataset: xarray.Dataset) -> tuple[xarray.Variable, xarray.Variable]:
+    """What is known of keys, for the queries that are the same tokens, and for which queries there is such a key."""
+    import xarray
+
+    at = xarray.Variable("query", dataset.indexes["key"].get_indexer(dataset.indexes["query"]))
+    return of_keys.isel(key=at), at >= 0
 
 
 def without_attention(dataset: xarray.Dataset) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from llama_attn.analysis.uniform import measured_with, share_of_keys, uniform_at
 if TYPE_CHECKING:
     import xarray
 
-    from llama_attn.analysis.dataset import Source
+    from llama_attn.analysis.dataset import Array, Source
 
 # A head is local if it looks less than this far, as a share of the distance of uniform attention.
 LOCAL_BELOW = 0.5
@@ -82,12 +83,12 @@ def locality(ds: Source) -> xarray.Dataset:
     )
 
 
-def normalized_entropy(dataset: xarray.Dataset) -> xarray.DataArray:
+def normalized_entropy(measured: Mapping[Any, Array]) -> Array:
     """H_i / ln n_i per query that has n_i > 1 outcomes, else NaN: 1 for uniform attention, 0 for a single outcome.
 
     The outcomes are the keys that it sees and, if ``learned_sink_mass`` says that there is one, the learned sink.
     """
-    outcomes = dataset.visible_keys
-    if "learned_sink_mass" in dataset:
-        outcomes = outcomes + (dataset.learned_sink_mass > 0).any("query")
-    return dataset.entropy / np.log(outcomes.where((dataset.visible_keys > 0) & (outcomes > 1)))
+    outcomes = measured["visible_keys"]
+    if "learned_sink_mass" in measured:
+        outcomes = outcomes + (measured["learned_sink_mass"] > 0).any("query")
+    return measured["entropy"] / np.log(outcomes.where((measured["visible_keys"] > 0) & (outcomes > 1)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,12 +18,12 @@ from llama_attn.analysis.answer import (
 )
 from llama_attn.analysis.dataset import as_dataset, direction_of, labels, real_tokens, require
 from llama_attn.analysis.part import measured_part
-from llama_attn.analysis.uniform import measured_with, uniform_attention
+from llama_attn.analysis.uniform import measured_with, share_of_keys, uniform_attention
 
 if TYPE_CHECKING:
     import xarray
 
-    from llama_attn.analysis.dataset import Source
+    from llama_attn.analysis.dataset import Array, Source
 
 WU = "Wu et al., arXiv 2404.15574"
 CHUANG = "Chuang et al., arXiv 2407.07071"
@@ -197,7 +197,7 @@ def streaming_heads(ds: Source, threshold: float = STREAMING) -> xarray.Dataset:
         raise ValueError(
             f"source: expected causal attention, which has a sink and a window, got {direction_of(dataset)}"
         )
-    mass, of_uniform = mass_outside(dataset)
+    mass, of_uniform = mass_outside(dataset, uniform_attention(dataset))
     outside, uniform = mass.mean(["batch", "query"]), of_uniform.mean(["batch", "query"])
     if "layer" not in uniform.dims:
         uniform = uniform.expand_dims(layer=dataset["layer"])
@@ -214,16 +214,14 @@ def streaming_heads(ds: Source, threshold: float = STREAMING) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def mass_outside(dataset: xarray.Dataset) -> tuple[xarray.DataArray, xarray.DataArray]:
+def mass_outside(measured: Mapping[Any, Array], uniform: Mapping[Any, Array]) -> tuple[Array, Array]:
     """Mass of every query outside sink and window, and that of uniform attention; NaN where no key lies outside."""
-    uniform = uniform_attention(dataset)
-    inside = uniform.sink_mass + uniform.local_mass
+    inside = uniform["sink_mass"] + uniform["local_mass"]
     # Keys are counted: as shares of all, what lies outside is 1 / n or more, far above rounding. Where the window
     # reaches the sink, all that is seen lies in one of them, so that their sum is 1 or more.
     outside = (1 - inside).where(inside < 1 - 1e-9)
-    on_keys = 1 - dataset.learned_sink_mass if "learned_sink_mass" in dataset else 1.0
-    mass = (on_keys - dataset.sink_mass - dataset.local_mass).clip(min=0)
-    return mass.where(outside.notnull()), outside.where(real_tokens(dataset, "query"))
+    mass = (share_of_keys(measured) - measured["sink_mass"] - measured["local_mass"]).clip(min=0)
+    return mass.where(outside.notnull()), outside.where(real_tokens(measured, "query"))
 
 
 def _needle(dataset: xarray.Dataset, needle: tuple[int, int]) -> tuple[int, int]:

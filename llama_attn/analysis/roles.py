@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_attn.analysis.dataset import direction_of
+from llama_attn.analysis.dataset import direction_of, of_queries
 from llama_attn.analysis.locality import LOCAL_BELOW, normalized_entropy
 from llama_attn.analysis.retrieval import RETRIEVAL, STREAMING, mass_outside, retrieval_heads
 from llama_attn.analysis.sinks import EPSILON, sink_positions
@@ -54,19 +54,24 @@ def role_scores(
     Raises:
         ValueError: The slice holds no measured query, or there is a needle and `retrieval_heads` cannot tell.
     """
+    import xarray
+
     over = ("query",) if per_row else ("batch", "query")
-    chosen = _queries(dataset, query_slice)
-    unknown = dataset.entropy.mean(over) * np.nan
-    found = {
-        **_scores(chosen, over),
-        "sink": _on_sinks(dataset, chosen, over, sinks),
-        "streaming": _streaming(dataset, chosen, over),
-    }
+    uniform = uniform_attention(dataset).variables
+    chosen, of_uniform = _queries(dataset, query_slice, dataset.variables, uniform)
+    found = _scores(dataset, chosen, of_uniform, over)
+    if {"received", "sink_mass"} <= set(dataset) and _has_every(dataset, chosen):
+        found["sink"] = _on_sinks(dataset, over, sink_positions(dataset) if sinks is None else sinks)
+    if {"local_mass", "sink_mass"} <= set(dataset) and direction_of(dataset) == "causal":
+        # Mass on sink and window, of the queries that see a key outside.
+        found["streaming"] = 1 - mass_outside(chosen, of_uniform)[0].mean(over)
     if needle is not None:
-        score = retrieval_heads(dataset, needle).score
+        score = retrieval_heads(dataset, needle).score.variable
         found["retrieval"] = score if per_row else score.mean("batch")
+    unknown = dataset.variables["entropy"].mean(over) * np.nan
     order = ("layer", "batch", "head")[:: 1 if per_row else 2]
-    return {role: found.get(role, unknown).transpose(*order) for role in THRESHOLDS}
+    coordinates = {axis: dataset.coords[axis] for axis in order}
+    return {role: xarray.DataArray(found.get(role, unknown).transpose(*order), coordinates) for role in THRESHOLDS}
 
 
 def strengths(scores: dict[str, xarray.DataArray]) -> Float[np.ndarray, "role ..."]:
@@ -92,20 +97,23 @@ def strongest_roles(scores: dict[str, xarray.DataArray]) -> Int[np.ndarray, ...]
     return np.where(above.any(0), best, np.where(np.isfinite(values).any(0), MIXED, NO_DATA))
 
 
-def _queries(dataset: xarray.Dataset, query_slice: slice | None) -> xarray.Dataset:
-    """The dataset and what uniform attention would give, with only the queries that count."""
-    if query_slice is not None and not _is_slice(query_slice):
+def _queries(
+    dataset: xarray.Dataset, query_slice: slice | None, *arrays: Mapping[Any, xarray.Variable]
+) -> list[Mapping[Any, xarray.Variable]]:
+    """Arrays by name, with only the queries that count."""
+    if query_slice is None:
+        return list(arrays)
+    if not _is_slice(query_slice):
         raise ValueError(f"query_slice: expected a slice such as slice(65, None), got {query_slice!r}")
-    uniform = uniform_attention(dataset)
-    dataset = dataset.assign(uniform_distance=uniform.mean_distance, uniform_sink_mass=uniform.sink_mass)
-    positions = range(
-        *(query_slice or slice(None)).indices(int(max(dataset["key"].values[-1], dataset["query"].values[-1])) + 1)
-    )
     queries = dataset["query"].values
+    positions = range(*query_slice.indices(int(max(dataset["key"].values[-1], queries[-1])) + 1))
     chosen = np.flatnonzero(np.isin(queries, positions))
     if not len(chosen):
         raise ValueError(f"query_slice: {query_slice} holds no query; there are {queries[0]} to {queries[-1]}")
-    return dataset.isel(query=chosen)
+    return [
+        {name: array.isel(query=chosen) if "query" in array.dims else array for name, array in by_name.items()}
+        for by_name in arrays
+    ]
 
 
 def _is_slice(chosen: Any) -> bool:
@@ -115,53 +123,48 @@ def _is_slice(chosen: Any) -> bool:
     return all(part is None or is_integer(part) for part in (chosen.start, chosen.stop, chosen.step))
 
 
-def _scores(dataset: xarray.Dataset, over: Sequence[str]) -> dict[str, xarray.DataArray]:
+def _scores(
+    dataset: xarray.Dataset,
+    chosen: Mapping[Any, xarray.Variable],
+    uniform: Mapping[Any, xarray.Variable],
+    over: Sequence[str],
+) -> dict[str, xarray.Variable]:
     """Scores that are means over queries, of what was measured."""
-    several = dataset.visible_keys > 1
-    scores = {"uniform": normalized_entropy(dataset).mean(over)}
-    if "mean_distance" in dataset:
-        distances = dataset.mean_distance / share_of_keys(dataset), dataset.uniform_distance
+    several = chosen["visible_keys"] > 1
+    scores = {"uniform": normalized_entropy(chosen).mean(over)}
+    if "mean_distance" in chosen:
+        distances = chosen["mean_distance"] / share_of_keys(chosen), uniform["mean_distance"]
         distance, uniform_distance = (each.where(several).mean(over) for each in distances)
         scores["local"] = 1 - distance / uniform_distance
-    if "sink_mass" in dataset:
+    if "sink_mass" in chosen:
         # Unknown, it counts: it is so in packed documents, each of which begins with its sink.
-        sees_sink = (dataset.visible_keys > measured_with(dataset, "sink_tokens")) & (dataset.uniform_sink_mass != 0)
-        scores["first_token_sink"] = dataset.sink_mass.where(sees_sink).mean(over)
+        sees_sink = (chosen["visible_keys"] > measured_with(dataset, "sink_tokens")) & (uniform["sink_mass"] != 0)
+        scores["first_token_sink"] = chosen["sink_mass"].where(sees_sink).mean(over)
     for role in ("previous_token", "duplicate_token", "induction"):
-        if role in dataset:
-            scores[role] = dataset[role].where(several).mean(over)
+        if role in chosen:
+            scores[role] = chosen[role].where(several).mean(over)
     return scores
 
 
-def _on_sinks(
-    dataset: xarray.Dataset, chosen: xarray.Dataset, over: Sequence[str], found: xarray.Dataset | None
-) -> xarray.DataArray:
+def _has_every(dataset: xarray.Dataset, chosen: Mapping[Any, xarray.Variable]) -> bool:
+    """Whether every query that sees more than one key is among the chosen ones."""
+    every, some = ((counts["visible_keys"] > 1).sum("query") for counts in (dataset.variables, chosen))
+    return bool((every == some).all())
+
+
+def _on_sinks(dataset: xarray.Dataset, over: Sequence[str], found: xarray.Dataset) -> xarray.Variable:
     """Mean mass on the sinks of the run, of the queries that see more than one key; NaN if unknown."""
-    several, alone = dataset.visible_keys > 1, dataset.visible_keys == 1
-    every = bool((several.sum("query") == (chosen.visible_keys > 1).sum("query")).all())
-    if not {"received", "sink_mass"} <= set(dataset) or not every:
-        return dataset.entropy.mean(over) * np.nan
-    found = sink_positions(dataset) if found is None else found
-    sinks = found.layer_sink.any("layer")
-    known = found.boost.notnull().any(["layer", "head", "key"])
-    total = (
-        (dataset.received * dataset.visible_queries).where(sinks).sum("key").where(dataset.received.count("key") > 0)
-    )
+    measured, seen = dataset.variables, dataset.variables["visible_keys"]
+    sinks = found.variables["layer_sink"].any("layer")
+    known = found.variables["boost"].notnull().any(["layer", "head", "key"])
+    received = measured["received"]
+    total = (received * measured["visible_queries"]).where(sinks).sum("key").where(received.count("key") > 0)
     if direction_of(dataset) != "cross":
         # A query that sees one key sees itself, the first of its sequence, and has no choice.
-        own = sinks.reindex(key=dataset["query"].values, fill_value=False).drop_vars("key_token", errors="ignore")
-        own = own.rename(key="query").assign_coords(query=dataset["query"])
-        total = total - dataset.sink_mass.where(alone & own).sum("query")
-    count = several.sum("query").where(known)
+        own, is_key = of_queries(sinks, dataset)
+        total = total - measured["sink_mass"].where((seen == 1) & own & is_key).sum("query")
+    count = (seen > 1).sum("query").where(known)
     total = total.where(known)
     if "batch" in over:
         total, count = total.sum("batch", min_count=1), count.sum("batch")
     return total / count.where(count > 0)
-
-
-def _streaming(dataset: xarray.Dataset, chosen: xarray.Dataset, over: Sequence[str]) -> xarray.DataArray:
-    """Mean mass on sink and window of the chosen queries that see a key outside; NaN if unknown."""
-    if not {"local_mass", "sink_mass"} <= set(dataset) or direction_of(dataset) != "causal":
-        return dataset.entropy.mean(over) * np.nan
-    outside, _ = mass_outside(dataset)
-    return 1 - outside.sel(query=chosen["query"].values).mean(over)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -119,53 +120,52 @@ def sink_positions(ds: Source, epsilon: float = EPSILON, *, fewest_queries: int 
     _check_share("epsilon", epsilon)
     if fewest_queries is not None and not _is_positive(fewest_queries):
         raise ValueError(f"fewest_queries: expected a positive integer, got {fewest_queries!r}")
-    uniform = uniform_attention(dataset)
-    queries = dataset.visible_queries
-    of_row = real_tokens(dataset, "query").sum("query")
+    measured, uniform = dataset.variables, uniform_attention(dataset).variables
+    received, queries = measured["received"], measured["visible_queries"]
+    of_row = real_tokens(measured, "query").sum("query")
     needed = _needed(of_row, epsilon) if fewest_queries is None else xarray.full_like(of_row, fewest_queries)
     enough = (queries >= needed) & (queries > 0)
-    sink = (dataset.received > epsilon) & enough
-    total = dataset.received * queries
-    share = total / (dataset.visible_keys > 0).sum("query")
-    layer_sink = (total.mean("head") > by_chance(np.maximum(uniform.received_total, 1), of_row)) & enough
-    strongest = share.where(sink).fillna(-np.inf).idxmax("key")
-    seen = dataset.received.notnull()
+    sink = (received > epsilon) & enough
+    total = received * queries
+    share = total / (measured["visible_keys"] > 0).sum("query")
+    layer_sink = (total.mean("head") > by_chance(np.maximum(uniform["received_total"], 1), of_row)) & enough
+    strongest = share.where(sink).fillna(-np.inf).argmax("key")
+    position = xarray.Variable(strongest.dims, dataset["key"].values[strongest.values]).where(sink.any("key"), -1)
     of_rule = {"source": GU, "epsilon": float(epsilon), "fewest_queries": needed.values.tolist()}
     described = {
         "sink": (sink, "bool", f"receives more than {epsilon:g}, seen by enough queries"),
         "layer_sink": (layer_sink, "bool", "takes more than chance explains, on average over heads"),
         "share": (share, "fraction", "share of all attention"),
-        "boost": (dataset.received / uniform.received, "ratio", "share over its value under uniform attention"),
+        "boost": (received / uniform["received"], "ratio", "share over its value under uniform attention"),
         "queries": (queries, "queries", "measured queries that see the key"),
-        "position": (
-            strongest.where(sink.any("key"), -1).astype(np.int64),
-            "token",
-            "the sink with the largest share, −1 for none",
+        "position": (position.astype(np.int64), "token", "the sink with the largest share, −1 for none"),
+        "heads": (
+            sink.where(received.notnull()).mean(["layer", "head"]),
+            "fraction",
+            "share of heads with a sink here",
         ),
-        "heads": (sink.where(seen).mean(["layer", "head"]), "fraction", "share of heads with a sink here"),
     }
     ruled = ("sink", "layer_sink", "position", "heads")
     order = ("layer", "batch", "head", "key")
-    arrays = {
-        name: array.transpose(*(dim for dim in order if dim in array.dims)) for name, (array, *_) in described.items()
-    }
-    # Attributes of what was measured say nothing of these; taken off at once, which is faster than one by one.
-    positions = xarray.Dataset(arrays).drop_attrs()
-    for name, (_, unit, meaning) in described.items():
-        positions[name].attrs.update(units=unit, long_name=meaning, **(of_rule if name in ruled else {}))
-    return positions.assign_attrs(of_rule | {"part": measured_part(dataset)})
+    arrays = {}
+    for name, (array, unit, meaning) in described.items():
+        dims = tuple(dim for dim in order if dim in array.dims)
+        attrs = {"units": unit, "long_name": meaning, **(of_rule if name in ruled else {})}
+        arrays[name] = dims, array.transpose(*dims).values, attrs
+    coordinates = {name: values for name, values in dataset.coords.items() if set(values.dims) <= set(order)}
+    return xarray.Dataset(arrays, coordinates, of_rule | {"part": measured_part(dataset)})
 
 
-def seen_enough(dataset: xarray.Dataset) -> xarray.DataArray:
+def seen_enough(measured: Mapping[Any, xarray.Variable]) -> xarray.Variable:
     """Whether enough queries see each key to name it a sink, (batch, key); per layer if they differ."""
-    queries = dataset.visible_queries
-    return (queries >= _needed(real_tokens(dataset, "query").sum("query"), EPSILON)) & (queries > 0)
+    queries = measured["visible_queries"]
+    return (queries >= _needed(real_tokens(measured, "query").sum("query"), EPSILON)) & (queries > 0)
 
 
-def _needed(queries: xarray.DataArray, epsilon: float) -> xarray.DataArray:
+def _needed(queries: xarray.Variable, epsilon: float) -> xarray.Variable:
     """By how many of the queries of a row a sink must be seen."""
     # At ε = 0 no number would do.
-    most: xarray.DataArray = np.ceil(by_chance(1.0, queries) / max(epsilon, 1e-9))
+    most: xarray.Variable = np.ceil(by_chance(1.0, queries) / max(epsilon, 1e-9))
     return most.where(most < queries, queries).astype(np.int64)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from llama_attn.analysis.who_sees import Runs, runs_of, sink_shares, sum_of_runs
 
 if TYPE_CHECKING:
     import xarray
+
+    from llama_attn.analysis.dataset import Array
 
 OF_QUERIES = ("entropy", "sink_mass", "local_mass", "mean_distance", "previous_token")
 OF_KEYS = ("received", "received_total")
@@ -87,9 +90,9 @@ def uniform_attention(dataset: xarray.Dataset) -> xarray.Dataset:
     return result if layered else result.isel(layer=0, drop=True)
 
 
-def share_of_keys(dataset: xarray.Dataset) -> xarray.DataArray | float:
+def share_of_keys(measured: Mapping[Any, Array]) -> Array | float:
     """How much of its attention each query leaves to keys: all of it, but for ``learned_sink_mass`` if measured."""
-    return 1 - dataset.learned_sink_mass if "learned_sink_mass" in dataset else 1.0
+    return 1 - measured["learned_sink_mass"] if "learned_sink_mass" in measured else 1.0
 
 
 def _distance_bins(dataset: xarray.Dataset) -> np.ndarray:
