@@ -104,6 +104,10 @@ def scales_twice(module, query, key, value, attention_mask, scaling, **kwargs):
     return sdpa_attention_forward(module, query * scaling, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
+def scales_by_channels(module, query, key, value, attention_mask, scaling, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
 def scales_half(module, query, key, value, attention_mask, scaling, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling / 2, **kwargs)
 
@@ -177,6 +181,10 @@ def of_half_precision(module, query, key, value, attention_mask, **kwargs):
         (forgets_the_cache, r"'cached': 12.*the error is of causality \(queries are counted from the first key"),
         (forgets_scaling, r"'queries': 7.*; the error is of scaling \(it is left out\)$"),
         (scales_twice, r"'queries': 7.*; the error is of scaling \(it is applied twice\)$"),
+        (
+            scales_by_channels,
+            r"'scaling': 0.5}: .*; the error is of scaling \(it is 1 / √channel, whatever the keyword says",
+        ),
         (scales_half, r"'queries': 7.* error \S+ is above \S+$"),
         (
             repeats_in_turn,

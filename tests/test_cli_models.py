@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import cli_models
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import invoke
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, T5EncoderModel
 from transformers.models.llama import LlamaConfig, modeling_llama as upstream
+from transformers.utils import logging as transformers_logging
 
 from llama_attn import AttentionStats, AttentionStatsConfig, record
 from llama_attn.cli.loading import plan, what_is_wrong
@@ -352,6 +355,17 @@ def test_the_class_is_the_one_that_the_checkpoint_names(kind, architecture, expe
     chosen = plan(Checkpoint(str(folder)), None)
     assert (chosen.family, chosen.name) == expected
     assert chosen.is_llama == (expected == ("AutoModelForCausalLM", "LlamaForCausalLM"))
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_bars_of_loading_are_for_terminals(is_terminal, zoo, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: is_terminal, write=str, flush=bool))
+    transformers_logging.enable_progress_bar()
+    try:
+        plan(Checkpoint(str(zoo("bert"))), None)
+        assert transformers_logging.is_progress_bar_enabled() == is_terminal
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
 def edit(folder, **changes):

@@ -90,6 +90,20 @@ def test_logits_of_hidden_keys_are_recognised(stream, textbook):
         assert_statistic_matches(large)
 
 
+@pytest.mark.parametrize(
+    ("statistic", "situation"),
+    [
+        (own(QUERY, lambda b: b.weights.sum(-1), lambda r: r.visible.any(-1).expand(r.weights.shape[:-1])), "sinks"),
+        (own(QUERY, lambda b: b.logits.amax(-1), lambda r: (r.query @ r.key.repeat_interleave(
+            r.query.shape[1] // r.key.shape[1], 1).mT * r.scaling).masked_fill(~r.visible, -torch.inf).amax(-1)), "softcap"),
+    ],
+)  # fmt: skip
+def test_what_is_true_of_a_llama_alone_is_found(statistic, situation):
+    """Weights add up to 1 unless there is a learned sink; scores are products unless they are bounded."""
+    with pytest.raises(AssertionError, match=rf"'own' in {{.*'{situation}': .*}}: the streaming form is off"):
+        assert_statistic_matches(statistic)
+
+
 def same_token(block):
     return block.mass(block.tokens[:, None] == block.row_tokens[..., None])
 

@@ -119,16 +119,24 @@ def test_values_are_written_out():
 
 def test_situations_are_written_out():
     doc, more = inspect.getdoc(assert_matches_reference), inspect.getdoc(assert_statistic_matches)
-    assert {"window", "bidirectional", "stride", "dropped"} == {key for situation in MEASURED for key in situation} - {
-        key for situation in SITUATIONS for key in situation
-    }
+    assert {"window", "softcap", "sinks", "bidirectional", "stride", "dropped"} == {
+        key for situation in MEASURED for key in situation
+    } - {key for situation in SITUATIONS for key in situation}
     every = [*SITUATIONS, *(situation for situations in FEATURES.values() for situation in situations)]
-    names = ("queries", "cached", "head_dim", "window", "softcap")
+    names = ("queries", "cached", "head_dim", "scaling", "window", "softcap")
     sizes = {situation[name] for situation in every for name in names if name in situation}
     assert list(FEATURES) == list(get_args(Feature)) == re.findall(r'- ``"(\w+)"``:', doc)
     assert {size for size in sizes if not re.search(rf"\b{size}\b", doc)} == set()
     assert all(
-        word in more for word in ("windows of 7 keys", "the 9 keys before", "both directions", "every third query")
+        word in more
+        for word in (
+            "soft-cap",
+            "learned sinks",
+            "both directions",
+            "a window of 7 keys",
+            "the 9 keys before",
+            "every third query",
+        )
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import pickle
+import sys
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,9 @@ def plan(checkpoint: Checkpoint, trust_remote_code: bool | None) -> Plan:
             user did not say, which is enough for checkpoints without.
     """
     transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        # In a log every step of a bar is a line.
+        transformers_logging.disable_progress_bar()
     checkpoint = locate(checkpoint)
     name, gguf_file = checkpoint.name, checkpoint.gguf_file
     trust = bool(trust_remote_code)

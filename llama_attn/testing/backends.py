@@ -38,8 +38,9 @@ def assert_matches_reference(
     """Check the output of a registered backend against float64, masks included, in all of `SITUATIONS`.
 
     These are what a Llama asks: 1 query alone and behind a cache of 20 keys; 5, 7, 17, 33, 63 and 130 queries; groups of 1,
-    2, 3 and 4 query heads per KV head; padding on the left and on the right, and on the left with a cache of 12 keys; 16 and
-    24 channels. Other models ask for more, each in a way of its own, which ``also`` names:
+    2, 3 and 4 query heads per KV head; padding on the left and on the right, and on the left with a cache of 12 keys; 16
+    channels with a ``scaling`` of 1 / √16, and 24 with one of 0.5. Other models ask for more, each in a way of its own, which
+    ``also`` names:
 
     - ``"softcap"``: the keyword ``softcap``, as Gemma 2 passes it, here 2.0; with padding, and with a cache of 12 keys.
     - ``"sinks"``: the keyword ``s_aux``, (head), as gpt-oss passes it; with padding, and with a cache of 20 keys.
@@ -150,6 +151,7 @@ def _mistakes(inputs: AttentionInputs, reference: Reference) -> Iterator[tuple[s
         "the sinks (they are left out)": {"sinks": None},
         "scaling (it is left out)": {"scaling": 1.0},
         "scaling (it is applied twice)": {"scaling": inputs.scaling**2},
+        "scaling (it is 1 / √channel, whatever the keyword says)": {"scaling": inputs.query.shape[-1] ** -0.5},
         "grouped heads (KV heads are repeated by repeat, not by repeat_interleave)": {
             "key": inputs.key.repeat(1, groups, 1, 1),
             "value": inputs.value.repeat(1, groups, 1, 1),

@@ -26,10 +26,10 @@ SITUATIONS: tuple[dict[str, Any], ...] = (
     {"queries": 33, "padding": "right"},
     {"queries": 1, "cached": 20},
     {"queries": 5, "cached": 12, "padding": "left"},
-    {"queries": 17, "head_dim": 24},
+    {"queries": 17, "head_dim": 24, "scaling": 0.5},
 )
-"""What attention meets, as arguments of `make_inputs`: odd sizes, groups of 1, 2, 3 and 4 heads, padding on both sides, and a
-cache that is already filled."""
+"""What attention meets, as arguments of `make_inputs`: odd sizes, groups of 1, 2, 3 and 4 heads, padding on both sides, a
+cache that is already filled, and a scaling other than 1 / √channel."""
 
 Feature = Literal["softcap", "sinks", "bidirectional", "window"]
 """What some models ask of attention and a Llama does not: scores that a soft-cap bounds (Gemma 2), learned sinks (gpt-oss),
@@ -145,6 +145,7 @@ def make_inputs(
     queries: int = 7,
     cached: int = 0,
     head_dim: int = 16,
+    scaling: float | None = None,
     padding: Padding = "none",
     bidirectional: bool = False,
     window: int | None = None,
@@ -163,6 +164,7 @@ def make_inputs(
         queries: Tokens of this call.
         cached: Tokens before them.
         head_dim: Channels per head.
+        scaling: What scores are multiplied with; None for 1 / √``head_dim``.
         padding: On which side the first row is padded, by a third of its length.
         bidirectional: Whether queries see later keys too.
         window: How many keys back a query sees, its own included [token]; None for all.
@@ -198,7 +200,7 @@ def make_inputs(
         value=draw(batch, kv_heads, keys, head_dim),
         attention_mask=None if mask is None else mask.to(device),
         cached=cached,
-        scaling=head_dim**-0.5,
+        scaling=head_dim**-0.5 if scaling is None else scaling,
         bidirectional=bidirectional,
         window=window,
         softcap=softcap,

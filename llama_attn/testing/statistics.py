@@ -22,20 +22,19 @@ from llama_attn.testing.inputs import FEATURES, SITUATIONS, make_inputs
 
 MEASURED: tuple[dict[str, Any], ...] = (
     *SITUATIONS,
-    *FEATURES["bidirectional"],
-    *FEATURES["window"],
+    *(situation for situations in FEATURES.values() for situation in situations),
     {"queries": 31, "padding": "left", "stride": 3},
     {"queries": 6, "cached": 15, "window": 7, "dropped": 9},
 )
-"""What a statistic meets: `SITUATIONS`, and windows, both directions, every third query, and a cache that has dropped keys."""
+"""What a statistic meets: `SITUATIONS` and those of all `FEATURES`, every third query, and a cache that has dropped keys."""
 
 
 def assert_statistic_matches(statistic: Statistic, *, bound: float = torch.finfo(torch.float64).eps ** 0.5) -> None:
     """Check the streaming form of a statistic against its textbook form, in all of `MEASURED`, in float64.
 
-    These are `SITUATIONS`, as `assert_matches_reference` lists them, and besides: windows of 7 keys with padding and
-    with a cache, also with one that has dropped the 9 keys before, attention in both directions with padding and without,
-    and every third query with padding.
+    These are `SITUATIONS` and those of a soft-cap, learned sinks, both directions and a window, as
+    `assert_matches_reference` lists them, and besides: a window of 7 keys with a cache that has dropped the 9 keys before,
+    and every third query with padding. Weights of a query that has a learned sink add up to less than 1.
     The streaming form works in blocks of a few queries, as at long context; the textbook form sees whole matrices.
     Random tokens, segments and kept keys are there for the streaming form that needs them. It also runs once in float32, of
     which only the type is looked at. There is no cross-attention.
