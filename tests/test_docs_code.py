@@ -96,7 +96,13 @@ class Reader:
         ids = torch.randint(3, 97, (1, LONG), generator=torch.Generator().manual_seed(0))
         stats = model(ids, output_attention_stats=EVERYTHING).attention_stats
         inputs = {"input_ids": ids[:, :40], "attention_mask": torch.ones(1, 40, dtype=torch.long)}
-        named = {"model": model, "tokenizer": self.tokenizer, "inputs": inputs, "segments": [["a"] * 40], "stats": stats}
+        named = {
+            "model": model,
+            "tokenizer": self.tokenizer,
+            "inputs": inputs,
+            "segments": [["a"] * 40],
+            "stats": stats,
+        }
         return named, {}
 
     def corpus(self):
