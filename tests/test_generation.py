@@ -254,7 +254,7 @@ def test_a_run_lets_go_of_what_it_has_added(prompt):
     for at in range(4):
         forward = model.observe(config, Step(first=at, prompt=1))
         with Observed(forward), torch.no_grad():
-            cache = model(prompt["input_ids"][:, at : at + 1], past_key_values=cache).past_key_values
+            cache = model(prompt["input_ids"][:, at : at + 1], **{CACHE: cache}).past_key_values
         measured = forward.measured()
         run.add(measured)
         gone.append(weakref.ref(measured.groups[0].raw["received"]))
