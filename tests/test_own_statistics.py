@@ -161,15 +161,49 @@ def test_what_a_statistic_takes_it_has_to_need(need, stream, textbook, of, ids):
     with pytest.raises(ValueError, match=message):
         assert_statistic_matches(unsaid)
     other = dataclasses.replace(statistic, needs="keep" if need == "tokens" else "tokens")
-    message_of_other = (
-        rf"'own' needs `{need}`, which is not there; it can need one thing only, which is `{other.needs}`"
-    )
+    both = rf'\("{other.needs}", "{need}"\)'
+    message_of_other = rf"'own' needs `{need}`, which is not there; say so with Statistic\(…, needs={both}\)"
     with pytest.raises(ValueError, match=message_of_other):
         assert_statistic_matches(other)
     register_statistic(unsaid)
     config, model = AttentionStatsConfig(statistics="own"), tiny_model()
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         MEASURE[of](model, ids, config)
+
+
+def same_token_labelled(block):
+    return block.mass((block.tokens[:, None] == block.row_tokens[..., None]) & (block.segments == 1)[:, None])
+
+
+def same_token_labelled_textbook(reference):
+    same = reference.tokens[:, None] == reference.tokens[:, reference.query_slots][..., None]
+    return (reference.weights * (same & (reference.segments == 1)[:, None])[:, None]).sum(-1)
+
+
+@pytest.mark.usefixtures("restored_registry")
+def test_a_statistic_may_need_several_things(ids):
+    """With all of them it is measured, named or not, as others that need one; without, it is refused if it is named."""
+    statistic = own(QUERY, same_token_labelled, same_token_labelled_textbook, needs=["tokens", "segments"])
+    assert_statistic_matches(statistic)
+    register_statistic(statistic)
+    model, segments = tiny_model("streaming"), torch.arange(ids.shape[1]).expand_as(ids) % 3
+    with torch.no_grad():
+        measured = model(ids, output_attention_stats=AttentionStatsConfig(segments=segments)).attention_stats
+        embeddings = model.get_input_embeddings()(ids)
+        without_ids = model(
+            inputs_embeds=embeddings, output_attention_stats=AttentionStatsConfig(segments=segments)
+        ).attention_stats
+        rows = model(ids, output_attention_stats=AttentionStatsConfig(statistics="row_weights", rows=slice(None)))
+        asked = AttentionStatsConfig(statistics="own", segments=segments)
+        with pytest.raises(ValueError, match="'own' needs the ids of all tokens"):
+            model(inputs_embeds=embeddings, output_attention_stats=asked)
+        with pytest.raises(ValueError, match=r"'own' needs `segments` in the AttentionStatsConfig$"):
+            model(ids, output_attention_stats=AttentionStatsConfig(statistics="own"))
+    same = (ids[:, None] == ids[..., None]) & (segments == 1)[:, None]
+    weights = rows.attention_stats["row_weights"].nan_to_num()
+    torch.testing.assert_close(measured["own"], (weights * same[:, None]).sum(-1))
+    assert "own" not in without_ids
+    assert "segment_mass" in without_ids
 
 
 @pytest.mark.parametrize(

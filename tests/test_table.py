@@ -147,8 +147,18 @@ def test_bad_registrations():
         ({"dims": ("layer", "batch", "head", "distance_bin", "rank")}, "none behind keys or bins of positions"),
         ({"dims": ("layer", "batch", "head", "query", "key_bin")}, "'entropy' observes 'block': expected"),
         ({"dims": ("layer", "batch", "head", "row")}, "'entropy' observes 'block': expected"),
-        ({"dims": ("layer", "batch", "head", "row", "key")}, "needs: expected 'rows' for 'entropy' if"),
-        ({"needs": "rows"}, "needs: expected 'rows' for 'entropy' if and only if it has the axis 'row', got 'rows'"),
+        (
+            {"dims": ("layer", "batch", "head", "row", "key")},
+            "needs: expected 'rows' and nothing else for 'entropy' if",
+        ),
+        (
+            {"needs": "rows"},
+            "needs: expected 'rows' and nothing else for 'entropy' if and only if it has the axis 'row', got 'rows'",
+        ),
+        (
+            {"dims": ("layer", "batch", "head", "row", "key"), "needs": ["rows", "tokens"]},
+            r"needs: expected 'rows' and nothing else .*, got \('rows', 'tokens'\)",
+        ),
         ({"dims": ("hidden_layer", "batch", "query")}, "'entropy' observes 'block': expected .*'layer', 'batch'"),
         ({"observes": "hidden"}, r"'entropy' observes 'hidden': expected \['hidden_layer', 'batch'\], .*'query'"),
         ({"observes": "key"}, r"'entropy' observes 'key': expected \['layer', 'batch'\], .*'kv_head key'"),
@@ -164,7 +174,9 @@ def test_bad_registrations():
             {"dims": (*QUERY, "segment")},
             "needs: expected 'segments' for 'entropy', which has the axis 'segment', got None",
         ),
-        ({"needs": "token"}, r"needs: expected one of \[None, 'segments', 'tokens', .*\] for 'entropy', got 'token'"),
+        ({"needs": "token"}, r"needs: expected some of \['segments', 'tokens', .*\] for 'entropy', got \['token'\]"),
+        ({"needs": ("tokens", 5)}, r"needs: expected some of \['segments', .*\] for 'entropy', got \[5\]"),
+        ({"needs": 5}, r"needs: expected some of \['segments', .*\] for 'entropy', got \[5\]"),
     ],
 )
 def test_axes_of_a_statistic(changes, message):

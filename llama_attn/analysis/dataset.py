@@ -120,7 +120,7 @@ def real_tokens(measured: Mapping[Any, Array], axis: Literal["query", "key"]) ->
 
 
 def of_queries(of_keys: xarray.Variable, dataset: xarray.Dataset) -> tuple[xarray.Variable, xarray.Variable]:
-    """What is known of keys, for the queries that are the same tokens, and for which queries there is such a key."""
+    """What is known of keys, of the same tokens as queries; and which queries are keys, of the others it means nothing."""
     import xarray
 
     at = xarray.Variable("query", dataset.indexes["key"].get_indexer(dataset.indexes["query"]))

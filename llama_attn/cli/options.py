@@ -23,7 +23,7 @@ OF_REPORT = (
     "weights_map", "topk_weight", "topk_position", "distance_histogram", "previous_token", "duplicate_token", "induction",
 )  # fmt: skip
 # Those of them that need to know which token each is.
-OF_IDS = tuple(name for name in OF_REPORT if statistics_table()[name].needs == "tokens")
+OF_IDS = tuple(name for name in OF_REPORT if "tokens" in statistics_table()[name].needed)
 
 Model = Annotated[
     str,

@@ -261,7 +261,8 @@ def _changed(was: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> st
     if gone := sorted({*before} - {*after}):
         return f"{gone[0]} was among them, and is not now"
     if new := sorted({*after} - {*before}):
-        return f"{new[0]} was not among them, and is now"
+        alone = "what is new can be measured by itself, and llama-attn merge takes both results"
+        return f"{new[0]} was not among them, and is now ({alone})"
     name = next((name for name, file in after.items() if file != before[name]), None)
     if name is None:
         return "they are in another order"

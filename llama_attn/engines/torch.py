@@ -275,7 +275,7 @@ def _take(block: Block, raw: dict[str, Tensor], sums: dict[str, Tensor], num_que
     """Let each wanted statistic take what it needs from the block: rows of queries, or sums over them."""
     for statistic in block.wanted.statistics:
         of_all, first, chosen = num_queries, block.rows.start, None
-        if statistic.needs == "rows" and (wanted := block.wanted.rows) is not None:
+        if "rows" in statistic.needed and (wanted := block.wanted.rows) is not None:
             of_all, first = len(wanted), bisect_left(wanted, first)
             if not (chosen := [row - block.rows.start for row in wanted if row in block.rows]):
                 continue

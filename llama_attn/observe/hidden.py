@@ -168,7 +168,7 @@ class _Output:
 
 
 def _wants_tokens(config: AttentionStatsConfig) -> bool:
-    return config.statistics == "all" or any(statistic.needs == "tokens" for statistic in named(config))
+    return config.statistics == "all" or any("tokens" in statistic.needed for statistic in named(config))
 
 
 def owner_of(root: nn.Module, stack: Stack) -> nn.Module:

@@ -305,7 +305,7 @@ def _names(statistics: tuple[str, ...] | str) -> tuple[str, ...]:
     with_mean = [
         name
         for name, statistic in table.items()
-        if statistic.dtype is None and statistic.needs != "segments" and set(statistic.dims) <= MEANT
+        if statistic.dtype is None and "segments" not in statistic.needed and set(statistic.dims) <= MEANT
     ]
     names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
     unknown = [name for name in names if name not in with_mean]

@@ -32,9 +32,10 @@ class NotGivenError(ValueError):
 
     def by(self, statistic: Statistic) -> ValueError:
         """The same, said of the statistic that asked."""
-        mend = f'; say so with Statistic(…, needs="{self.need}")'
-        if statistic.needs is not None:
-            mend = "" if statistic.needs == self.need else f"; it can need one thing only, which is `{statistic.needs}`"
+        mend = ""
+        if self.need not in statistic.needed:
+            all_of_them = ", ".join(f'"{need}"' for need in (*statistic.needed, self.need))
+            mend = f"; say so with Statistic(…, needs={f'({all_of_them})' if statistic.needed else all_of_them})"
         return ValueError(f"{statistic.name!r} needs `{self.need}`, which is not there{mend}")
 
 

@@ -299,7 +299,7 @@ class Recorder:
             for statistic in statistics:
                 # A step of a run may have no query at a multiple of the stride.
                 is_there = statistic.is_norm or (
-                    sight.rows if statistic.needs == "rows" else sight.visibility.num_queries
+                    sight.rows if "rows" in statistic.needed else sight.visibility.num_queries
                 )
                 if statistic.dims[0] == "layer" and is_there:
                     names.append(statistic.name)

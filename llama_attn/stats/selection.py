@@ -46,7 +46,7 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: 
             forwards cannot give.
     """
     given = {need for need in ("segments", "rows", "keep") if getattr(config, need) is not None}
-    have = dict.fromkeys(given, True) | {"tokens": has_tokens, None: True}
+    have = given | ({"tokens"} if has_tokens else set())
     ways = {
         **{need: f"`{need}` in the AttentionStatsConfig" for need in ("segments", "rows", "keep")},
         "tokens": "the ids of all tokens: input_ids, not inputs_embeds, and none of them from a cache",
@@ -54,9 +54,11 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: 
     chosen, everything = [], config.statistics == "all" or config.norms
     asked = set() if config.statistics == "all" else set(config.statistics)
     for name, statistic in statistics_table().items():
-        if not everything and name not in asked and statistic.needs not in given:
+        # What is told of in the configuration is told for statistics that need it.
+        is_told = not given.isdisjoint(statistic.needed) and have.issuperset(statistic.needed)
+        if not everything and name not in asked and not is_told:
             continue
-        possible = have.get(statistic.needs, False)
+        lacking = [need for need in statistic.needed if need not in have]
         if statistic.is_norm:
             is_named = name in asked
             if is_named and not alone and not merges(statistic):
@@ -65,12 +67,10 @@ def wanted_statistics(config: AttentionStatsConfig, *, has_tokens: bool, alone: 
                     "into; leave it out, or measure one forward over the finished sequence"
                 )
             wanted = is_named or (config.norms and (alone or merges(statistic)))
-        elif statistic.needs in given:
-            wanted = True
         else:
-            wanted = name in asked or (config.statistics == "all" and possible)
-        if wanted and not possible and statistic.needs:
-            raise ValueError(f"statistics: {name!r} needs {ways[statistic.needs]}")
+            wanted = is_told or name in asked or (config.statistics == "all" and not lacking)
+        if wanted and lacking:
+            raise ValueError(f"statistics: {name!r} needs {' and '.join(ways[need] for need in lacking)}")
         if wanted:
             chosen.append(statistic)
     return tuple(chosen)

@@ -99,10 +99,10 @@ class Sight:
         keep = step.keep(config, visibility)
         if keep is not None and keep.shape[0] not in (1, len(layers)):
             raise ValueError(f"keep: expected 1 or {len(layers)} layers, got {keep.shape[0]}")
-        on_blocks = [s for s in statistics if not s.is_norm and s.needs != "rows"]
+        on_blocks = [s for s in statistics if not s.is_norm and "rows" not in s.needed]
         tokens = before = None
         # Not every model shows them unasked: a statistic that takes them must have said so.
-        if known is not None and any(s.needs == "tokens" for s in on_blocks):
+        if known is not None and any("tokens" in s.needed for s in on_blocks):
             tokens = known[:, visibility.offset :].to(visibility.device)
             before = token_before(known, visibility)
         wanted = Wanted(on_blocks, config, segments, len(names or ()), tokens, before, layers=len(layers))
@@ -120,7 +120,7 @@ class Sight:
             keep=keep,
             rows=rows,
             row_runs=runs,
-            row_statistics=tuple(s for s in statistics if s.needs == "rows"),
+            row_statistics=tuple(s for s in statistics if "rows" in s.needed),
         )
 
     @property

@@ -6,10 +6,10 @@ One entry is all that a new statistic needs; the engines, the labels, the tests 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -91,12 +91,12 @@ class Statistic:
             - ``"hidden"``: states of the residual stream, (batch, query, channel); one more layer than there are, whose
               last is the output.
             - ``"hidden_real"``: the same states, which of them are real tokens, (batch, query), and the configuration.
-        needs: What it cannot be measured without; None for nothing. A block has it.
+        needs: What it cannot be measured without, one or several of these; None for nothing. A block has it.
 
             - ``"tokens"``: ids, which are ``block.tokens`` (batch, key) and ``block.row_tokens`` (batch, row).
             - ``"segments"``: those of the configuration, ``block.segments`` (batch, key), of which there are
               ``block.wanted.num_segments``.
-            - ``"rows"``: those of the configuration; it has the axis ``row``.
+            - ``"rows"``: those of the configuration; it has the axis ``row``, and needs nothing besides.
             - ``"keep"``: that of the configuration, ``block.keep`` (batch, 1 or kv_head, key).
         of_distance: Whether it compares places of queries and of keys, as by ``block.distance``, or ``block.query_slots`` with
             ``block.key_slots``. In cross-attention, where they are of two texts, it is then NaN; elsewhere nothing
@@ -115,7 +115,7 @@ class Statistic:
     dtype: torch.dtype | None = None
     parts: tuple[int, ...] = ()
     observes: Observed = "block"
-    needs: Needed | None = None
+    needs: Needed | Collection[Needed] | None = None
     of_distance: bool = False
 
     def __post_init__(self) -> None:
@@ -123,11 +123,14 @@ class Statistic:
         check_dims(self.name, self.dims)
         for field, known in (
             ("observes", get_args(Observed)),
-            ("needs", (None, *get_args(Needed))),
             ("dtype", (None, *WHOLE_NUMBERS)),
         ):
             if (given := getattr(self, field)) not in known:
                 raise ValueError(f"{field}: expected one of {list(known)} for {self.name!r}, got {given!r}")
+        if not isinstance(self.needs, str | None):
+            object.__setattr__(self, "needs", self.needed)
+        if unknown := [need for need in self.needed if need not in get_args(Needed)]:
+            raise ValueError(f"needs: expected some of {list(get_args(Needed))} for {self.name!r}, got {unknown}")
         self._check_axes()
         for form in ("stream", "textbook", *(["finish"] if self.finish is not None else [])):
             if not callable(getattr(self, form)):
@@ -159,15 +162,23 @@ class Statistic:
                 f"dims: {self.name!r} observes {self.observes!r}: expected {front.split()}, then one of {list(ends)}, then any "
                 f"of {list(fixed)} (none behind keys or bins of positions), got {self.dims!r}{why}"
             )
-        if ("row" in self.dims) != (self.needs == "rows"):
+        if ("row" in self.dims or "rows" in self.needed) and ("row" not in self.dims or self.needed != ("rows",)):
             raise ValueError(
-                f"needs: expected 'rows' for {self.name!r} if and only if it has the axis 'row', got {self.needs!r} for "
-                f"{self.dims!r}"
+                f"needs: expected 'rows' and nothing else for {self.name!r} if and only if it has the axis 'row', got "
+                f"{self.needs!r} for {self.dims!r}"
             )
-        if "segment" in self.dims and self.needs != "segments":
+        if "segment" in self.dims and "segments" not in self.needed:
             raise ValueError(
                 f"needs: expected 'segments' for {self.name!r}, which has the axis 'segment', got {self.needs!r}"
             )
+
+    @property
+    def needed(self) -> tuple[Needed, ...]:
+        """What it needs, be it nothing, one thing or several."""
+        if self.needs is None:
+            return ()
+        several = isinstance(self.needs, Collection) and not isinstance(self.needs, str)
+        return tuple(cast(Collection[Needed], self.needs)) if several else (cast(Needed, self.needs),)
 
     @property
     def is_norm(self) -> bool:

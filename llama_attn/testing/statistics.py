@@ -140,7 +140,8 @@ def _both_forms(
             "keep": {"keep": config.keep[0]},
         }
         # No more than a model gives it for certain.
-        wanted = Wanted([statistic], config, **given.get(statistic.needs or "", {}))
+        told = {name: value for need in statistic.needed for name, value in given.get(need, {}).items()}
+        wanted = Wanted([statistic], config, **told)
         arguments = (inputs.query[:, :, rows], inputs.key, None, visibility, inputs.scoring, wanted)
         streamed = engine.walk(*arguments, block_rows=5).raw[statistic.name]
     else:
