@@ -38,8 +38,8 @@ def test_the_demo_draws_the_layers_that_are_named(tmp_path):
 
 @pytest.mark.smollm2
 def test_demo(tmp_path, monkeypatch):
-    # Room for tokens in full.
-    monkeypatch.setattr(console, "_width", 100)
+    # Of a terminal as it opens, which has room for this model's tokens in full.
+    monkeypatch.setattr(console, "_width", 80)
     result = invoke("demo", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -52,6 +52,7 @@ def test_demo(tmp_path, monkeypatch):
     lines = [line.split() for line in result.output.splitlines() if re.match(r"\s*\d+ ", line)]
     table = {int(words[0]): words for words in lines}
     assert set(range(30)) <= set(table)
+    assert not [words for words in table.values() if "…" in " ".join(words)]
     assert int(table[24][1].rstrip("%")) > 85, "layer 24 attends to the first token"
     # By share of all attention, which every query has the same weight in.
     share = stats["received"][24, 0, :, 0].mean()

@@ -104,7 +104,9 @@ def new_table(*headings: str, fold: str, title: str = "") -> Table:
         fold: That one's heading.
         title: Above the table; none if empty.
     """
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, title=title or None, title_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, title=title or None, title_justify="left"
+    )
     for heading in headings:
         table.add_column(heading, no_wrap=heading != fold, overflow="fold")
     return table
