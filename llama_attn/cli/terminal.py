@@ -105,7 +105,12 @@ def new_table(*headings: str, fold: str, title: str = "") -> Table:
         title: Above the table; none if empty.
     """
     table = Table(
-        box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, title=title or None, title_justify="left"
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+        title=title or None,
+        title_justify="left",
     )
     for heading in headings:
         table.add_column(heading, no_wrap=heading != fold, overflow="fold")
