@@ -281,7 +281,8 @@ def test_a_reader_asks_what_a_token_draws_on(run, open_page, tmp_path):
     assert "shares are of the rest" in page.locator("#answer-shares-note").inner_text()
     # By keyboard to the last token, which was never read back.
     page.locator(".written-token").nth(1).press("End")
-    whose.filter(has_text="The last token, layer 1, head 4").wait_for()
+    assert "never read" in page.locator(".written-token").last.locator("bdi").get_attribute("title")
+    whose.filter(has_text="The last token, written and not read again, layer 1, head 4").wait_for()
     note.filter(has_text="The last token").wait_for()
     check(rows[1, 4, -1], WRITERS[-1], without=True)
     # A look at another token changes the shares only, as long as it lasts.

@@ -45,7 +45,7 @@ async function buildAnswer() {
 function buildWritten() {
   const list = $("answer-tokens");
   const item = (at, ...children) => element("span", { class: "written-token", role: "option", "data-at": at, tabindex: at === WHOLE ? 0 : -1, "aria-selected": at === WHOLE ? "true" : "false" }, ...children);
-  list.append(item(WHOLE, "The whole answer"), ...report.answer.queries.map((_, at) => item(at, element("bdi", {}, isLast(at) ? "(last)" : token(written(at)) || "(empty)"))));
+  list.append(item(WHOLE, "The whole answer"), ...report.answer.queries.map((_, at) => item(at, isLast(at) ? element("bdi", { title: "The last token, which the model wrote and never read: the run does not say which it is" }, "(last)") : element("bdi", {}, token(written(at)) || "(empty)"))));
   const itemOf = (event) => event.target.closest(".written-token");
   list.addEventListener("click", (event) => { if (itemOf(event)) chooseWritten(Number(itemOf(event).dataset.at)); });
   list.addEventListener("pointerover", (event) => { if (itemOf(event)) showShares(Number(itemOf(event).dataset.at)); });
@@ -117,7 +117,7 @@ async function showShares(at) {
       element("span", { class: "meter", style: `width:${Number.isFinite(value) ? (100 * value) / most : 0}%` }), element("span", { class: "muted small" }, size + ofThem));
   };
   $("answer-cards").replaceChildren(...values.map(card).filter(Boolean));
-  $("answer-whose").replaceChildren(...(found.at === WHOLE ? [wholeWords()] : isLast(at) ? ["The last token"] : [`Token ${written(at)} `, tokenChip(written(at))]), `, ${placeWords()}`);
+  $("answer-whose").replaceChildren(...(found.at === WHOLE ? [wholeWords()] : isLast(at) ? ["The last token, written and not read again"] : [`Token ${written(at)} `, tokenChip(written(at))]), `, ${placeWords()}`);
   $("answer-shares-note").textContent = [
     "Exact, from the attention mass on each segment, but for rounding.",
     without ? `The sink is taken out: attention to ${sinkTokens()}, ${percent(ofSink)} here, is left aside, and shares are of the rest.` : "",
