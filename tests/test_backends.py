@@ -506,6 +506,7 @@ def test_a_backend_with_its_own_mask(ids, left_padding):
         ("my_flash", sdpa_attention_forward, None, ValueError, "without any of"),
         ("me/mine", sdpa_attention_forward, None, ValueError, "without any of"),
         ("paged|mine", sdpa_attention_forward, None, ValueError, "without any of"),
+        ("mine+bias", sdpa_attention_forward, None, ValueError, "without any of"),
         ("", sdpa_attention_forward, None, ValueError, "name: expected"),
         (None, sdpa_attention_forward, None, ValueError, "name: expected"),
         ("mine", "sdpa", None, TypeError, "attend: expected a function"),

@@ -38,7 +38,8 @@ def sink_rate(
 
     Returns:
         A fraction in [0, 1]; NaN for a layer without data. The rate depends on the length of the text, so
-        ``attrs["T"]`` and ``attrs["T_shortest"]`` hold the real tokens of the longest and shortest row, beside
+        ``attrs["T"]`` and ``attrs["T_shortest"]`` hold the real tokens of the longest and shortest row, and
+        ``attrs["queries"]`` how many measured queries see the key at most, fewer than T in a window; beside
         ``attrs["epsilon"]``, ``attrs["key"]`` and ``attrs["part"]``, what was measured of the model if not all of it.
 
     Raises:
@@ -58,7 +59,8 @@ def sink_rate(
     lengths = real.sum("key").values
     if isinstance(key, bool) or not isinstance(key, (int, np.integer)) or not 0 <= key < lengths.max(initial=0):
         raise ValueError(f"key: expected 0 to {lengths.max(initial=0) - 1}, the real keys of a row, got {key!r}")
-    alpha = dataset.received.where(real & (real.cumsum("key") == key + 1)).max("key")
+    asked = real & (real.cumsum("key") == key + 1)
+    alpha = dataset.received.where(asked).max("key")
     is_sink = (alpha > epsilon).where(alpha.notnull())
     rate = is_sink.mean([dim for dim in is_sink.dims if dim != by]).rename("sink_rate")
     rate.attrs = {
@@ -69,6 +71,7 @@ def sink_rate(
         "key": int(key),
         "T": int(lengths.max()),
         "T_shortest": int(lengths.min()),
+        "queries": int(dataset.visible_queries.where(asked, 0).max()),
         "part": measured_part(dataset),
     }
     return rate

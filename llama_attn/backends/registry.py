@@ -24,7 +24,8 @@ from llama_attn.stats.visibility import Visibility
 
 # transformers reads these in a name as "a FlashAttention variant", "a kernel on the hub" and "paged".
 # A space means nothing to it, nor to a shell that quotes it, and no file is named after a backend.
-RESERVED = ("flash", "/", "|")
+# A plus joins the names of several backends in what was measured with them.
+RESERVED = ("flash", "/", "|", "+")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def register_backend(
 
     Raises:
         TypeError: ``attend`` or ``mask`` is not callable.
-        ValueError: The name is taken, or transformers would misread it.
+        ValueError: The name is taken, or it would be misread: "flash", "/" and "|" mean something to transformers, and "+"
+            joins the names of several backends.
 
     Source: https://huggingface.co/docs/transformers/attention_interface
     """
