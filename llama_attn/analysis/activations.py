@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_attn.analysis.dataset import as_dataset, direction_of, of_queries, require
+from llama_attn.analysis.dataset import as_dataset, coordinates_along, direction_of, of_queries, require
 from llama_attn.analysis.part import measured_part
 from llama_attn.analysis.sinks import EPSILON, GU, seen_enough
 
@@ -98,9 +98,7 @@ def massive_activations(ds: Source, magnitude: float = MAGNITUDE, ratio: float =
         meaning = f"share of heads from which the token receives more than {EPSILON:g}"
         arrays["sink_heads"] = heads.dims, heads.values, {"units": "fraction", "long_name": meaning, "source": GU}
     axes = {axis for dims, *_ in arrays.values() for axis in dims}
-    coordinates: dict[Hashable, Any] = {
-        name: values for name, values in dataset.coords.items() if set(values.dims) <= axes
-    }
+    coordinates = coordinates_along(dataset, axes)
     if "rank" not in measured[needed(dataset)[0]].dims:
         # That of the dataset, if any, is of other statistics.
         coordinates["rank"] = [0]

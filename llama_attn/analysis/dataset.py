@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -125,6 +125,11 @@ def of_queries(of_keys: xarray.Variable, dataset: xarray.Dataset) -> tuple[xarra
 
     at = xarray.Variable("query", dataset.indexes["key"].get_indexer(dataset.indexes["query"]))
     return of_keys.isel(key=at), at >= 0
+
+
+def coordinates_along(dataset: xarray.Dataset, axes: Collection[Hashable]) -> dict[Hashable, Any]:
+    """Its coordinates that lie along these axes alone, for arrays that were worked out without."""
+    return {name: values for name, values in dataset.coords.items() if set(values.dims) <= set(axes)}
 
 
 def without_attention(dataset: xarray.Dataset) -> tuple[int, ...]:

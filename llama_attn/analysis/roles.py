@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_attn.analysis.dataset import direction_of, of_queries
+from llama_attn.analysis.dataset import coordinates_along, direction_of, of_queries
 from llama_attn.analysis.locality import LOCAL_BELOW, normalized_entropy
 from llama_attn.analysis.retrieval import RETRIEVAL, STREAMING, mass_outside, retrieval_heads
 from llama_attn.analysis.sinks import EPSILON, sink_positions
@@ -70,7 +70,7 @@ def role_scores(
         found["retrieval"] = score if per_row else score.mean("batch")
     unknown = dataset.variables["entropy"].mean(over) * np.nan
     order = ("layer", "batch", "head")[:: 1 if per_row else 2]
-    coordinates = {axis: dataset.coords[axis] for axis in order}
+    coordinates = coordinates_along(dataset, order)
     return {role: xarray.DataArray(found.get(role, unknown).transpose(*order), coordinates) for role in THRESHOLDS}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llama_attn.analysis.dataset import as_dataset, real_tokens, require
+from llama_attn.analysis.dataset import as_dataset, coordinates_along, real_tokens, require
 from llama_attn.analysis.part import measured_part
 from llama_attn.analysis.uniform import uniform_attention
 
@@ -155,8 +155,7 @@ def sink_positions(ds: Source, epsilon: float = EPSILON, *, fewest_queries: int 
         dims = tuple(dim for dim in order if dim in array.dims)
         attrs = {"units": unit, "long_name": meaning, **(of_rule if name in ruled else {})}
         arrays[name] = dims, array.transpose(*dims).values, attrs
-    coordinates = {name: values for name, values in dataset.coords.items() if set(values.dims) <= set(order)}
-    return xarray.Dataset(arrays, coordinates, of_rule | {"part": measured_part(dataset)})
+    return xarray.Dataset(arrays, coordinates_along(dataset, order), of_rule | {"part": measured_part(dataset)})
 
 
 def seen_enough(measured: Mapping[Any, xarray.Variable]) -> xarray.Variable:
